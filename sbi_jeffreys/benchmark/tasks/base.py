@@ -1,0 +1,65 @@
+"""What a benchmark task is: a prior, a simulator, a likelihood, a reference posterior for any x.
+
+Every task of the benchmark has a tractable likelihood, which the methods under test never
+see. It is what makes a reference posterior possible for *any* observation, and with it an
+honest comparison on observations drawn anew.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+
+class Task(ABC):
+    """A simulator whose posterior is known.
+
+    Subclasses set the class attributes and implement `simulate`, `log_likelihood` and
+    `sample_reference`. Everything is vectorised in torch; randomness comes from torch's
+    global generator, so `torch.manual_seed` makes any call reproducible.
+
+    Attributes:
+        name: Identifier on the command line.
+        dim_theta: Number of parameters D.
+        dim_x: Number of elements of one simulation output.
+        prior: Prior over θ, as sbi accepts it (event shape `(D,)`).
+        exact_reference: Whether `sample_reference` draws exact independent samples.
+    """
+
+    name: str
+    dim_theta: int
+    dim_x: int
+    prior: Distribution
+    exact_reference: bool = False
+
+    @abstractmethod
+    def simulate(self, theta: Tensor) -> Tensor:
+        """Simulate one x for each θ: `(N, D)` → `(N, dim_x)`."""
+
+    @abstractmethod
+    def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
+        """log p(x|θ) for broadcastable batches `(*B, D)`, `(*B, dim_x)` → `(*B,)`."""
+
+    @abstractmethod
+    def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
+        """Samples of p(θ|x) for one observation `(dim_x,)` → `(num_samples, D)`."""
+
+    def log_posterior_unnormalised(self, theta: Tensor, x: Tensor) -> Tensor:
+        """log p(θ) + log p(x|θ), −∞ outside the prior's support; shape `(*B,)`."""
+        log_prior = self.prior.log_prob(theta)
+        log_likelihood = self.log_likelihood(theta, x)
+        return torch.where(
+            torch.isfinite(log_prior), log_prior + log_likelihood, torch.full_like(log_prior, -torch.inf)
+        )
+
+    def modes(self, theta: Tensor, x: Tensor) -> Tensor | None:
+        """Index of the posterior mode each θ `(N, D)` belongs to, or None for one mode."""
+        return None
+
+    def simulate_joint(self, num_simulations: int) -> tuple[Tensor, Tensor]:
+        """Draw θ ∼ p(θ), x ∼ p(x|θ): `(N, D)`, `(N, dim_x)`."""
+        theta = self.prior.sample(torch.Size((num_simulations,)))
+        return theta, self.simulate(theta)
