@@ -49,11 +49,30 @@ class Task(ABC):
 
     def log_posterior_unnormalised(self, theta: Tensor, x: Tensor) -> Tensor:
         """log p(θ) + log p(x|θ), −∞ outside the prior's support; shape `(*B,)`."""
-        log_prior = self.prior.log_prob(theta)
-        log_likelihood = self.log_likelihood(theta, x)
-        return torch.where(
-            torch.isfinite(log_prior), log_prior + log_likelihood, torch.full_like(log_prior, -torch.inf)
-        )
+        # Priors that validate their arguments raise outside the support: look before asking.
+        inside = self.prior.support.check(theta)  # pyright: ignore[reportOptionalMemberAccess]
+        safe = torch.where(inside[..., None], theta, self.prior.mean.to(theta))
+        log_joint = self.prior.log_prob(safe) + self.log_likelihood(safe, x)
+        return torch.where(inside, log_joint, torch.full_like(log_joint, -torch.inf))
+
+    def check_observation(self, x: Tensor) -> Tensor:
+        """One observation as float64 of shape `(dim_x,)`; `(1, dim_x)` is accepted too.
+
+        Raises:
+            ValueError: If x is not one finite observation of this task.
+        """
+        flat = x.detach().reshape(-1).to(torch.float64)
+        if x.ndim > 2 or flat.numel() != self.dim_x:
+            raise ValueError(
+                f"x: expected one observation of {self.name}, shape ({self.dim_x},) or "
+                f"(1, {self.dim_x}), got {tuple(x.shape)}; pass one row of `simulate` at a time."
+            )
+        if not torch.isfinite(flat).all():
+            raise ValueError(
+                f"x: expected finite values for {self.name}, got {flat.tolist()}; "
+                "drop failed simulations first."
+            )
+        return flat
 
     def modes(self, theta: Tensor, x: Tensor) -> Tensor | None:
         """Index of the posterior mode each θ `(N, D)` belongs to, or None for one mode."""
