@@ -12,6 +12,8 @@ each with a likelihood and a reference posterior for any x. Add your own:
 from . import bernoulli_glm as bernoulli_glm
 from . import gaussian_linear as gaussian_linear
 from . import gaussian_mixture as gaussian_mixture
+from . import lotka_volterra as lotka_volterra
+from . import sir as sir
 from . import slcp as slcp
 from . import two_moons as two_moons
 from ._reference import ReferenceConvergenceError
