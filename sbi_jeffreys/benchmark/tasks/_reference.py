@@ -112,7 +112,8 @@ def accept_weighted(
 
     Raises:
         ReferenceConvergenceError: If the effective sample size stays below
-            2 × num_samples, or below `min_efficiency` per proposal draw.
+            2 × num_samples, or below `min_efficiency` per proposal draw, or a few large
+            weights leave too little to accept.
     """
     draws, log_weights = propose(4 * num_samples + 2_000)
     max_draws = max_draws_per_sample * num_samples + 100_000
@@ -129,7 +130,11 @@ def accept_weighted(
             if int(accepted.sum()) >= num_samples:
                 return draws[accepted][:num_samples]
         if len(draws) >= max_draws:
-            raise ReferenceConvergenceError(task, "the effective sample size", ess, required)
+            if ess < required:
+                raise ReferenceConvergenceError(task, "the effective sample size", ess, required)
+            raise ReferenceConvergenceError(
+                task, f"the yield of {len(draws)} draws", expected, 1.1 * num_samples + 50
+            )
         short = max(1.2 * num_samples / max(expected, 1.0), 2.2 * num_samples / ess)
         extra = int(len(draws) * min(max(short - 1.0, 0.25), 4.0))
         more = propose(min(extra, max_draws))

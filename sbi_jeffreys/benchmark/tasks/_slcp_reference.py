@@ -52,21 +52,25 @@ class _Marginal:
     def sample_means(
         self, var_1: Tensor, var_2: Tensor, cov: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw θ₁, then θ₂ given θ₁, each cut to the box.
+        """Draw one coordinate of the mean, then the other given it, each cut to the box.
 
         Returns:
             θ₁ and θ₂ `(N,)`, and the log of the box's probability along the way, which is
             the importance weight of having cut one after the other.
         """
-        var_1, var_2, cov = var_1 / self.num_points, var_2 / self.num_points, cov / self.num_points
+        n, (mean_1, mean_2) = self.num_points, self.mean
+        # The coordinate less likely to be inside goes first: drawn second, its probability
+        # would depend wildly on the first, and the weights with it.
+        swap = self.log_inside(mean_2, var_2 / n) < self.log_inside(mean_1, var_1 / n)
+        mean_a, mean_b = torch.where(swap, mean_2, mean_1), torch.where(swap, mean_1, mean_2)
+        var_a, var_b = torch.where(swap, var_2, var_1), torch.where(swap, var_1, var_2)
         low, high = -self.bound, self.bound
-        mean_1 = self.mean[0].expand_as(var_1)
-        th_1 = sample_truncated_normal(mean_1, var_1.sqrt(), low, high)
-        mean_2 = self.mean[1] + cov / var_1 * (th_1 - mean_1)
-        var_2_given_1 = var_2 - cov**2 / var_1
-        th_2 = sample_truncated_normal(mean_2, var_2_given_1.sqrt(), low, high)
-        log_weight = self.log_inside(mean_1, var_1) + self.log_inside(mean_2, var_2_given_1)
-        return th_1, th_2, log_weight
+        th_a = sample_truncated_normal(mean_a, (var_a / n).sqrt(), low, high)
+        given_a = mean_b + cov / var_a * (th_a - mean_a)
+        var_given_a = (var_b - cov**2 / var_a) / n
+        th_b = sample_truncated_normal(given_a, var_given_a.sqrt(), low, high)
+        log_weight = self.log_inside(mean_a, var_a / n) + self.log_inside(given_a, var_given_a)
+        return torch.where(swap, th_b, th_a), torch.where(swap, th_a, th_b), log_weight
 
 
 def sample_slcp_posterior(
