@@ -1,0 +1,8 @@
+"""Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
+
+from sbi_jeffreys.npe import NPE_Jeffreys
+from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.proxies import LikelihoodProxy, MemberSpec, Proxy
+
+__all__ = ["JeffreysOptions", "LikelihoodProxy", "MemberSpec", "NPE_Jeffreys", "Proxy"]
+__version__ = "0.1.0"

@@ -1,0 +1,24 @@
+"""Every non-public name of sbi that we use, and nothing else: when sbi moves, this file changes."""
+
+from sbi.inference.trainers._contracts import LossArgsNPE, TrainConfig
+from sbi.inference.trainers.base import LossArgs
+from sbi.inference.trainers.npe.npe_c import NPE_C
+from sbi.neural_nets.estimators.base import (
+    ConditionalDensityEstimator,
+    ConditionalEstimatorBuilder,
+)
+from sbi.neural_nets.estimators.mixture_density_estimator import MixtureDensityEstimator
+from sbi.sbi_types import Tracker
+from sbi.utils.sbiutils import ImproperEmpirical
+
+__all__ = [
+    "NPE_C",
+    "ConditionalDensityEstimator",
+    "ConditionalEstimatorBuilder",
+    "ImproperEmpirical",
+    "LossArgs",
+    "LossArgsNPE",
+    "MixtureDensityEstimator",
+    "TrainConfig",
+    "Tracker",
+]

@@ -1,0 +1,147 @@
+"""Building and using the main model: sbi's density estimators in the space they learn best in.
+
+A network given by name is built by sbi's `posterior_nn`, with x through marginal transforms and θ
+in the prior's unconstrained space. Both are exact bijections: the posterior is unchanged, and mass
+outside a box or below zero is impossible by construction. A builder passed by the user is used as
+it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sbi.neural_nets import posterior_nn
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.transforms import MarginalTransform, PriorTransform
+
+__all__ = [
+    "NamedBuilder",
+    "UnconstrainedDensityEstimator",
+    "frozen",
+    "reparameterised_sample",
+]
+
+
+class _Standardised(nn.Module):
+    """Marginal transform of x followed by z-scoring: the condition as the main sees it."""
+
+    def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
+        super().__init__()
+        self.transform = transform
+        y = transform(x)
+        std = y.std(dim=0).clamp_min(1e-7) if len(y) > 1 else torch.ones_like(y[0])
+        # Constants, but parameters: sbi asks an embedding net's first parameter for its device.
+        self.mean = nn.Parameter(y.mean(dim=0), requires_grad=False)
+        self.std = nn.Parameter(std, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.transform(x) - self.mean) / self.std
+
+
+class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
+    """p(θ|x) of an estimator p(u|x) over u = T(θ), T the prior's map to unconstrained space.
+
+    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support.
+
+    Args:
+        estimator: A density estimator of u given x.
+        transform: θ ↔ u.
+    """
+
+    def __init__(self, estimator: ConditionalDensityEstimator, transform: PriorTransform) -> None:
+        super().__init__(estimator.net, estimator.input_shape, estimator.condition_shape)
+        self.estimator, self.transform = estimator, transform
+
+    @property
+    def embedding_net(self) -> nn.Module | None:
+        """The wrapped estimator's embedding net."""
+        return self.estimator.embedding_net
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """log p(θ|x), shape `(sample_dim, batch_dim)`; see sbi's base class."""
+        u, log_det, inside = self.transform(input)
+        log_prob = self.estimator.log_prob(u, condition, **kwargs) + log_det
+        return torch.where(inside, log_prob, -torch.inf)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """Negative log density of pairs, shape `(batch_dim,)`."""
+        return -self.log_prob(input.unsqueeze(0), condition, **kwargs)[0]
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any) -> Tensor:
+        """Samples of θ, shape `(*sample_shape, batch_dim, D)`."""
+        return self.transform.inverse(self.estimator.sample(sample_shape, condition, **kwargs))
+
+    def sample_and_log_prob(
+        self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Samples of θ and their log densities."""
+        theta = self.sample(sample_shape, condition, **kwargs)
+        flat = theta.reshape(-1, *theta.shape[-2:])
+        return theta, self.log_prob(flat, condition).reshape(theta.shape[:-1])
+
+
+class NamedBuilder:
+    """Builds the main model `posterior_nn(model)` in transformed spaces; picklable.
+
+    Args:
+        model: Name of an sbi density estimator.
+        prior: Prior, for its unconstrained space; None leaves θ as it is.
+    """
+
+    def __init__(self, model: str, prior: Distribution | None = None) -> None:
+        self.model, self.prior = model, prior
+
+    def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:
+        """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
+        kwargs: dict[str, Any] = {}
+        if x.ndim == 2 and bool(torch.isfinite(x).all()) and bool((x != x[:1]).any()):
+            transform = MarginalTransform.fit(x)
+            if not transform.is_identity:
+                kwargs = {"embedding_net": _Standardised(transform, x), "z_score_x": "none"}
+        builder = posterior_nn(model=self.model, **kwargs)
+        transform = PriorTransform.fit(self.prior) if self.prior is not None else None
+        if transform is None:
+            return builder(theta, x)
+        return UnconstrainedDensityEstimator(builder(transform(theta)[0], x), transform)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluate `module` at constant parameters; gradients flow through its inputs only."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def reparameterised_sample(
+    main: ConditionalDensityEstimator, x: Tensor, num_samples: int
+) -> Tensor:
+    """Samples θ_φ ∼ p_φ(·|x) with gradient to φ, shape `(num_samples, B, D)`.
+
+    Raises:
+        ValueError: If the estimator cannot sample with gradients.
+    """
+    shape = torch.Size((num_samples,))
+    theta = main.sample(shape, x)
+    if not theta.requires_grad:  # zuko's `sample` has no gradient, its `sample_and_log_prob` has
+        try:
+            theta, _ = main.sample_and_log_prob(shape, x)
+        except NotImplementedError:
+            pass
+    if not theta.requires_grad:
+        raise ValueError(
+            f"reverse_estimator='path' needs a density estimator that samples with gradients; "
+            f"{type(main).__name__} does not. Use reverse_estimator='vargrad'."
+        )
+    return theta

@@ -1,0 +1,137 @@
+"""Everything that can be set about the symmetric objective, typed and validated in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec
+
+__all__ = ["JeffreysOptions"]
+
+_PROXIES = ("auto", "likelihood")
+_ESTIMATORS = ("vargrad", "path")
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int ≥ {minimum}, got {type(value).__name__} ({value!r}).")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def _check_float(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number in [{low}, {high}], got {type(value).__name__}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}.")
+
+
+@dataclass(frozen=True)
+class JeffreysOptions:
+    """Options of `NPE_Jeffreys`; the defaults are what the benchmark ran with.
+
+    Attributes:
+        proxy: "likelihood" (a density of x; vector-valued x), "auto" (likelihood where x has a
+            density, else plain NPE with a warning), or a `Proxy` of your own.
+        members: Likelihood nets of the likelihood proxy.
+        proxy_fit: How the proxy's nets are fitted.
+        num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
+        steps_per_epoch: Steps between held-out evaluations and multiplier updates.
+        learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
+            `learning_rate` (which is plain NPE's, on few simulations).
+        proxy_draws: Size of the pool of pairs drawn from the proxy.
+        proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
+        reverse_batch_size: Observations per step for the reverse term.
+        reverse_samples: Samples of θ per observation for the reverse term, at least 2.
+        reverse_estimator: "vargrad" (any density estimator) or "path" (reparameterised; for flows
+            that sample with gradients).
+        reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
+            a far tail, are capped.
+        adaptive: Whether multipliers, slack and trust adapt; if False they stay at
+            `initial_multiplier` and 1: the fixed-weight penalty.
+        initial_multiplier: λ of the forward constraint at the start.
+        max_multiplier: λ_max.
+        slack_price: α: a held-out gap of one nat that persists drives λ to α.
+        dual_step_size: How fast λ follows, in (0, 1].
+        tolerance: Held-out gap, in nats, that the forward constraint forgives without slack.
+        min_trust: Below this trust in the proxy the symmetric stage is not run at all.
+        marginal_transforms: Whether a network given *by name* sees x through marginal transforms
+            (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
+            Builders are used as they come.
+
+    Raises:
+        TypeError, ValueError: Naming the field, what was expected and what came.
+
+    Example:
+        >>> JeffreysOptions(num_steps=500).reverse_estimator
+        'vargrad'
+    """
+
+    proxy: Literal["auto", "likelihood"] | Proxy = "auto"
+    members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
+    proxy_fit: FitConfig = field(default_factory=FitConfig)
+    num_steps: int = 1500
+    steps_per_epoch: int = 25
+    learning_rate_factor: float = 2.0
+    proxy_draws: int = 20_000
+    proxy_batch_size: int = 500
+    reverse_batch_size: int = 100
+    reverse_samples: int = 2
+    reverse_estimator: Literal["vargrad", "path"] = "vargrad"
+    reverse_barrier: float = 10.0
+    adaptive: bool = True
+    initial_multiplier: float = 1.0
+    max_multiplier: float = 100.0
+    slack_price: float = 20.0
+    dual_step_size: float = 0.3
+    tolerance: float = 0.05
+    min_trust: float = 0.05
+    marginal_transforms: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.proxy, Proxy) and self.proxy not in _PROXIES:
+            raise ValueError(f"proxy must be one of {_PROXIES} or a Proxy, got {self.proxy!r}.")
+        if self.reverse_estimator not in _ESTIMATORS:
+            raise ValueError(
+                f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
+            )
+        if not self.members or not all(isinstance(m, MemberSpec) for m in self.members):
+            raise TypeError(f"members must be a non-empty tuple of MemberSpec, got {self.members!r}.")
+        if not isinstance(self.proxy_fit, FitConfig):
+            raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
+        for name in ("adaptive", "marginal_transforms"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        for name, minimum in _INT_MINIMA.items():
+            _check_int(name, getattr(self, name), minimum)
+        for name, (low, high) in _FLOAT_RANGES.items():
+            _check_float(name, getattr(self, name), low, high)
+        if self.initial_multiplier > self.max_multiplier:
+            raise ValueError(
+                f"initial_multiplier must not exceed max_multiplier ({self.max_multiplier}), "
+                f"got {self.initial_multiplier}."
+            )
+
+
+_INT_MINIMA = {
+    "num_steps": 0,
+    "steps_per_epoch": 1,
+    "proxy_draws": 1,
+    "proxy_batch_size": 1,
+    "reverse_batch_size": 1,
+    "reverse_samples": 2,
+}
+_TINY = 1e-12
+_FLOAT_RANGES = {
+    "learning_rate_factor": (_TINY, float("inf")),
+    "reverse_barrier": (_TINY, float("inf")),
+    "initial_multiplier": (0.0, float("inf")),
+    "max_multiplier": (_TINY, float("inf")),
+    "slack_price": (_TINY, float("inf")),
+    "dual_step_size": (_TINY, 1.0),
+    "tolerance": (0.0, float("inf")),
+    "min_trust": (0.0, 1.0),
+}
