@@ -20,6 +20,8 @@ from ._student import StudentMixture
 # this share of the total weight, so the draws' total variation error is at most this much.
 _TRUNCATED_MASS = 1e-3
 
+_DF_ON_THE_WAY = 30.0
+
 
 class ReferenceConvergenceError(RuntimeError):
     """A reference sampler did not reach the posterior well enough to be called a reference."""
@@ -184,7 +186,7 @@ def adaptive_importance_sample(
     for _ in range(max_rounds):
         draws = proposal.sample(size)
         log_initial, log_q = initial.log_prob(draws), proposal.log_prob(draws)
-        log_p = torch.nan_to_num(log_target(draws), nan=-torch.inf)
+        log_p = _nan_to_zero_mass(log_target(draws))
         efficiency = effective_sample_size(log_p - log_q) / draws_per_round
         if efficiency > best[0]:
             best = (efficiency, proposal)
@@ -199,7 +201,10 @@ def adaptive_importance_sample(
                 task, "the effective sample size while adapting", effective_sample_size(log_w),
                 2.0 * draws.shape[-1],
             )  # fmt: skip
-        proposal = StudentMixture.fit(draws, log_w, num_components, df)
+        # Heavy tails insure the final weights; on the way there they would waste draws, and
+        # simulators can be slow far out.
+        tails = df if temperature == 1.0 else max(df, _DF_ON_THE_WAY)
+        proposal = StudentMixture.fit(draws, log_w, num_components, tails)
     if best[0] < min_efficiency:
         raise ReferenceConvergenceError(
             task, "the effective sample size per draw after adaptation", best[0], min_efficiency
@@ -208,10 +213,15 @@ def adaptive_importance_sample(
 
     def propose(count: int) -> tuple[Tensor, Tensor]:
         draws = final.sample(torch.Size((count,)))
-        log_p = torch.nan_to_num(log_target(draws), nan=-torch.inf)
+        log_p = _nan_to_zero_mass(log_target(draws))
         return draws, log_p - final.log_prob(draws)
 
     return accept_weighted(propose, num_samples, task, min_efficiency)
+
+
+def _nan_to_zero_mass(log_density: Tensor) -> Tensor:
+    """Give −∞ where a solver failed; `torch.nan_to_num` would make −∞ finite on the way."""
+    return torch.where(log_density.isnan(), -torch.inf, log_density)
 
 
 def _truncation_level(log_weights: Tensor) -> float:
