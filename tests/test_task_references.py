@@ -169,7 +169,9 @@ def test_truncated_normal_is_right_in_the_tails(mean: float):
     truth = stats.truncnorm(-1 - mean, 1 - mean, mean, 1.0)
     assert draws.abs().max() <= 1.0
     assert stats.kstest(draws.numpy(), truth.cdf).pvalue > 1e-3
-    log_mass = float(log_interval_probability(torch.tensor(mean).double(), 1.0, -1.0, 1.0))
+    log_mass = float(
+        log_interval_probability(torch.tensor([mean], dtype=torch.float64), 1.0, -1.0, 1.0)
+    )
     near, far = stats.norm.logsf(abs(mean) - 1.0), stats.norm.logsf(abs(mean) + 1.0)
     assert log_mass == pytest.approx(near + math.log1p(-math.exp(far - near)), rel=1e-9)
 

@@ -83,8 +83,10 @@ def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
         if _digest(samples) != digest:
             raise ValueError("its digest does not match")
     except Exception as error:  # any damage, of whatever kind, means: draw again
+        # torch's own message would suggest to load the file unsafely.
+        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
         warnings.warn(
-            f"The cached reference {path} is corrupt ({error}); it is drawn again.", stacklevel=3
+            f"The cached reference {path} is corrupt ({reason}); it is drawn again.", stacklevel=3
         )
         return None
     return samples
