@@ -96,7 +96,10 @@ def fit_network(
     Returns:
         The held-out loss of the weights kept and the epochs run.
     """
-    optimizer = AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    # fused: on these small networks the per-tensor Python loop costs a quarter of a step.
+    optimizer = AdamW(
+        net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     ema, best, best_state = deepcopy(net), math.inf, deepcopy(net.state_dict())
     epoch = since = step = 0
     batch_size = min(config.batch_size, len(train_indices))

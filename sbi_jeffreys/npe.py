@@ -37,6 +37,7 @@ from sbi_jeffreys._sbi import (
     Tracker,
     TrainConfig,
 )
+from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.estimators import NamedBuilder
 from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.multipliers import trust
@@ -132,6 +133,34 @@ class NPE_Jeffreys(NPE_C):  # noqa: N801 - sbi's naming
     def proxy(self) -> Proxy | None:
         """The fitted proxy q_ψ of the last training, or None before it."""
         return self._proxy
+
+    def build_corrected_posterior(
+        self, num_candidates: int = 20_000, device: str | None = None
+    ) -> CorrectedPosterior:
+        """The main's posterior with its draws resampled by the proxy's importance weights.
+
+        Not the default: it is as good as the proxy at the observation, which the effective sample
+        size (`CorrectedPosterior.effective_sample_size`) and `summary["proxy_held_out"]` tell.
+
+        Args:
+            num_candidates: Draws of the main that are weighted per observation.
+            device: Device of the posterior; the trainer's if None.
+
+        Raises:
+            RuntimeError: If there is no proxy: not trained yet, or none for this x.
+        """
+        if self._neural_net is None or self._proxy is None:
+            raise RuntimeError(
+                "There is no proxy to correct with. Call train() first; if it warned that it fell "
+                "back to plain NPE, use build_posterior() instead."
+            )
+        return CorrectedPosterior(
+            deepcopy(self._neural_net),
+            deepcopy(self._proxy),
+            self._prior,
+            num_candidates,
+            device=device or self._device,
+        )
 
     # ------------------------------------------------------------------ sbi's hooks
 

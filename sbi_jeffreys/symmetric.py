@@ -88,7 +88,7 @@ class SymmetricStage:
             max_multiplier=options.max_multiplier,
             initial=options.initial_multiplier,
         ).to(self.pool_x.device)
-        self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate)
+        self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate, fused=True)
         self.step = 0
 
     @property
