@@ -1,0 +1,49 @@
+"""Command line: `python -m sbi_jeffreys [benchmark | report | tasks] [options]`.
+
+Without a command, the main job: NPE against NPE_Jeffreys on one task, a table and two figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sbi_jeffreys.benchmark import main_job
+from sbi_jeffreys.benchmark.tasks import TASKS, get_task
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(prog="python -m sbi_jeffreys", description=main_job.__doc__)
+    main_job.add_arguments(parser)
+    parser.set_defaults(run=main_job.run)
+    commands = parser.add_subparsers(title="commands", metavar="{benchmark,report,tasks}")
+    tasks = commands.add_parser("tasks", help="list the tasks")
+    tasks.set_defaults(run=list_tasks)
+    return parser
+
+
+def list_tasks(args: argparse.Namespace) -> int:
+    """Print the tasks and their sizes."""
+    rows = [("task", "θ", "x", "reference")]
+    for name in sorted(TASKS):
+        task = get_task(name)
+        kind = "exact" if task.exact_reference else "sampled"
+        rows.append((name, str(task.dim_theta), str(task.dim_x), kind))
+    print(main_job.format_table(rows))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""One evaluation for every method: the same simulations, observations and test pairs, by seeds."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys.benchmark._running import derive_seed, quiet, seeded
+from sbi_jeffreys.benchmark.fitted import FittedMethod
+from sbi_jeffreys.benchmark.metrics import c2st, evaluate_pairs, mode_l1
+from sbi_jeffreys.benchmark.references import reference_samples
+from sbi_jeffreys.benchmark.tasks import Task
+
+__all__ = [
+    "EvaluationResult",
+    "EvaluationSettings",
+    "evaluate",
+    "observations_for",
+    "references_for",
+    "simulations_for",
+    "test_pairs_for",
+]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated; the same for all methods of a run.
+
+    Attributes:
+        observations: Observations with a reference posterior, drawn from the prior predictive.
+        observation_seed: Of the observations; shared by all seeds and budgets.
+        num_samples: Posterior and reference samples per observation.
+        test_pairs: Fresh pairs (θ*, x) for NLL, coverage, leakage and divergences.
+        draws_per_pair: Posterior draws at each of them.
+        classifier: Of the C2ST, "rf" or "mlp".
+        fast: Whether methods train for a few steps only.
+    """
+
+    observations: int = 5
+    observation_seed: int = 2026
+    num_samples: int = 1000
+    test_pairs: int = 500
+    draws_per_pair: int = 240
+    classifier: str = "rf"
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("observations", "num_samples", "test_pairs", "draws_per_pair"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}.")
+        if self.num_samples < 10:
+            raise ValueError(
+                f"num_samples: expected at least 10, which five folds need, got {self.num_samples}."
+            )
+        if self.classifier not in ("rf", "mlp"):
+            raise ValueError(f"classifier: expected 'rf' or 'mlp', got {self.classifier!r}.")
+
+    def smoke(self) -> EvaluationSettings:
+        """The same, but so small that it only shows that everything runs."""
+        return replace(self, num_samples=50, test_pairs=20, draws_per_pair=20, fast=True)
+
+
+@dataclass
+class EvaluationResult:
+    """What was measured.
+
+    Attributes:
+        metrics: By name; NaN where a method has no density or a task no modes.
+        per_observation: Values per observation, by name.
+        samples: Posterior samples of each observation, `(num_samples, D)`.
+        seconds: Spent on posterior samples of the observations, and on the whole evaluation.
+    """
+
+    metrics: dict[str, float]
+    per_observation: dict[str, list[float]]
+    samples: list[Tensor]
+    seconds: dict[str, float]
+
+
+def simulations_for(task: Task, num_simulations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Training simulations of a (task, budget, seed): `(N, D)`, `(N, dim_x)`."""
+    with seeded(derive_seed("simulations", task.name, num_simulations, seed)):
+        return task.simulate_joint(num_simulations)
+
+
+def observations_for(task: Task, settings: EvaluationSettings) -> Tensor:
+    """Observations from the prior predictive, `(observations, dim_x)`; more extend, not replace."""
+    drawn = []
+    for index in range(settings.observations):
+        with seeded(derive_seed("observation", task.name, settings.observation_seed, index)):
+            drawn.append(task.simulate_joint(1)[1])
+    return torch.cat(drawn)
+
+
+def references_for(
+    task: Task, settings: EvaluationSettings, cache_dir: str | Path | None = None
+) -> list[Tensor]:
+    """Reference samples at each observation, `(num_samples, D)`, cached on disk."""
+    return [
+        reference_samples(task, x, settings.num_samples, cache_dir=cache_dir)
+        for x in observations_for(task, settings)
+    ]
+
+
+def test_pairs_for(task: Task, settings: EvaluationSettings) -> tuple[Tensor, Tensor]:
+    """Fresh pairs from the joint, `(test_pairs, D)`, `(test_pairs, dim_x)`: one set per task."""
+    with seeded(derive_seed("test pairs", task.name)):
+        return task.simulate_joint(settings.test_pairs)
+
+
+def evaluate(
+    task: Task,
+    fitted: FittedMethod,
+    settings: EvaluationSettings,
+    seed: int,
+    cache_dir: str | Path | None = None,
+) -> EvaluationResult:
+    """Measure one trained posterior.
+
+    Args:
+        task: The task.
+        fitted: The posterior.
+        settings: What to measure it on.
+        seed: Of its posterior samples.
+        cache_dir: Of the references.
+    """
+    start = time.perf_counter()
+    references = references_for(task, settings, cache_dir)
+    per_observation: dict[str, list[float]] = {"c2st": [], "mode_l1": []}
+    samples, sampling = [], 0.0
+    for index, x in enumerate(observations_for(task, settings)):
+        with seeded(derive_seed("posterior samples", seed, index)), quiet():
+            before = time.perf_counter()
+            drawn = fitted.sample(x, settings.num_samples)
+            sampling += time.perf_counter() - before
+            reference = references[index]
+            per_observation["c2st"].append(c2st(reference, drawn, classifier=settings.classifier))
+            per_observation["mode_l1"].append(mode_l1(task, x, reference, drawn))
+        for name, value in fitted.reports.items():
+            per_observation.setdefault(name, []).append(value)
+        samples.append(drawn)
+    metrics = {name: _mean(values) for name, values in per_observation.items()}
+    metrics.update(_pair_metrics(task, fitted, settings, seed))
+    seconds = {"sampling": sampling, "evaluation": time.perf_counter() - start}
+    return EvaluationResult(metrics, per_observation, samples, seconds)
+
+
+def _pair_metrics(
+    task: Task, fitted: FittedMethod, settings: EvaluationSettings, seed: int
+) -> dict[str, float]:
+    """Metrics on the test pairs; none where the method has no density."""
+    theta_true, x = test_pairs_for(task, settings)
+    with seeded(derive_seed("pair draws", seed)), quiet():
+        draws = fitted.pair_draws(theta_true, x, settings.draws_per_pair)
+        return {} if draws is None else evaluate_pairs(task, theta_true, x, draws).flat()
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def settings_as_dict(settings: EvaluationSettings) -> dict[str, Any]:
+    """For result files."""
+    return asdict(settings)

@@ -1,0 +1,277 @@
+"""The methods under comparison, by name, each trained on the same simulations.
+
+A method says how it is fitted and which *training* it reads. Methods of one training share what
+they train in a cell: `npe_jeffreys` and its corrected draws are one training, the ensembles reuse
+`npe_nsf` as their first member. Add your own:
+
+    register_method(MyMethod())      # name, label, training, fit(…)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
+from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, quiet, seeded
+from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
+from sbi_jeffreys.benchmark.tasks import Task
+from sbi_jeffreys.fitting import FitConfig
+
+__all__ = ["METHODS", "FitContext", "Method", "get_method", "register_method"]
+
+_TRACES_KEPT = ("epochs_trained", "best_validation_loss", "proxy", "proxy_held_out")
+
+
+@dataclass
+class FitContext:
+    """How to fit, and what methods of one cell share.
+
+    Attributes:
+        show_progress: Whether sbi prints and shows bars.
+        fast: A few steps only: shows that everything runs, says nothing about quality.
+        shared: Trainings of this cell by name; emptied with the cell.
+    """
+
+    show_progress: bool = False
+    fast: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def train_kwargs(self) -> dict[str, Any]:
+        """Arguments of sbi's `train`: its defaults, but for smoke runs."""
+        return {"max_num_epochs": 3} if self.fast else {}
+
+    def options(self, **changes: Any) -> JeffreysOptions:
+        """Options of `NPE_Jeffreys`: the defaults with `changes`, shrunk for smoke runs."""
+        options = JeffreysOptions(**changes)
+        return replace(options, **_FAST) if self.fast else options
+
+
+_FAST: dict[str, Any] = {
+    "num_steps": 20,
+    "steps_per_epoch": 10,
+    "members": (MemberSpec("maf"),),
+    "proxy_fit": FitConfig(max_epochs=3),
+    "proxy_draws": 200,
+    "proxy_batch_size": 50,
+    "reverse_batch_size": 20,
+    "min_trust": 0.0,
+}
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A method under comparison.
+
+    Attributes:
+        name: Identifier on the command line and in result files.
+        label: How tables and figures call it.
+        training: Methods with the same value run in the same cell and share its trainings.
+    """
+
+    name: str
+    label: str
+    training: str
+
+    def fit(
+        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
+    ) -> FittedMethod:
+        """Train on simulations `(N, D)`, `(N, dim_x)`; everything random follows from `seed`."""
+        ...
+
+
+@dataclass
+class Trained:
+    """A trained inference object of sbi's with its posterior and its cost."""
+
+    inference: Any
+    posterior: Any
+    cost: dict[str, float]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Cost, and what the inference object's summary says."""
+        summary = self.inference.summary
+        kept = {key: list(summary[key]) for key in _TRACES_KEPT if key in summary}
+        epochs = kept.pop("epochs_trained", [])
+        return {**self.cost, "epochs": int(sum(epochs)) if epochs else None, **kept}
+
+
+def train(
+    make: Callable[[], Any], theta: Tensor, x: Tensor, seed: int, context: FitContext
+) -> Trained:
+    """Build, train and measure an inference object of sbi's, on its own random stream."""
+    with seeded(seed), quiet(not context.show_progress):
+        with measured() as cost:
+            inference = make()
+            inference.append_simulations(theta, x).train(**context.train_kwargs)
+        posterior = inference.build_posterior()
+    return Trained(inference, posterior, dict(vars(cost)))
+
+
+def _common(context: FitContext) -> dict[str, Any]:
+    return {"show_progress_bars": context.show_progress, "tracker": NoTracker()}
+
+
+@dataclass(frozen=True)
+class NPEMethod:
+    """sbi's NPE, or an ensemble of independently initialised ones on the same simulations."""
+
+    name: str
+    label: str
+    training: str
+    density_estimator: str = "nsf"
+    num_members: int = 1
+
+    def fit(
+        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
+    ) -> FittedMethod:
+        """See `Method.fit`. Cost of an ensemble: sums over members; the peak is the largest."""
+        members = [self._member(k, task, theta, x, seed, context) for k in range(self.num_members)]
+        info = members[0].info
+        if self.num_members > 1:
+            infos = [member.info for member in members]
+            info = {key: sum(i[key] for i in infos) for key in ("seconds", "cpu_seconds", "epochs")}
+            info["peak_mib"] = max(i["peak_mib"] for i in infos)
+        return EstimatorFit(info=info, posteriors=[member.posterior for member in members])
+
+    def _member(
+        self, k: int, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
+    ) -> Trained:
+        """Member k, from the cell's store where it is trained already."""
+        from sbi.inference import NPE
+
+        key = (self.training, k)
+        if key not in context.shared:
+            member_seed = seed if k == 0 else derive_seed("member", seed, k)
+            context.shared[key] = train(
+                lambda: NPE(task.prior, self.density_estimator, **_common(context)),
+                theta,
+                x,
+                member_seed,
+                context,
+            )
+        return context.shared[key]
+
+
+@dataclass(frozen=True)
+class JeffreysMethod:
+    """`NPE_Jeffreys`, or its draws corrected through the proxy."""
+
+    name: str
+    label: str
+    training: str
+    density_estimator: str = "nsf"
+    changes: tuple[tuple[str, Any], ...] = ()
+    corrected: bool = False
+
+    def fit(
+        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
+    ) -> FittedMethod:
+        """See `Method.fit`."""
+        if self.training not in context.shared:
+            options = context.options(**dict(self.changes))
+            context.shared[self.training] = train(
+                lambda: NPE_Jeffreys(
+                    task.prior, self.density_estimator, options=options, **_common(context)
+                ),
+                theta,
+                x,
+                seed,
+                context,
+            )
+        trained: Trained = context.shared[self.training]
+        main = EstimatorFit(info=trained.info, posteriors=[trained.posterior])
+        if not self.corrected:
+            return main
+        corrected = _corrected_posterior(trained.inference, 1000 if context.fast else 20_000)
+        return CorrectedFit(info=trained.info, main=main, posterior=corrected)
+
+
+def _corrected_posterior(inference: NPE_Jeffreys, num_candidates: int) -> Any:
+    """The corrected posterior, or None where training found no proxy to trust."""
+    notes = inference.summary.get("proxy", [])
+    if inference.proxy is None or (notes and "not trusted" in notes[-1]):
+        return None
+    return inference.build_corrected_posterior(num_candidates=num_candidates)
+
+
+@dataclass(frozen=True)
+class SamplerMethod:
+    """Another trainer of sbi's, with its defaults, whose posterior is only sampled from."""
+
+    name: str
+    label: str
+    training: str
+    trainer: str
+
+    def fit(
+        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
+    ) -> FittedMethod:
+        """See `Method.fit`."""
+        import sbi.inference
+
+        make = getattr(sbi.inference, self.trainer)
+        trained = train(lambda: make(task.prior, **_common(context)), theta, x, seed, context)
+        return SamplerFit(info=trained.info, posterior=trained.posterior)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> Method:
+    """Make a method known by its `name`; one of that name that exists is replaced.
+
+    Raises:
+        TypeError: If it lacks `name`, `label`, `training` or `fit`.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method: expected name, label, training and fit(task, theta, x, seed, context), got "
+            f"{type(method).__name__} without all of them; see sbi_jeffreys.benchmark.methods."
+        )
+    METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists the known ones.
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"name: expected one of {', '.join(METHODS)}, got {name!r}; add your own method with "
+            "`register_method`."
+        )
+    return METHODS[name]
+
+
+for _method in (
+    NPEMethod("npe_nsf", "NPE", "npe_nsf"),
+    NPEMethod("npe_maf", "NPE (maf)", "npe_maf", density_estimator="maf"),
+    NPEMethod("ensemble2", "Ensemble of 2", "npe_nsf", num_members=2),
+    NPEMethod("ensemble5", "Ensemble of 5", "npe_nsf", num_members=5),
+    SamplerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", trainer="NLE"),
+    JeffreysMethod("npe_jeffreys", "NPE_Jeffreys", "npe_jeffreys"),
+    JeffreysMethod(
+        "npe_jeffreys_corrected", "NPE_Jeffreys corrected", "npe_jeffreys", corrected=True
+    ),
+    JeffreysMethod(
+        "npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", density_estimator="maf"
+    ),
+    JeffreysMethod(
+        "npe_jeffreys_fixed",
+        "NPE_Jeffreys (fixed)",
+        "npe_jeffreys_fixed",
+        changes=(("adaptive", False),),
+    ),
+    SamplerMethod("fmpe", "FMPE", "fmpe", trainer="FMPE"),
+    SamplerMethod("npse", "NPSE", "npse", trainer="NPSE"),
+):
+    register_method(_method)
