@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from sbi_jeffreys.benchmark import main_job
+from sbi_jeffreys.benchmark import main_job, report, runner
 from sbi_jeffreys.benchmark.tasks import TASKS, get_task
 
 
@@ -19,9 +20,17 @@ def build_parser() -> argparse.ArgumentParser:
     main_job.add_arguments(parser)
     parser.set_defaults(run=main_job.run)
     commands = parser.add_subparsers(title="commands", metavar="{benchmark,report,tasks}")
+    for name, module in (("benchmark", runner), ("report", report)):
+        command = commands.add_parser(name, help=_first_line(module), description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(run=list_tasks)
     return parser
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").splitlines()[0]
 
 
 def list_tasks(args: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import io
 import os
@@ -9,7 +11,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +109,8 @@ def measured() -> Iterator[Measurement]:
     """Measure a block: `with measured() as m: …`, then read `m.seconds` and so on.
 
     The peak is the kernel's high-water mark, reset at the start (Linux), so that it belongs to the
-    block although workers are reused. Memory that the allocator kept from earlier blocks counts as
-    there already: in a worker that trained before, the figure is a lower bound.
+    block although workers are reused. What earlier blocks freed is first given back to the system,
+    else it would be used again unseen.
     """
     result = Measurement()
     before = _resident_mib("VmRSS") if _reset_peak() else float("nan")
@@ -123,6 +125,9 @@ def measured() -> Iterator[Measurement]:
 
 def _reset_peak() -> bool:
     """Set the kernel's high-water mark to the present size; False where that cannot be done."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
         with open(f"/proc/{os.getpid()}/clear_refs", "w") as file:
             file.write("5")

@@ -22,9 +22,9 @@ __all__ = [
     "EvaluationSettings",
     "evaluate",
     "observations_for",
+    "pairs_for",
     "references_for",
     "simulations_for",
-    "test_pairs_for",
 ]
 
 
@@ -109,7 +109,7 @@ def references_for(
     ]
 
 
-def test_pairs_for(task: Task, settings: EvaluationSettings) -> tuple[Tensor, Tensor]:
+def pairs_for(task: Task, settings: EvaluationSettings) -> tuple[Tensor, Tensor]:
     """Fresh pairs from the joint, `(test_pairs, D)`, `(test_pairs, dim_x)`: one set per task."""
     with seeded(derive_seed("test pairs", task.name)):
         return task.simulate_joint(settings.test_pairs)
@@ -156,7 +156,7 @@ def _pair_metrics(
     task: Task, fitted: FittedMethod, settings: EvaluationSettings, seed: int
 ) -> dict[str, float]:
     """Metrics on the test pairs; none where the method has no density."""
-    theta_true, x = test_pairs_for(task, settings)
+    theta_true, x = pairs_for(task, settings)
     with seeded(derive_seed("pair draws", seed)), quiet():
         draws = fitted.pair_draws(theta_true, x, settings.draws_per_pair)
         return {} if draws is None else evaluate_pairs(task, theta_true, x, draws).flat()

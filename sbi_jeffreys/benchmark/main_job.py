@@ -163,7 +163,8 @@ def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
         samples_colors=list(_COLOURS),
         upper_kwargs={"mpl_kwargs": {"s": 3, "alpha": 0.5, "edgecolor": "none"}},
     )
-    handles = [figure.axes[0].plot([], [], color=c, label=n)[0] for c, n in zip(_COLOURS, labels)]
+    axis: Any = figure.get_axes()[0]
+    handles = [axis.plot([], [], color=c, label=n)[0] for c, n in zip(_COLOURS, labels)]
     figure.legend(handles=handles, loc="lower left")
     return figure
 

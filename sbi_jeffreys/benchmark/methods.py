@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -73,9 +73,14 @@ class Method(Protocol):
         training: Methods with the same value run in the same cell and share its trainings.
     """
 
-    name: str
-    label: str
-    training: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def training(self) -> str: ...
 
     def fit(
         self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
@@ -124,7 +129,7 @@ class NPEMethod:
     name: str
     label: str
     training: str
-    density_estimator: str = "nsf"
+    density_estimator: Literal["nsf", "maf"] = "nsf"
     num_members: int = 1
 
     def fit(
