@@ -1,0 +1,280 @@
+r"""Energy proxy: q̃_ψ(θ, x) = p(θ) e^{f_ψ(θ, s(x))}, for x that has no tractable density.
+
+Images, time series, sets of trials, anything with an embedding net: f_ψ is one of sbi's classifier
+networks on (θ, summary of x), the prior is exact. Real pairs fit it, with contrasts θ_k from a
+*defensive mixture* of the main (¾) and the prior (¼), m(θ|x), by
+
+    nce   −log softmax of the true θ's v = log q̃_ψ − log m among the contrasts' (ranking NCE; Ma &
+          Collins 2018, arXiv 1809.01812): bounded, consistent for any m that covers the posterior;
+    iml   log Ẑ_ψ(x) − log q̃_ψ(θ, x), Ẑ_ψ by importance sampling from m (maximum likelihood, as in
+          Ben-Dov & Chamon, arXiv 2511.11159): the proxy's fit P itself.
+
+In later rounds the pairs come from a proposal p̃(θ), and both would fit p̃'s posterior instead of the
+prior's. Contrasts that follow p̃ too, the θ of other pairs, cancel it (the atomic loss of Greenberg
+et al. 2019, arXiv 1905.07488).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.embedding import summary_net
+from sbi_jeffreys.fitting import FitResult, fit_network
+from sbi_jeffreys.objective import effective_sample_size as kish_sample_size
+from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
+from sbi_jeffreys.proxies._contrasts import Contrasts, draw_atoms, draw_contrasts
+from sbi_jeffreys.proxies._energy_net import EnergyConfig, EnergyNet
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["EnergyConfig", "EnergyProxy"]
+
+_MAX_EVALUATIONS = 100_000  # of the energy per held-out reading
+_CHUNK = 2_000  # observations embedded at once
+
+
+class EnergyProxy(Proxy):
+    """p(θ) e^{f_ψ(θ, s(x))} with a classifier network for f_ψ, fitted against the main.
+
+    Call `set_proposal` with a trained main before `fit`. The proposal is a reference, not a part:
+    it is in no state dict, pickle or deep copy.
+
+    Args:
+        prior: Prior p(θ).
+        config: The network and its fit.
+        embedding_net: x `(B, *x_shape)` → summaries `(B, ·)`, copied; None takes a copy of the
+            proposal's at each `fit`.
+
+    Attributes:
+        effective_sample_size: Kish's, as a fraction of the draws in (0, 1], of the mixture proposal
+            under the fitted energy, mean over held-out x; NaN before `fit`. Near 0 the partition
+            function, and with it the held-out value of the proxy, is not to be relied on.
+        result: Held-out loss and epochs of the last fit, or None.
+
+    Raises:
+        TypeError: If `config` is not an `EnergyConfig` or `embedding_net` not a module.
+    """
+
+    can_sample = False
+
+    def __init__(
+        self,
+        prior: Distribution,
+        config: EnergyConfig | None = None,
+        embedding_net: nn.Module | None = None,
+    ) -> None:
+        super().__init__(prior)
+        if config is not None and not isinstance(config, EnergyConfig):
+            raise TypeError(f"config must be an EnergyConfig or None, got {type(config).__name__}.")
+        if embedding_net is not None and not isinstance(embedding_net, nn.Module):
+            raise TypeError(
+                f"embedding_net must be a torch module that maps x (B, *x_shape) to (B, S), or "
+                f"None for the main's, got {type(embedding_net).__name__}."
+            )
+        self.config = EnergyConfig() if config is None else config
+        self.effective_sample_size = float("nan")
+        self.result: FitResult | None = None
+        self.net: EnergyNet | None = None
+        # In a tuple, which nn.Module does not register: it is a template, not a part.
+        self._template = (deepcopy(embedding_net),)
+        self._proposal: ConditionalDensityEstimator | None
+        self.set_proposal(None)
+
+    def set_proposal(self, main: ConditionalDensityEstimator | None, atomic: bool = False) -> None:
+        """Name the main that contrasts are drawn from; it must not change during `fit`.
+
+        Args:
+            main: A trained density estimator of θ given x, or None to let go of it.
+            atomic: Whether the pairs come from a proposal instead of the prior (later rounds
+                without `force_first_round_loss`): contrasts are then other pairs' θ, and `main`
+                only lends its embedding net.
+
+        Raises:
+            TypeError: If `main` cannot be sampled or evaluated.
+        """
+        missing = [n for n in ("sample", "log_prob") if main is not None and not hasattr(main, n)]
+        if missing:
+            raise TypeError(
+                f"main must be a trained density estimator of theta given x; {type(main).__name__} "
+                f"has no {' and no '.join(missing)}. Pass what NPE's `train` returns."
+            )
+        # Past nn.Module's registration: the main has an owner already.
+        object.__setattr__(self, "_proposal", main)
+        self._atomic = atomic
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_proposal": None}
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        """f_ψ(θ, s(x)), x embedded once per call; see `Proxy.log_factor`."""
+        net = self._fitted()
+        return net(theta, net.summarise(x))
+
+    def _fitted(self) -> EnergyNet:
+        if self.net is None:
+            raise RuntimeError("This EnergyProxy is not fitted: call set_proposal(main), then fit.")
+        return self.net
+
+    def fit(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        train_indices: Tensor,
+        val_indices: Tensor,
+        on_epoch: Callable[[int, float], None] | None = None,
+        max_epochs: int | None = None,
+        patience: int | None = None,
+    ) -> EnergyProxy:
+        """Fit f_ψ from scratch against the proposal; see `Proxy.fit` for the arguments.
+
+        Raises:
+            RuntimeError: Without a proposal.
+            ValueError: If summaries of x are not finite.
+        """
+        main = self._required_proposal()
+        embedding = self._embedding(main, theta).eval()
+        with torch.no_grad():
+            summary = torch.cat([embedding(part).flatten(1) for part in x.split(_CHUNK)])
+        _check_summaries(summary)
+        self.net = EnergyNet(embedding, theta[train_indices], summary[train_indices], self.config)
+        fit = self.config.fit
+        config = replace(
+            fit,
+            max_epochs=min(fit.max_epochs, max_epochs or fit.max_epochs),
+            patience=min(fit.patience, patience or fit.patience),
+        )
+        num_held_out = max(16, min(256, _MAX_EVALUATIONS // len(val_indices)))
+        held_out = self.draw(theta[val_indices], x[val_indices], num_held_out, main)
+        cached = summary if self.config.share_embedding else None
+        loss = _Loss(self, main, theta, x, cached, held_out)
+        self.result = fit_network(self.net, loss, train_indices, val_indices, config, on_epoch)
+        self.requires_grad_(False)
+        self._measure(held_out, x[val_indices])
+        return self
+
+    def _required_proposal(self) -> ConditionalDensityEstimator:
+        if self._proposal is None:
+            raise RuntimeError(
+                "EnergyProxy.fit draws contrasts from the main: call set_proposal(main) with the "
+                "trained density estimator first (again after unpickling or copying)."
+            )
+        return self._proposal
+
+    def _embedding(self, main: ConditionalDensityEstimator, like: Tensor) -> nn.Module:
+        """The embedding net to start from, a copy."""
+        template = self._template[0]
+        return summary_net(main) if template is None else deepcopy(template).to(like)
+
+    @torch.no_grad()
+    def _measure(self, contrasts: Contrasts, x: Tensor) -> None:
+        """Effective sample size of the proposal on held-out x."""
+        log_weights = self.log_factor(contrasts.theta, x) + contrasts.offset
+        share = kish_sample_size(log_weights) / len(contrasts.theta)
+        self.effective_sample_size = float(share.mean())
+
+    # ------------------------------------------------------------------ contrasts
+
+    def draw(
+        self, theta: Tensor, x: Tensor, num: int, main: ConditionalDensityEstimator
+    ) -> Contrasts:
+        """`num` fresh contrasts for each pair."""
+        if self._atomic:
+            return draw_atoms(theta, num)
+        return draw_contrasts(self, main, theta, x, num)
+
+    def losses(
+        self, net: EnergyNet, theta: Tensor, summary: Tensor, contrasts: Contrasts
+    ) -> Tensor:
+        """Losses of pairs θ `(B, D)` with summaries `(B, S)` against their contrasts, `(B,)`."""
+        factor = net(torch.cat([theta.unsqueeze(0), contrasts.theta]), summary)
+        ratio = factor[1:] + contrasts.offset
+        if self.config.fit_with == "iml":
+            log_z = log_normaliser(ratio, torch.zeros_like(ratio))
+            return log_z - factor[0] - contrasts.log_prior_true
+        return ranking_nce_losses(factor[0] + contrasts.offset_true, ratio)
+
+    # ------------------------------------------------------------------ joint training
+
+    def joint_parameters(self) -> list[nn.Parameter]:
+        """The energy's trainable parameters, unfrozen: hand them to an optimiser of their own."""
+        net = self._fitted()
+        chosen = [p for name, p in net.named_parameters() if name in net.trainable]
+        for p in chosen:
+            p.requires_grad_(True)
+        return chosen
+
+    def joint_loss(self, theta: Tensor, x: Tensor, main: ConditionalDensityEstimator) -> Tensor:
+        """Mean loss of a minibatch against fresh contrasts from the main as it is now.
+
+        For alternating with the main's steps: the contrasts are detached, only ψ carries gradient.
+
+        Args:
+            theta: Real pairs' parameters, shape `(B, D)`.
+            x: Their simulations, shape `(B, *x_shape)`.
+            main: The current main.
+
+        Returns:
+            Scalar in nats.
+
+        Raises:
+            RuntimeError: Before `fit`, or without `joint_parameters` having been called.
+        """
+        net = self._fitted()
+        if not any(p.requires_grad for p in net.head.parameters()):
+            raise RuntimeError(
+                "The energy is frozen after fit: build the optimiser from joint_parameters() first."
+            )
+        contrasts = self.draw(theta, x, self.config.num_contrasts, main)
+        return self.losses(net, theta, net.summarise(x), contrasts).mean()
+
+
+class _Loss:
+    """The loss that `fit_network` calls, with its pool of contrasts.
+
+    Drawing from the main costs far more than evaluating the energy. So a pool twice the contrasts
+    of one step is drawn every few epochs, and each step picks half of it.
+    """
+
+    def __init__(
+        self,
+        proxy: EnergyProxy,
+        main: ConditionalDensityEstimator,
+        theta: Tensor,
+        x: Tensor,
+        summary: Tensor | None,
+        held_out: Contrasts,
+    ) -> None:
+        self.proxy, self.main, self.theta, self.x = proxy, main, theta, x
+        self.summary, self.held_out = summary, held_out
+        self.pool: Contrasts | None = None
+        self.epochs_left = 0
+
+    def __call__(self, net: nn.Module, indices: Tensor, training: bool) -> Tensor:
+        assert isinstance(net, EnergyNet)
+        theta = self.theta[indices]
+        summary = net.summarise(self.x[indices]) if self.summary is None else self.summary[indices]
+        if not training:
+            self.epochs_left -= 1
+            return self.proxy.losses(net, theta, summary, self.held_out)
+        num = self.proxy.config.num_contrasts
+        if self.pool is None or self.epochs_left <= 0:
+            self.pool = self.proxy.draw(self.theta, self.x, 2 * num, self.main)
+            self.epochs_left = self.proxy.config.refresh_epochs
+        return self.proxy.losses(net, theta, summary, self.pool.pick(indices, num))
+
+
+def _check_summaries(summary: Tensor) -> None:
+    bad = int((~torch.isfinite(summary)).any(dim=1).sum())
+    if bad:
+        raise ValueError(
+            f"x: expected the embedding net to give finite summaries, got NaN or inf for {bad} of "
+            f"{len(summary)} simulations; drop those, or use an embedding net that masks missing "
+            "values (sbi's PermutationInvariantEmbedding for NaN-padded trials)."
+        )

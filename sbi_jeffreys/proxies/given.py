@@ -1,0 +1,242 @@
+r"""Given proxy: q̃(θ, x) = p(θ) ℓ(x|θ) with an ℓ that the user already has.
+
+A log-likelihood function, or a trained estimator of sbi's: NLE (a density of x given θ) or NRE (a
+log-ratio, a likelihood up to a function of x). With the exact likelihood q = π, and the reverse
+term is the true reverse KL divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["GivenProxy"]
+
+_CHUNK = 20_000  # pairs per call of the given function: bounds memory
+_MAX_CHECKED = 100  # simulations the function is tried on before training relies on it
+
+LogLikelihood = Callable[[Tensor, Tensor], Tensor]
+Sampler = Callable[[Tensor], Tensor]
+
+
+class GivenProxy(Proxy):
+    """p(θ) times a likelihood that is handed over; nothing is fitted.
+
+    Args:
+        prior: Prior p(θ).
+        log_likelihood: Maps θ `(N, D)` and x `(N, *x_shape)` to log p(x|θ) `(N,)`, up to a function
+            of x. −∞ is allowed, NaN and +∞ are not. It is never called outside the prior's support.
+            Pickling the trainer pickles it: a function of a module or an `nn.Module`, no lambda.
+        sample_x: Maps θ `(N, D)` to x `(N, *x_shape)`, a draw from the same likelihood each. With
+            it, the symmetric stage trains on unlimited pairs; leave it out where x is expensive.
+
+    Raises:
+        TypeError: If either is not callable.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import MultivariateNormal
+        >>> prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+        >>> proxy = GivenProxy(prior, lambda theta, x: -0.5 * ((x - theta) ** 2).sum(-1))
+        >>> proxy.log_potential(torch.zeros(5, 3, 2), torch.zeros(3, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self, prior: Distribution, log_likelihood: LogLikelihood, sample_x: Sampler | None = None
+    ) -> None:
+        super().__init__(prior)
+        for name, value in (("log_likelihood", log_likelihood), ("sample_x", sample_x)):
+            if not callable(value) and not (name == "sample_x" and value is None):
+                raise TypeError(
+                    f"{name} must be callable, got {type(value).__name__}; for a trained sbi "
+                    "estimator use GivenProxy.from_nle or GivenProxy.from_nre."
+                )
+        self.log_likelihood, self.sample_x = log_likelihood, sample_x
+        self.can_sample = sample_x is not None
+
+    @classmethod
+    def from_nle(cls, prior: Distribution, estimator: Any) -> GivenProxy:
+        """Proxy from what sbi's NLE returns from `train`: a density estimator of x given θ.
+
+        It is copied and frozen. Where it gives NaN, far outside its training data, the proxy has
+        no mass.
+
+        Raises:
+            TypeError: If the estimator lacks `log_prob` or `sample`.
+        """
+        _require(estimator, ("log_prob", "sample"), "estimator", "NLE")
+        likelihood = _NLELikelihood(estimator)
+        return cls(prior, likelihood, likelihood.sample)
+
+    @classmethod
+    def from_nre(cls, prior: Distribution, ratio_estimator: Any) -> GivenProxy:
+        """Proxy from what sbi's NRE returns from `train`: a ratio estimator of θ and x.
+
+        It is copied and frozen. Where it gives NaN, far outside its training data, the proxy has
+        no mass. It cannot be sampled.
+
+        Raises:
+            TypeError: If the estimator lacks `unnormalized_log_ratio`.
+        """
+        _require(ratio_estimator, ("unnormalized_log_ratio",), "ratio_estimator", "NRE")
+        return cls(prior, _NRERatio(ratio_estimator))
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        """log p(x|θ) as given, checked; see `Proxy.log_factor`.
+
+        Raises:
+            TypeError: If the function returns no tensor.
+            ValueError: If it returns another shape, NaN or +∞, or loses a gradient asked for.
+        """
+        rows = max(1, _CHUNK // max(1, theta.shape[1]))
+        parts = [self._evaluate(part, x) for part in theta.split(rows)]
+        return torch.cat(parts)
+
+    def _evaluate(self, theta: Tensor, x: Tensor) -> Tensor:
+        num, batch = theta.shape[:2]
+        flat = theta.reshape(num * batch, -1)
+        values = self.log_likelihood(
+            flat, x.expand(num, *x.shape).reshape(num * batch, *x.shape[1:])
+        )
+        _check_values(values, num * batch)
+        if torch.is_grad_enabled() and theta.requires_grad and not values.requires_grad:
+            raise ValueError(
+                "log_likelihood returned values without a gradient to theta, which "
+                "reverse_estimator='path' needs; write it in torch or use 'vargrad'."
+            )
+        return values.to(theta).reshape(num, batch)
+
+    def fit(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        train_indices: Tensor,
+        val_indices: Tensor,
+        on_epoch: Callable[[int, float], None] | None = None,
+        max_epochs: int | None = None,
+        patience: int | None = None,
+    ) -> GivenProxy:
+        """Nothing to fit; the function is tried on some of the simulations. See `Proxy.fit`.
+
+        Raises:
+            ValueError: If it gives none of them a positive likelihood, or fails `log_factor`'s
+                checks.
+        """
+        rows = train_indices[:_MAX_CHECKED]
+        with torch.no_grad():
+            values = self.log_potential(theta[rows].unsqueeze(0), x[rows])
+        if not bool(torch.isfinite(values).any()):
+            raise ValueError(
+                f"log_likelihood is -inf at all of the {len(rows)} simulations it was tried on: it "
+                "does not describe this simulator. Check the order and units of theta and x."
+            )
+        return self
+
+    @torch.no_grad()
+    def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Pairs θ̃ ∼ p(θ), x̃ ∼ p(x|θ̃): shapes `(≤ num_samples, D)`, `(≤ num_samples, *x_shape)`."""
+        return self.sample_given(self.prior.sample(torch.Size((num_samples,))))
+
+    @torch.no_grad()
+    def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs (θ̃, x̃ ∼ p(x|θ̃)) for given θ̃ `(N, D)`, failed draws dropped.
+
+        Raises:
+            NotImplementedError: If no `sample_x` was given.
+            ValueError: If it returns another number of rows.
+        """
+        if self.sample_x is None:
+            raise NotImplementedError(
+                "This GivenProxy cannot draw x: pass sample_x, or use GivenProxy.from_nle."
+            )
+        x = self.sample_x(theta)
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != len(theta):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"sample_x must return a tensor of shape ({len(theta)}, *x_shape), one x for each "
+                f"theta, got {got}."
+            )
+        flat = x.flatten(1)
+        # NaN in part of an x of several axes encodes missing trials; in a vector it is a failure.
+        nan = torch.isnan(flat).any(1) if x.ndim == 2 else torch.isnan(flat).all(1)
+        usable = ~(nan | torch.isinf(flat).any(1))
+        return theta[usable], x[usable]
+
+
+class _NLELikelihood(nn.Module):
+    """log ℓ(x|θ) of a density estimator of x given θ, for pairs."""
+
+    def __init__(self, estimator: nn.Module) -> None:
+        super().__init__()
+        self.estimator = _frozen_copy(estimator)
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        log_prob = self.estimator.log_prob(x.unsqueeze(0), theta)  # type: ignore[operator]
+        return _nan_to_no_mass(log_prob.reshape(len(theta)))
+
+    def sample(self, theta: Tensor) -> Tensor:
+        """One x for each θ, `(N, D)` → `(N, *x_shape)`."""
+        shape = torch.Size((1,))
+        chunks = [self.estimator.sample(shape, t)[0] for t in theta.split(_CHUNK)]  # type: ignore[operator]
+        return torch.cat(chunks)
+
+
+class _NRERatio(nn.Module):
+    """log r(θ, x) of a ratio estimator, for pairs."""
+
+    def __init__(self, ratio_estimator: nn.Module) -> None:
+        super().__init__()
+        self.ratio_estimator = _frozen_copy(ratio_estimator)
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        ratio = self.ratio_estimator.unnormalized_log_ratio(theta, x)  # type: ignore[operator]
+        return _nan_to_no_mass(ratio.reshape(len(theta)))
+
+
+def _frozen_copy(estimator: nn.Module) -> nn.Module:
+    """A copy in evaluation mode without gradients: the user's own stays trainable."""
+    return deepcopy(estimator).eval().requires_grad_(False)
+
+
+def _nan_to_no_mass(values: Tensor) -> Tensor:
+    """−∞ for NaN and +∞: a network that overflows far out is no evidence for θ there."""
+    return torch.where(torch.isnan(values) | torch.isposinf(values), -torch.inf, values)
+
+
+def _require(obj: Any, methods: tuple[str, ...], name: str, kind: str) -> None:
+    missing = [m for m in methods if not callable(getattr(obj, m, None))]
+    if not isinstance(obj, nn.Module) or missing:
+        lacks = f"has no {' and no '.join(missing)}" if missing else "is no torch module"
+        raise TypeError(
+            f"{name} must be the network that sbi's {kind} returns from train(), but "
+            f"{type(obj).__name__} {lacks}. A trainer or a posterior is not enough: pass "
+            f"`{kind}(prior).append_simulations(theta, x).train()`."
+        )
+
+
+def _check_values(values: Any, num: int) -> None:
+    """The contract of a log-likelihood function."""
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"log_likelihood must return a tensor of shape ({num},), got {type(values).__name__}; "
+            "wrap its result in torch.as_tensor."
+        )
+    if values.shape != (num,):
+        raise ValueError(
+            f"log_likelihood must return shape ({num},), one value for each pair of theta and x, "
+            f"got {tuple(values.shape)}; sum over the dimensions of x, and keep the batch."
+        )
+    wrong = torch.isnan(values) | torch.isposinf(values)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"log_likelihood must be finite or -inf, got NaN or +inf for {int(wrong.sum())} of "
+            f"{num} pairs; return -inf where x is impossible given theta."
+        )
