@@ -9,7 +9,7 @@ it comes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -80,8 +80,8 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
     def sample_and_log_prob(
         self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Samples of θ and their log densities."""
-        theta = self.sample(sample_shape, condition, **kwargs)
+        """Samples of θ, with gradient where the estimator has one, and their log densities."""
+        theta = self.transform.inverse(_gradient_sample(self.estimator, condition, sample_shape))
         flat = theta.reshape(-1, *theta.shape[-2:])
         return theta, self.log_prob(flat, condition).reshape(theta.shape[:-1])
 
@@ -124,6 +124,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def _gradient_sample(
+    estimator: ConditionalDensityEstimator, x: Tensor, shape: torch.Size
+) -> Tensor:
+    """Samples that carry a gradient if the estimator has any way to give one."""
+    theta = estimator.sample(shape, x)
+    if torch.is_grad_enabled() and not theta.requires_grad:
+        # zuko's `sample` has no gradient, its `sample_and_log_prob` has. nflows' has the first and
+        # pairs samples with the wrong conditions in the second: hence this order.
+        with suppress(NotImplementedError):
+            theta, _ = estimator.sample_and_log_prob(shape, x)
+    return theta
+
+
 def reparameterised_sample(
     main: ConditionalDensityEstimator, x: Tensor, num_samples: int
 ) -> Tensor:
@@ -132,13 +145,7 @@ def reparameterised_sample(
     Raises:
         ValueError: If the estimator cannot sample with gradients.
     """
-    shape = torch.Size((num_samples,))
-    theta = main.sample(shape, x)
-    if not theta.requires_grad:  # zuko's `sample` has no gradient, its `sample_and_log_prob` has
-        try:
-            theta, _ = main.sample_and_log_prob(shape, x)
-        except NotImplementedError:
-            pass
+    theta = _gradient_sample(main, x, torch.Size((num_samples,)))
     if not theta.requires_grad:
         raise ValueError(
             f"reverse_estimator='path' needs a density estimator that samples with gradients; "

@@ -32,7 +32,8 @@ class FitConfig:
         learning_rate: AdamW's step size.
         weight_decay: Decoupled decay (Loshchilov & Hutter 2019); the weights shrink by
             `learning_rate · weight_decay` per step.
-        batch_size: Pairs per step.
+        batch_size: Pairs per step; None: a ninth of the training pairs, between 20 and 200, so that
+            an epoch has about nine steps where simulations are few.
         patience: Epochs without held-out improvement before stopping.
         max_epochs: Upper bound on epochs.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
@@ -41,7 +42,7 @@ class FitConfig:
 
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
-    batch_size: int = 50
+    batch_size: int | None = None
     patience: int = 20
     max_epochs: int = 300
     ema_decay: float = 0.995
@@ -102,7 +103,8 @@ def fit_network(
     )
     ema, best, best_state = deepcopy(net), math.inf, deepcopy(net.state_dict())
     epoch = since = step = 0
-    batch_size = min(config.batch_size, len(train_indices))
+    batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
+    batch_size = min(batch_size, len(train_indices))
     try:
         while epoch < config.max_epochs and since < config.patience:
             net.train()

@@ -44,13 +44,12 @@ def defensive_log_normaliser(
     """
     from_main = max(1, round(_MAIN_SHARE * num_samples))
     theta_main = main.sample(torch.Size((from_main,)), x)
-    theta_prior = proxy.prior.sample(torch.Size((num_samples - from_main, len(x))))
-    theta = torch.cat([theta_main, theta_prior.to(theta_main)])
+    from_prior = (num_samples - from_main) * len(x)  # drawn flat: not every prior takes 2-D shapes
+    theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta_main)
+    theta = torch.cat([theta_main, theta_prior.reshape(-1, len(x), theta_main.shape[-1])])
     log_share = math.log(from_main / num_samples)
     log_rest = math.log1p(-from_main / num_samples)
-    log_m = torch.logaddexp(
-        main.log_prob(theta, x) + log_share, proxy.log_prior(theta) + log_rest
-    )
+    log_m = torch.logaddexp(main.log_prob(theta, x) + log_share, proxy.log_prior(theta) + log_rest)
     log_q = proxy.log_potential(theta, x)
     return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
 
@@ -104,7 +103,9 @@ class HeldOut:
         return value if math.isfinite(value) else math.inf
 
     @torch.no_grad()
-    def reverse(self, main: ConditionalDensityEstimator, proxy: Proxy, num_samples: int = 8) -> float:
+    def reverse(
+        self, main: ConditionalDensityEstimator, proxy: Proxy, num_samples: int = 8
+    ) -> float:
         """R on (at most 100) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
         x = self.x[:100]
         theta = main.sample(torch.Size((num_samples,)), x)

@@ -41,7 +41,9 @@ def trust(proxy_nll: float | Tensor, main_nll: float | Tensor) -> Tensor:
     Returns:
         Scalar tensor; 0 if the proxy's value is not finite.
     """
-    gap = torch.as_tensor(proxy_nll, dtype=torch.float64) - torch.as_tensor(main_nll, dtype=torch.float64)
+    gap = torch.as_tensor(proxy_nll, dtype=torch.float64) - torch.as_tensor(
+        main_nll, dtype=torch.float64
+    )
     return torch.where(torch.isfinite(gap), torch.exp(-gap.clamp(min=0.0)), torch.zeros_like(gap))
 
 
@@ -82,7 +84,11 @@ class ResilientMultipliers(nn.Module):
         initial: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, value in (("price", price), ("step_size", step_size), ("max_multiplier", max_multiplier)):
+        for name, value in (
+            ("price", price),
+            ("step_size", step_size),
+            ("max_multiplier", max_multiplier),
+        ):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
         if step_size > 1:
@@ -91,7 +97,9 @@ class ResilientMultipliers(nn.Module):
                 "its target every step."
             )
         if not 0 <= initial <= max_multiplier:
-            raise ValueError(f"initial must be in [0, max_multiplier={max_multiplier}], got {initial}.")
+            raise ValueError(
+                f"initial must be in [0, max_multiplier={max_multiplier}], got {initial}."
+            )
         if num_constraints < 1:
             raise ValueError(f"num_constraints must be at least 1, got {num_constraints}.")
         self.price, self.step_size, self.max_multiplier = price, step_size, max_multiplier
@@ -109,7 +117,9 @@ class ResilientMultipliers(nn.Module):
         Returns:
             The new multipliers, shape `(m,)`.
         """
-        g = torch.as_tensor(violations, dtype=self.multipliers.dtype, device=self.multipliers.device)
+        g = torch.as_tensor(
+            violations, dtype=self.multipliers.dtype, device=self.multipliers.device
+        )
         if g.shape != self.multipliers.shape:
             raise ValueError(
                 f"violations must have shape {tuple(self.multipliers.shape)}, one value per "

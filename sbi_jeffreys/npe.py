@@ -97,8 +97,7 @@ class NPE_Jeffreys(NPE_C):  # noqa: N801 - sbi's naming
     def __init__(
         self,
         prior: Distribution | None = None,
-        density_estimator: str
-        | ConditionalEstimatorBuilder[ConditionalDensityEstimator] = "nsf",
+        density_estimator: str | ConditionalEstimatorBuilder[ConditionalDensityEstimator] = "nsf",
         device: str = "cpu",
         logging_level: int | str = "WARNING",
         summary_writer: Any | None = None,
@@ -355,7 +354,12 @@ class NPE_Jeffreys(NPE_C):  # noqa: N801 - sbi's naming
             self._neural_net.eval()
 
     def _record(
-        self, stage: SymmetricStage, terms: dict[str, float], value: float, reverse: float, start: float
+        self,
+        stage: SymmetricStage,
+        terms: dict[str, float],
+        value: float,
+        reverse: float,
+        start: float,
     ) -> None:
         """Append one epoch to the summary: sbi's keys keep their meaning, ours stand beside."""
         values = (

@@ -117,7 +117,9 @@ def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Ten
         The capped log ratio, shape `(K, B)`, finite wherever `log_p` is.
     """
     if barrier <= 0:
-        raise ValueError(f"barrier must be positive (nats above the typical log ratio), got {barrier}.")
+        raise ValueError(
+            f"barrier must be positive (nats above the typical log ratio), got {barrier}."
+        )
     with torch.no_grad():
         ratio = log_p - log_q
         finite = torch.isfinite(ratio)
@@ -169,7 +171,9 @@ def reverse_vargrad_loss(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) ->
     return 0.5 * ratio.var(dim=0).mean()
 
 
-def reverse_path_loss(log_p_frozen: Tensor, log_q: Tensor, log_p: Tensor, barrier: float = 10.0) -> Tensor:
+def reverse_path_loss(
+    log_p_frozen: Tensor, log_q: Tensor, log_p: Tensor, barrier: float = 10.0
+) -> Tensor:
     """Path-gradient loss for R ("sticking the landing").
 
     E[log p_φ̄(θ_φ|x) − log q̃_ψ(θ_φ, x)] with reparameterised θ_φ and frozen parameters φ̄ inside the

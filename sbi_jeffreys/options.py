@@ -17,7 +17,9 @@ _ESTIMATORS = ("vargrad", "path")
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int ≥ {minimum}, got {type(value).__name__} ({value!r}).")
+        raise TypeError(
+            f"{name} must be an int ≥ {minimum}, got {type(value).__name__} ({value!r})."
+        )
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
@@ -73,13 +75,13 @@ class JeffreysOptions:
     proxy: Literal["auto", "likelihood"] | Proxy = "auto"
     members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
-    num_steps: int = 1500
+    num_steps: int = 1000
     steps_per_epoch: int = 25
-    learning_rate_factor: float = 2.0
+    learning_rate_factor: float = 4.0
     proxy_draws: int = 20_000
     proxy_batch_size: int = 500
-    reverse_batch_size: int = 100
-    reverse_samples: int = 2
+    reverse_batch_size: int = 50
+    reverse_samples: int = 4
     reverse_estimator: Literal["vargrad", "path"] = "vargrad"
     reverse_barrier: float = 10.0
     adaptive: bool = True
@@ -99,7 +101,9 @@ class JeffreysOptions:
                 f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
             )
         if not self.members or not all(isinstance(m, MemberSpec) for m in self.members):
-            raise TypeError(f"members must be a non-empty tuple of MemberSpec, got {self.members!r}.")
+            raise TypeError(
+                f"members must be a non-empty tuple of MemberSpec, got {self.members!r}."
+            )
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
         for name in ("adaptive", "marginal_transforms"):

@@ -37,6 +37,7 @@ from sbi_jeffreys.proxies.base import Proxy
 __all__ = ["SymmetricStage"]
 
 _REAL_WEIGHT = 0.1  # w_F at full trust: what real simulations add to unlimited proxy pairs
+_WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 
 
@@ -97,30 +98,36 @@ class SymmetricStage:
         return self.step >= self.options.num_steps
 
     def run_epoch(self, real_losses: Callable[[], Tensor]) -> dict[str, float]:
-        """Up to `steps_per_epoch` steps; returns the mean of each term, in nats."""
+        """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in."""
         self.main.train()
-        sums: dict[str, float] = {}
+        seen: dict[str, list[float]] = {"forward": [], "generated": [], "reverse": []}
         num = min(self.options.steps_per_epoch, self.options.num_steps - self.step)
         for _ in range(num):
             for name, value in self._step(real_losses).items():
-                sums[name] = sums.get(name, 0.0) + value / num
+                seen[name].append(float(value))
         self.main.eval()
-        return sums
+        return {name: sum(v) / len(v) if v else math.nan for name, v in seen.items()}
 
-    def _step(self, real_losses: Callable[[], Tensor]) -> dict[str, float]:
-        """One gradient step on L; a non-finite gradient skips it."""
-        terms = {"forward": real_losses().mean(), **self._proxy_terms()}
-        loss = self.weigh(terms)
+    def _step(self, real_losses: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """One gradient step on L.
+
+        G is in every step; F and R take turns and count double, so that their sum is unbiased at
+        half their price: F has little weight beside G, and R's samples are the dearest.
+        """
+        reverse_turn = self.step % 2 == 0
+        terms = self._proxy_terms(with_reverse=reverse_turn)
+        if not reverse_turn:
+            terms["forward"] = real_losses().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.weigh(terms).backward()
         max_norm = math.inf if self.clip_max_norm is None else self.clip_max_norm
         norm = clip_grad_norm_(self.main.parameters(), max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rate * annealed(self.step, self.options.num_steps)
-        if bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm)):  # a non-finite gradient skips the step
             self.optimizer.step()
         self.step += 1
-        return {name: float(term.detach()) for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
     def update_multipliers(self, held_out_forward: float) -> None:
         """Dual step on F_val − Ĥ ≤ tolerance + ε, once per epoch; Ĥ takes note of a new best."""
@@ -129,46 +136,58 @@ class SymmetricStage:
             self.multipliers.update([held_out_forward - self.entropy - self.options.tolerance])
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
-        """L = [λ (w_F F + t G) + t R] / (1 + λ) from the terms `forward`, `generated`, `reverse`."""
-        lam, t = self.multipliers.multipliers[0], self.trust
-        real = (_REAL_WEIGHT * t + (1 - t)) * terms["forward"]
-        return (lam * (real + t * terms["generated"]) + t * terms["reverse"]) / (1 + lam)
+        """L = [λ (w_F F + t G) + t R] / (1 + λ) of the terms present; F and R doubled, see `_step`.
 
-    def _proxy_terms(self) -> dict[str, Tensor]:
-        """G and the reverse loss on a batch of the pool, from one pass through the main."""
+        Args:
+            terms: Scalars `generated` and, in turn, `forward` or `reverse`.
+        """
+        lam, t = self.multipliers.multipliers[0], self.trust
+        loss = lam * t * terms["generated"]
+        if "forward" in terms:
+            loss = loss + 2 * lam * (_REAL_WEIGHT * t + (1 - t)) * terms["forward"]
+        if "reverse" in terms:
+            loss = loss + 2 * t * terms["reverse"]
+        return loss / (1 + lam)
+
+    def _proxy_terms(self, with_reverse: bool) -> dict[str, Tensor]:
+        """G, and R where asked for, on a batch of the pool; one pass through the main if possible."""
         num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
         rows = torch.multinomial(self.pool_weights, max(num_pairs, num_x), replacement=True)
-        x = self.pool_x[rows]
-        x_reverse = x[:num_x]
-        if self.options.reverse_estimator == "path":
-            reverse = self._path(x_reverse)
-            log_p = self.main.log_prob(self._theta(rows[:num_pairs]).unsqueeze(0), x[:num_pairs])
-            return {"generated": forward_term(log_p), "reverse": reverse}
-        theta_k = self.sample(x_reverse, self.options.reverse_samples)
-        with torch.no_grad():
-            log_q = self.proxy.log_potential(theta_k, x_reverse)
         if self.pool_theta is None:
-            log_p_k = self.main.log_prob(theta_k, x_reverse)
-            generated = reweighted_forward_term(log_p_k, log_q)
-        else:
-            flat = theta_k.reshape(-1, theta_k.shape[-1])
-            theta = torch.cat([self._theta(rows[:num_pairs]), flat]).unsqueeze(0)
-            x_all = torch.cat([x[:num_pairs], *([x_reverse] * len(theta_k))])
-            log_p = self.main.log_prob(theta, x_all)[0]
-            generated = forward_term(log_p[:num_pairs])
-            log_p_k = log_p[num_pairs:].reshape(len(theta_k), -1)
-        reverse = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
-        return {"generated": generated, "reverse": reverse}
+            return self._reweighted_terms(self.pool_x[rows[:num_x]], with_reverse)
+        theta = self.pool_theta[rows[:num_pairs]]
+        x, x_reverse = self.pool_x[rows[:num_pairs]], self.pool_x[rows[:num_x]]
+        if not with_reverse or self.options.reverse_estimator == "path":
+            generated = forward_term(self.main.log_prob(theta.unsqueeze(0), x))
+            return {"generated": generated} | (
+                {"reverse": self._path(x_reverse)} if with_reverse else {}
+            )
+        theta_k, log_q = self._samples(x_reverse, self.options.reverse_samples)
+        together = torch.cat([theta, theta_k.flatten(0, 1)]).unsqueeze(0)
+        x_together = torch.cat([x, *([x_reverse] * len(theta_k))])
+        log_p = self.main.log_prob(together, x_together)[0]
+        log_p_k = log_p[len(theta) :].reshape(log_q.shape)
+        return {
+            "generated": forward_term(log_p[: len(theta)]),
+            "reverse": reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier),
+        }
 
-    def _theta(self, rows: Tensor) -> Tensor:
-        if self.pool_theta is None:
-            raise RuntimeError("This pool has no theta; the forward term is reweighted instead.")
-        return self.pool_theta[rows]
+    def _reweighted_terms(self, x: Tensor, with_reverse: bool) -> dict[str, Tensor]:
+        """G and R from the main's samples alone, for proxies that have no samples of x."""
+        theta_k, log_q = self._samples(x, max(_WAKE_SAMPLES, self.options.reverse_samples))
+        log_p = self.main.log_prob(theta_k, x)
+        terms = {"generated": reweighted_forward_term(log_p, log_q)}
+        if with_reverse and self.options.reverse_estimator == "path":
+            terms["reverse"] = self._path(x)
+        elif with_reverse:
+            terms["reverse"] = reverse_vargrad_loss(log_p, log_q, self.options.reverse_barrier)
+        return terms
 
     @torch.no_grad()
-    def sample(self, x: Tensor, num_samples: int) -> Tensor:
-        """Detached θ_k ∼ p_φ(·|x): `(num_samples, B, D)` for x `(B, *x_shape)`."""
-        return self.main.sample(torch.Size((num_samples,)), x)
+    def _samples(self, x: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Detached θ_k ∼ p_φ(·|x), `(K, B, D)`, and log q̃_ψ(θ_k, x), `(K, B)`."""
+        theta = self.main.sample(torch.Size((num_samples,)), x)
+        return theta, self.proxy.log_potential(theta, x)
 
     def _path(self, x: Tensor) -> Tensor:
         """R by the path gradient: samples carry φ, densities are evaluated at frozen φ."""

@@ -101,7 +101,9 @@ class MarginalTransform(nn.Module):
                 "structured x needs an embedding net and the energy proxy."
             )
         if not bool(torch.isfinite(x).all()):
-            raise ValueError("x contains NaN or inf; drop those simulations or use an embedding net.")
+            raise ValueError(
+                "x contains NaN or inf; drop those simulations or use an embedding net."
+            )
         wide = x.detach().to("cpu", torch.float64)
         varies = (wide != wide[:1]).any(dim=0)
         if not bool(varies.any()):

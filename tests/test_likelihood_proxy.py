@@ -136,7 +136,9 @@ def test_fit_keeps_the_best_held_out_weights():
         on_epoch=lambda epoch, value: trace.append(value),
     )
     assert result == FitResult(min(trace), 40)
-    assert float(((net(torch.ones(1, 1)) - 0.3) ** 2).detach()) == pytest.approx(min(trace), abs=1e-6)
+    assert float(((net(torch.ones(1, 1)) - 0.3) ** 2).detach()) == pytest.approx(
+        min(trace), abs=1e-6
+    )
 
 
 def test_fit_survives_non_finite_losses():

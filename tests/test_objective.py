@@ -78,7 +78,9 @@ def test_vargrad_gradient_is_that_of_the_reverse_kl(num_samples):
 def test_vargrad_vanishes_sample_by_sample_at_the_optimum():
     scale = torch.tensor(0.6, requires_grad=True)
     theta = Q.sample((3, 5))
-    loss = objective.reverse_vargrad_loss(Normal(-0.5, scale).log_prob(theta), Q.log_prob(theta) - 9)
+    loss = objective.reverse_vargrad_loss(
+        Normal(-0.5, scale).log_prob(theta), Q.log_prob(theta) - 9
+    )
     assert float(loss) < 1e-9
     assert abs(float(torch.autograd.grad(loss, scale)[0])) < 1e-4
 
@@ -145,9 +147,7 @@ def test_reweighted_forward_term_ignores_observations_without_mass():
 
 def test_ranking_nce_known_value_and_direction():
     losses = objective.ranking_nce_losses(torch.tensor([0.0, 2.0]), torch.zeros(3, 2))
-    torch.testing.assert_close(
-        losses, torch.tensor([math.log(4.0), math.log(math.exp(2) + 3) - 2])
-    )
+    torch.testing.assert_close(losses, torch.tensor([math.log(4.0), math.log(math.exp(2) + 3) - 2]))
 
 
 def test_truncated_weights_cap_the_largest_and_normalise():

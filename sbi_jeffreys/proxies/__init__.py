@@ -37,7 +37,9 @@ def build_proxy(
     if obstacle is None:
         return LikelihoodProxy(prior, options.members, options.proxy_fit), "likelihood: vector x"
     if options.proxy == "likelihood":
-        raise ValueError(f"proxy='likelihood' needs a density of x, but {obstacle}; use proxy='auto'.")
+        raise ValueError(
+            f"proxy='likelihood' needs a density of x, but {obstacle}; use proxy='auto'."
+        )
     return None, f"no proxy for this x: {obstacle}"
 
 

@@ -50,10 +50,14 @@ class MemberSpec:
     learning_rate: float = 2e-3
 
 
+# Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
+# is simple, the free one where it is sharp, and the spline flow joins them on skewed or 1-D x. Their
+# stacked mixture beat the best single member by 0.0–0.35 nats of held-out likelihood.
 DEFAULT_MEMBERS = (
     MemberSpec("maf"),
     MemberSpec("maf", weight_decay=0.3),
     MemberSpec("maf", weight_decay=1.0),
+    MemberSpec("nsf", weight_decay=0.3, learning_rate=1e-3),
 )
 
 
@@ -152,11 +156,11 @@ class LikelihoodProxy(Proxy):
         self.nets, self.results = nn.ModuleList(), []
         for spec in self.members:
             net = likelihood_nn(spec.model)(z[train_indices].cpu(), y[train_indices].cpu())
-            config = replace(
-                base, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay
-            )
+            config = replace(base, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
             net.to(theta.device)
-            self.results.append(fit_network(net, loss, train_indices, val_indices, config, on_epoch))
+            self.results.append(
+                fit_network(net, loss, train_indices, val_indices, config, on_epoch)
+            )
             self.nets.append(net)
         self._stack(y[val_indices], z[val_indices])
         return self

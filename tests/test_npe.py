@@ -1,0 +1,401 @@
+"""NPE_Jeffreys as sbi users call it, and its promises: better than NPE, never below it."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from sbi.inference import NPE
+from sbi.neural_nets import posterior_nn
+from sbi.utils import BoxUniform, MultipleIndependent
+from torch.distributions import LogNormal, MultivariateNormal, Uniform
+
+from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
+from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.npe import TRACES
+from sbi_jeffreys.proxies import LikelihoodProxy
+
+TINY = JeffreysOptions(
+    members=(MemberSpec("maf"),),
+    proxy_fit=FitConfig(max_epochs=30, patience=5),
+    num_steps=20,
+    steps_per_epoch=5,
+    proxy_draws=300,
+    proxy_batch_size=50,
+    reverse_batch_size=10,
+)
+PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
+
+
+def simulate(num: int, prior=PRIOR) -> tuple[torch.Tensor, torch.Tensor]:
+    theta = prior.sample((num,))
+    return theta, theta + 0.2 * torch.randn_like(theta)
+
+
+def trained(
+    num: int = 100, options: JeffreysOptions = TINY, prior=PRIOR, max_num_epochs: int = 10, **kwargs
+) -> NPE_Jeffreys:
+    inference = NPE_Jeffreys(prior, show_progress_bars=False, options=options, **kwargs)
+    theta, x = simulate(num, prior if prior is not None else PRIOR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(theta, x).train(max_num_epochs=max_num_epochs)
+    return inference
+
+
+@pytest.fixture(scope="module")
+def inference() -> NPE_Jeffreys:
+    torch.manual_seed(3)
+    return trained()
+
+
+def test_three_lines_of_sbi_with_one_name_changed(inference):
+    posterior = inference.build_posterior()
+    x = torch.zeros(1, 2)
+    samples = posterior.sample((50,), x=x, show_progress_bars=False)
+    assert samples.shape == (50, 2)
+    assert bool((samples.abs() <= 1).all())
+    assert posterior.log_prob(samples, x=x).shape == (50,)
+    assert posterior.log_prob(torch.tensor([[1.5, 0.0]]), x=x) == -torch.inf
+
+
+def test_summary_keeps_sbis_keys_and_adds_ours(inference):
+    summary = inference.summary
+    assert summary["epochs_trained"] == [len(summary["validation_loss"])]
+    assert len(summary["training_loss"]) == len(summary["epoch_durations_sec"])
+    assert summary["best_validation_loss"][0] <= min(summary["held_out_forward"]) + 1e-6
+    assert {len(summary[name]) for name in TRACES} == {4}
+    assert summary["proxy"] == ["likelihood: vector x"]
+
+
+def test_multiplier_and_slack_are_alive_in_training(inference):
+    multipliers = inference.summary["multiplier"]
+    assert len(set(multipliers)) > 1
+    assert inference.summary["slack"] == pytest.approx([m / 20.0 for m in multipliers])
+
+
+def test_frozen_multipliers_stay(inference):
+    frozen = trained(options=copy.copy(TINY).__class__(**{**vars(TINY), "adaptive": False}))
+    assert set(frozen.summary["multiplier"]) == {1.0}
+    assert set(frozen.summary["trust"]) == {1.0}
+
+
+def test_traces_reach_the_tracker():
+    class Recorder:
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+            self.steps: list[int] = []
+
+        def log_metric(self, name, value, step=None) -> None:
+            self.names.add(name)
+            if name == "held_out_forward":
+                self.steps.append(step)
+
+        def log_metrics(self, metrics, step=None) -> None: ...
+        def log_params(self, params) -> None: ...
+        def add_figure(self, name, figure, step=None) -> None: ...
+        def flush(self) -> None: ...
+
+    tracker = Recorder()
+    trained(tracker=tracker)
+    assert set(TRACES) | {"validation_loss", "epochs_trained"} <= tracker.names
+    assert tracker.steps == [0, 1, 2, 3]
+
+
+def test_silence(capfd):
+    trained()
+    captured = capfd.readouterr()
+    assert captured.out.strip() == ""
+    assert captured.err.strip() == ""
+
+
+def test_progress_is_shown_by_default(capfd):
+    inference = NPE_Jeffreys(PRIOR, options=TINY)
+    inference.append_simulations(*simulate(60)).train(max_num_epochs=2)
+    captured = capfd.readouterr()
+    assert "Epochs trained" in captured.out
+    assert "Symmetric stage" in captured.err
+
+
+def test_seed_governs_training():
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in trained()._neural_net.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize(
+    "density_estimator",
+    ["nsf", "maf", "mdn", "made", "zuko_nsf", "zuko_maf", posterior_nn("nsf", num_transforms=2)],
+)
+def test_density_estimators(density_estimator):
+    inference = trained(density_estimator=density_estimator)
+    samples = inference.build_posterior().sample(
+        (10,), x=torch.zeros(1, 2), show_progress_bars=False
+    )
+    assert samples.shape == (10, 2)
+
+
+@pytest.mark.parametrize("density_estimator", ["nsf", "zuko_nsf"])
+def test_path_estimator(density_estimator):
+    options = JeffreysOptions(**{**vars(TINY), "reverse_estimator": "path"})
+    assert len(trained(options=options, density_estimator=density_estimator).summary["trust"]) == 4
+
+
+def test_path_estimator_refuses_what_cannot_be_reparameterised():
+    options = JeffreysOptions(**{**vars(TINY), "reverse_estimator": "path"})
+    with pytest.raises(ValueError, match="samples with gradients"):
+        trained(options=options, density_estimator="made")
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        None,
+        MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        MultipleIndependent(
+            [LogNormal(torch.zeros(1), torch.ones(1)), Uniform(torch.zeros(1), torch.ones(1))]
+        ),
+    ],
+    ids=["none", "gaussian", "mixed"],
+)
+def test_priors(prior):
+    inference = NPE_Jeffreys(prior, show_progress_bars=False, options=TINY)
+    inference.append_simulations(*simulate(80, prior or PRIOR)).train(max_num_epochs=3)
+    posterior = inference.build_posterior()
+    samples = posterior.sample((20,), x=torch.full((1, 2), 0.5), show_progress_bars=False)
+    assert bool(torch.isfinite(samples).all())
+    if isinstance(prior, MultipleIndependent):
+        assert bool((samples > 0).all())
+        assert bool((samples[:, 1] < 1).all())
+
+
+def test_unconstrained_main_has_no_leakage(inference):
+    theta = inference._neural_net.sample(torch.Size((500,)), torch.full((1, 2), 1.5))
+    assert bool((theta.abs() <= 1).all())
+
+
+def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
+    """A likelihood net fitted on shuffled θ: the weights returned are stage 0's."""
+    fit = LikelihoodProxy.fit
+
+    def shuffled(self, theta, x, *args, **kwargs):
+        return fit(self, theta[torch.randperm(len(theta))], x, *args, **kwargs)
+
+    monkeypatch.setattr(LikelihoodProxy, "fit", shuffled)
+    torch.manual_seed(5)
+    broken = trained(400, JeffreysOptions(**{**vars(TINY), "min_trust": 0.3}), max_num_epochs=60)
+    assert "not trusted" in broken.summary["proxy"][0]
+    assert broken.summary["trust"] == []
+    torch.manual_seed(5)
+    plain = trained(400, JeffreysOptions(num_steps=0), max_num_epochs=60)
+    for a, b in zip(broken._neural_net.parameters(), plain._neural_net.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_structured_x_falls_back_with_a_warning():
+    embedding = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 3))
+    inference = NPE_Jeffreys(
+        PRIOR,
+        posterior_nn("maf", embedding_net=embedding),
+        show_progress_bars=False,
+        options=TINY,
+    )
+    theta = PRIOR.sample((50,))
+    x = theta[:, :1, None] + torch.randn(50, 3, 3)
+    inference.append_simulations(theta, x)
+    with pytest.warns(UserWarning, match="falls back to plain NPE"):
+        inference.train(max_num_epochs=2)
+
+
+@pytest.mark.parametrize(("num", "batch"), [(6, 200), (30, 1), (25, 50)])
+def test_few_simulations_and_small_batches(num, batch):
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    inference.append_simulations(*simulate(num)).train(
+        max_num_epochs=2, training_batch_size=batch, validation_fraction=0.2
+    )
+    assert (
+        inference.build_posterior().sample((2,), x=torch.zeros(2), show_progress_bars=False).shape
+    )
+
+
+def test_one_parameter_one_output():
+    prior = BoxUniform(-torch.ones(1), torch.ones(1))
+    options = JeffreysOptions(**{**vars(TINY), "members": (MemberSpec("nsf"), MemberSpec("maf"))})
+    trained(100, options, prior)
+
+
+def test_invalid_simulations_are_dropped_as_sbi_does():
+    theta, x = simulate(100)
+    x[::7] = torch.nan
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    inference.append_simulations(theta, x)
+    assert len(inference.get_simulations()[0]) == 85
+    inference.train(max_num_epochs=2)
+    assert len(inference.summary["trust"]) == 2
+
+
+def test_constant_dimension_of_x_is_no_obstacle():
+    theta, x = simulate(100)
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(theta, torch.cat([x, torch.ones(100, 1)], 1))
+    inference.train(max_num_epochs=2)
+    assert inference.proxy is not None
+
+
+@pytest.mark.parametrize("where", ["_train_epoch", "_summarize_epoch"])
+def test_interrupt_leaves_the_best_weights_usable(monkeypatch, where):
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    inference.append_simulations(*simulate(100))
+    calls, original = [0], getattr(NPE, where)
+
+    def interrupted(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == (4 if where == "_train_epoch" else 8):
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(NPE_Jeffreys, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inference.train(max_num_epochs=5)
+    best = inference._best_model_state_dict
+    for name, value in inference._neural_net.state_dict().items():
+        assert torch.equal(value, best[name])
+    inference.build_posterior().sample((3,), x=torch.zeros(2), show_progress_bars=False)
+
+
+def test_interrupted_then_resumed_equals_uninterrupted():
+    """Bit for bit: the epoch budget runs out, the trainer is pickled, loaded and resumed."""
+
+    def run(pause: bool) -> list[torch.Tensor]:
+        torch.manual_seed(11)
+        inference = NPE_Jeffreys(PRIOR, posterior_nn("maf"), show_progress_bars=False, options=TINY)
+        inference.append_simulations(*simulate(100))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inference.train(max_num_epochs=2)
+            if pause:
+                assert inference._stage is not None
+                assert not inference._stage.finished
+                inference = pickle.loads(pickle.dumps(inference))
+                inference.train(resume_training=True, max_num_epochs=1)
+            inference.train(resume_training=True, max_num_epochs=10)
+        assert inference._stage is not None
+        assert inference._stage.finished
+        return list(inference._neural_net.parameters())
+
+    for a, b in zip(run(False), run(True)):
+        assert torch.equal(a, b)
+
+
+def test_deepcopy_of_the_trainer_is_independent(inference):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = copy.deepcopy(inference)
+    assert other._stage.main is other._neural_net
+    assert other._stage.proxy is other._proxy
+    assert other._neural_net is not inference._neural_net
+
+
+def test_corrected_posterior(inference):
+    corrected = inference.build_corrected_posterior(num_candidates=4000)
+    x = torch.tensor([0.3, -0.2])
+    samples = corrected.sample((500,), x=x, show_progress_bars=False)
+    assert samples.shape == (500, 2)
+    assert bool((samples.abs() <= 1).all())
+    assert 0 < corrected.effective_sample_size(x) <= 1
+    grid = torch.cartesian_prod(*[torch.linspace(-0.995, 0.995, 200)] * 2)
+    mass = corrected.log_prob(grid, x=x).exp().sum() * 0.01**2
+    assert float(mass) == pytest.approx(1.0, abs=0.1)
+    assert corrected.sample_batched((7,), torch.zeros(3, 2), show_progress_bars=False).shape == (
+        7,
+        3,
+        2,
+    )
+
+
+def test_corrected_posterior_moves_a_wrong_main_to_the_proxy(inference):
+    corrected = inference.build_corrected_posterior()
+    with torch.no_grad():
+        for p in corrected.posterior_estimator.parameters():
+            if p.requires_grad:
+                p.add_(0.03 * torch.randn_like(p))
+    x = torch.tensor([0.3, -0.2])
+    theta, log_weights = corrected.weighted_sample(20_000, x)
+    by_weight = (torch.softmax(log_weights, 0).unsqueeze(1) * theta).sum(0)
+    raw, fixed = theta.mean(0), corrected.sample((4000,), x=x, show_progress_bars=False).mean(0)
+    assert float((fixed - by_weight).abs().max()) < 0.05
+    assert float((raw - by_weight).abs().max()) > 0.06
+
+
+def test_corrected_posterior_needs_a_proxy():
+    with pytest.raises(RuntimeError, match="no proxy"):
+        NPE_Jeffreys(PRIOR).build_corrected_posterior()
+
+
+def test_wrong_options_type():
+    with pytest.raises(TypeError, match="JeffreysOptions"):
+        NPE_Jeffreys(PRIOR, options={"num_steps": 3})  # type: ignore[arg-type]
+
+
+def test_unknown_train_keyword_raises():
+    with pytest.raises(TypeError, match="unknown"):
+        NPE_Jeffreys(PRIOR).append_simulations(*simulate(10)).train(unknown=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("proxy", "magic", ValueError),
+        ("members", (), TypeError),
+        ("members", ("maf",), TypeError),
+        ("proxy_fit", {}, TypeError),
+        ("num_steps", -1, ValueError),
+        ("num_steps", 1.5, TypeError),
+        ("steps_per_epoch", 0, ValueError),
+        ("learning_rate_factor", 0.0, ValueError),
+        ("learning_rate_factor", "fast", TypeError),
+        ("proxy_draws", 0, ValueError),
+        ("proxy_batch_size", 0, ValueError),
+        ("reverse_batch_size", 0, ValueError),
+        ("reverse_samples", 1, ValueError),
+        ("reverse_estimator", "score", ValueError),
+        ("reverse_barrier", -1.0, ValueError),
+        ("adaptive", "yes", TypeError),
+        ("marginal_transforms", 1, TypeError),
+        ("initial_multiplier", -0.1, ValueError),
+        ("initial_multiplier", 1e9, ValueError),
+        ("max_multiplier", 0.0, ValueError),
+        ("slack_price", 0.0, ValueError),
+        ("dual_step_size", 1.5, ValueError),
+        ("tolerance", -1.0, ValueError),
+        ("min_trust", 2.0, ValueError),
+    ],
+)
+def test_bad_options_are_named(field, value, error):
+    with pytest.raises(error, match=field):
+        JeffreysOptions(**{field: value})
+
+
+def test_better_than_npe_on_a_linear_gaussian():
+    """Held-out NLL on fresh simulations, 5-D linear Gaussian, 300 simulations."""
+    torch.manual_seed(0)
+    prior = MultivariateNormal(torch.zeros(5), torch.eye(5))
+    theta, test_theta = prior.sample((300,)), prior.sample((2000,))
+    x, test_x = (t + 0.5 * torch.randn_like(t) for t in (theta, test_theta))
+    options = JeffreysOptions(num_steps=200, members=(MemberSpec("maf", 1.0),))
+
+    def nll(estimator: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return -float(estimator.log_prob(test_theta.unsqueeze(0), test_x).mean())  # type: ignore[operator]
+
+    npe = NPE(prior, "nsf", show_progress_bars=False).append_simulations(theta, x).train()
+    ours = NPE_Jeffreys(prior, show_progress_bars=False, options=options)
+    ours = ours.append_simulations(theta, x).train()
+    # Measured over seeds: NPE 4.6 ± 0.3, ours 3.6 ± 0.1, exact 3.08.
+    assert nll(ours) < nll(npe) - 0.3
