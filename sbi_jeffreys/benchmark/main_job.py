@@ -154,6 +154,7 @@ def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
     from sbi.analysis import pairplot
 
     panels = min(_MAX_PANELS, samples[0].shape[1])
+    figure: Any
     figure, _ = pairplot(
         [drawn[:, :panels].numpy() for drawn in samples],
         labels=[f"θ{k + 1}" for k in range(panels)],
@@ -163,7 +164,7 @@ def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
         samples_colors=list(_COLOURS),
         upper_kwargs={"mpl_kwargs": {"s": 3, "alpha": 0.5, "edgecolor": "none"}},
     )
-    axis: Any = figure.get_axes()[0]
+    axis = figure.get_axes()[0]
     handles = [axis.plot([], [], color=c, label=n)[0] for c, n in zip(_COLOURS, labels)]
     figure.legend(handles=handles, loc="lower left")
     return figure

@@ -153,10 +153,9 @@ def _measure(job: Job, method: Method, cell: Cell, context: FitContext) -> dict[
 
 def _draw_references(task: Task, settings: EvaluationSettings) -> None:
     """Fill the cache before the cells run, so that no two of them draw the same reference."""
-    with one_thread(), quiet():
-        # What fails here fails again in the cells that need it, and is recorded there.
-        with suppress(Exception):
-            references_for(task, settings)
+    # What fails here fails again in the cells that need it, and is recorded there.
+    with one_thread(), quiet(), suppress(Exception):
+        references_for(task, settings)
 
 
 def _jobs(

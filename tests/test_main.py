@@ -1,0 +1,78 @@
+"""The command line, end to end on smoke budgets."""
+
+import builtins
+
+import pytest
+
+from sbi_jeffreys.__main__ import main
+
+
+def run(*argv):
+    return main([str(argument) for argument in argv])
+
+
+def test_main_job_prints_one_table_and_writes_two_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "outputs"
+    code = run("--fast", "--quiet", "--simulations", 60, "--observations", 1, "--out", out)
+    assert code == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    header = next(line for line in lines if line.startswith("method"))
+    assert header.split()[1:4] == ["C2ST", "NLL", "coverage"]
+    for label in ("NPE ", "NPE_Jeffreys ", "NPE_Jeffreys corrected"):
+        row = next(line for line in lines if line.startswith(label))
+        assert len(row) == len(header)  # aligned
+    for name in ("posteriors.png", "training.png"):
+        assert (out / name).stat().st_size > 5000
+    assert not (tmp_path / "sbi-logs").exists()
+
+
+def test_benchmark_then_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    arguments = ("--tasks", "two_moons", "--methods", "npe_maf,npe_nsf", "--simulations", 50)
+    small = ("--seeds", 1, "--observations", 1, "--fast", "--quiet", "--out", tmp_path / "r")
+    assert run("benchmark", *arguments, *small) == 0
+    assert "2 cells computed, 0 there already, 0 failed" in capsys.readouterr().out
+    assert run("benchmark", *arguments, *small) == 0
+    assert "0 cells computed, 2 there already" in capsys.readouterr().out
+    assert run("report", "--results", tmp_path / "r", "--out", tmp_path / "rep", "--quiet") == 0
+    assert (tmp_path / "rep" / "report.md").exists()
+
+
+def test_tasks_are_listed(capsys):
+    assert run("tasks") == 0
+    assert "two_moons" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--task", "nope"), "two_moons, got 'nope'"),
+        (("--simulations", "few"), "whole number of at least 20, got 'few'"),
+        (("--observations", "0"), "at least 1, got '0'"),
+        (("benchmark", "--methods", "npe_nsf,magic"), "got 'magic'"),
+        (("benchmark", "--tasks", ","), "comma-separated list"),
+        (("benchmark", "--backend", "threads"), "invalid choice"),
+    ],
+)
+def test_bad_values_end_in_a_message_and_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(*argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dask_that_is_not_there_is_said(tmp_path, capsys, monkeypatch):
+    original = builtins.__import__
+
+    def without_dask(name, *args, **kwargs):
+        if name.startswith("dask"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_dask)
+    code = run("benchmark", "--fast", "--backend", "dask", "--quiet", "--out", tmp_path / "r")
+    assert code == 2
+    assert "sbi_jeffreys[dask]" in capsys.readouterr().err

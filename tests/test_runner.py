@@ -1,0 +1,260 @@
+"""Runner and report: resumable, paired, and telling what failed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import methods as methods_module
+from sbi_jeffreys.benchmark.cells import Cell, write_result
+from sbi_jeffreys.benchmark.evaluation import (
+    EvaluationSettings,
+    observations_for,
+    pairs_for,
+    simulations_for,
+)
+from sbi_jeffreys.benchmark.fitted import FittedMethod
+from sbi_jeffreys.benchmark.methods import FitContext, get_method, register_method
+from sbi_jeffreys.benchmark.report import write_report
+from sbi_jeffreys.benchmark.runner import plan, run_benchmark
+from sbi_jeffreys.benchmark.statistics import collect, paired_difference, ratio, summarise
+from sbi_jeffreys.benchmark.tasks import get_task
+
+SETTINGS = EvaluationSettings(observations=1).smoke()
+
+
+class PriorMethod:
+    """The prior as a posterior; keeps what it was trained on."""
+
+    training = "prior"
+
+    def __init__(self, name="prior_method", label="Prior", broken=False):
+        self.name, self.label, self.broken, self.seen = name, label, broken, []
+
+    def fit(self, task, theta, x, seed, context):
+        self.seen.append((theta, x))
+        if self.broken:
+            raise ArithmeticError("this method always fails")
+        return PriorFit(info={"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 1.0}, task=task)
+
+
+class PriorFit(FittedMethod):
+    def __init__(self, info, task):
+        super().__init__(info=info)
+        self.task = task
+
+    def sample(self, x, num_samples):
+        return self.task.prior.sample((num_samples,))
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path):
+    """Two methods that work and one that fails, registered for one test."""
+    monkeypatch.setattr(methods_module, "METHODS", dict(methods_module.METHODS))
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    found = [PriorMethod(), PriorMethod("second", "Second"), PriorMethod("broken", "Broken", True)]
+    for method in found:
+        register_method(method)
+    return found
+
+
+def go(folder, methods, **kwargs):
+    return run_benchmark(
+        ["two_moons"], methods, [30], 2, SETTINGS, folder, show_progress=False, **kwargs
+    )
+
+
+def test_a_deleted_cell_is_computed_again_and_only_that_one(tmp_path, toys):
+    folder = tmp_path / "results"
+    first, failures = go(folder, ["prior_method"])
+    assert (len(first.pending), failures) == (2, [])
+    files = sorted(folder.iterdir())
+    content = [json.loads(f.read_text()) for f in files]
+    files[0].unlink()
+    again, _ = go(folder, ["prior_method"])
+    assert [cell.seed for cell in again.pending] == [0]
+    assert [cell.seed for cell in again.done] == [1]
+    assert sorted(folder.iterdir()) == files  # and no temporary file is left
+    repeated = json.loads(files[0].read_text())
+    assert repeated["metrics"] == content[0]["metrics"]
+    expected = {"python", "torch", "sbi", "sbi_jeffreys", "git_commit", "cpu", "cores", "threads"}
+    assert expected | {"command"} <= set(repeated["provenance"])
+    assert repeated["provenance"]["threads"] == 1
+
+
+@pytest.mark.parametrize("damage", ["{ half a fi", '{"format": 0}', "[]", '{"format": 1}'])
+def test_a_corrupt_file_is_named_and_computed_again(tmp_path, toys, damage):
+    folder = tmp_path / "results"
+    cell = Cell("two_moons", 30, 0, "prior_method")
+    folder.mkdir()
+    (folder / cell.file_name).write_text(damage)
+    with pytest.warns(UserWarning, match=cell.file_name):
+        found = plan([cell], folder, SETTINGS)
+    assert found.pending == [cell]
+    with pytest.warns(UserWarning, match=cell.file_name):
+        go(folder, ["prior_method"])
+    assert json.loads((folder / cell.file_name).read_text())["status"] == "done"
+
+
+def test_a_failing_method_is_recorded_and_stops_nothing(tmp_path, toys):
+    folder = tmp_path / "results"
+    _, failures = go(folder, ["prior_method", "broken"])
+    assert [cell.method for cell, _ in failures] == ["broken", "broken"]
+    record = json.loads((folder / Cell("two_moons", 30, 0, "broken").file_name).read_text())
+    assert record["status"] == "failed"
+    assert "always fails" in record["traceback"]
+    assert not (go(folder, ["prior_method", "broken"])[0]).pending
+    toys[2].broken = False
+    retried, failures = go(folder, ["prior_method", "broken"], retry_failed=True)
+    assert (len(retried.pending), failures) == (2, [])
+
+
+def test_other_settings_do_not_mix(tmp_path, toys):
+    folder = tmp_path / "results"
+    go(folder, ["prior_method"])
+    other = EvaluationSettings(observations=2).smoke()
+    with pytest.raises(ValueError, match=r"observations=1 \(now 2\)"):
+        run_benchmark(["two_moons"], ["prior_method"], [30], 1, other, folder)
+
+
+def test_all_methods_see_the_same_simulations(tmp_path, toys):
+    go(tmp_path / "results", ["prior_method", "second"])
+    for (theta_a, x_a), (theta_b, x_b) in zip(toys[0].seen, toys[1].seen):
+        assert torch.equal(theta_a, theta_b)
+        assert torch.equal(x_a, x_b)
+    assert not torch.equal(toys[0].seen[0][0], toys[0].seen[1][0])  # seeds differ
+
+
+def test_observations_and_pairs_do_not_depend_on_the_callers_seed():
+    task = get_task("two_moons")
+    state = torch.get_rng_state()
+    three = observations_for(task, EvaluationSettings(observations=3))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    five = observations_for(task, EvaluationSettings(observations=5))
+    assert torch.equal(five[:3], three)
+    other = observations_for(task, EvaluationSettings(observations=3, observation_seed=1))
+    assert not torch.equal(other, three)
+    assert torch.equal(pairs_for(task, SETTINGS)[0], pairs_for(task, SETTINGS)[0])
+    assert torch.equal(simulations_for(task, 9, 4)[1], simulations_for(task, 9, 4)[1])
+
+
+def test_parallel_workers_give_the_same_numbers(tmp_path, toys):
+    go(tmp_path / "one", ["prior_method"])
+    go(tmp_path / "two", ["prior_method"], jobs=2)
+    name = Cell("two_moons", 30, 1, "prior_method").file_name
+    one, two = (json.loads((tmp_path / d / name).read_text()) for d in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
+
+
+def test_ensembles_and_corrected_draws_share_their_trainings():
+    task = get_task("two_moons")
+    theta, x = simulations_for(task, 60, 0)
+    context = FitContext(fast=True)
+    single = get_method("npe_nsf").fit(task, theta, x, 0, context)
+    ensemble = get_method("ensemble2").fit(task, theta, x, 0, context)
+    assert ensemble.posteriors[0] is single.posteriors[0]
+    assert ensemble.info["seconds"] > single.info["seconds"]
+    at, where = torch.zeros(3, 4, 2), x[:4]
+    members = torch.stack([net.log_prob(at, where) for net in ensemble.estimators])
+    expected = members.exp().mean(0).log()
+    assert torch.allclose(ensemble.log_prob(at, where), expected, atol=1e-5)
+    assert ensemble.sample(x[0], 20).shape == (20, 2)
+    draws = ensemble.pair_draws(theta[:5], x[:5], 7)
+    assert draws.theta.shape == (7, 5, 2)
+    main = get_method("npe_jeffreys").fit(task, theta, x, 0, context)
+    corrected = get_method("npe_jeffreys_corrected").fit(task, theta, x, 0, context)
+    assert corrected.main.posteriors[0] is main.posteriors[0]
+    assert corrected.sample(x[0], 20).shape == (20, 2)
+    assert 0 < corrected.reports["ess"] <= 1
+    assert corrected.pair_draws(theta[:5], x[:5], 7).log_weights.shape == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["fmpe", "npe_maf"])
+def test_other_methods_of_sbi_run(name):
+    task = get_task("two_moons")
+    theta, x = simulations_for(task, 60, 0)
+    fitted = get_method(name).fit(task, theta, x, 0, FitContext(fast=True))
+    assert fitted.sample(x[0], 5).shape == (5, 2)
+    assert (fitted.pair_draws(theta[:3], x[:3], 4) is None) == (name == "fmpe")
+
+
+def test_unknown_and_incomplete_methods():
+    with pytest.raises(ValueError, match=r"npe_jeffreys.*got 'nope'"):
+        get_method("nope")
+    with pytest.raises(TypeError, match="name, label, training"):
+        register_method(object())
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def record(folder, seed, method, c2st, seconds, **metrics):
+    content = {
+        "status": "done",
+        "label": {"npe_nsf": "NPE", "npe_jeffreys": "NPE_Jeffreys"}[method],
+        "metrics": {"c2st": c2st, **metrics},
+        "training": {"seconds": seconds, "cpu_seconds": seconds, "peak_mib": 10.0},
+        "settings": {"observations": 1},
+    }
+    return write_result(folder, Cell("two_moons", 100, seed, method), content)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Three seeds: C2ST differences −0.1, −0.2, −0.3; NLL worse by exactly one nat."""
+    folder = tmp_path / "results"
+    for seed, npe, ours in ((0, 0.8, 0.7), (1, 0.9, 0.7), (2, 0.85, 0.55)):
+        record(folder, seed, "npe_nsf", npe, 2.0, nll=1.0 + seed, coverage_90=0.8)
+        record(folder, seed, "npe_jeffreys", ours, 8.0, nll=2.0 + seed, coverage_90=0.92)
+    return folder
+
+
+def test_paired_statistics_are_the_textbook_ones(results):
+    records = [json.loads(path.read_text()) for path in sorted(results.iterdir())]
+    methods = collect(records)["two_moons", 100]
+    ours, npe = methods["npe_jeffreys"], methods["npe_nsf"]
+    mean = summarise(npe, "c2st")
+    assert mean.mean == pytest.approx(0.85)
+    assert mean.standard_error == pytest.approx(0.05 / math.sqrt(3))
+    difference = paired_difference(ours, npe, "c2st")
+    half = 4.302653 * 0.1 / math.sqrt(3)  # t quantile of 97.5 % with two degrees of freedom
+    assert difference.mean == pytest.approx(-0.2)
+    assert difference.low == pytest.approx(-0.2 - half, abs=1e-6)
+    assert difference.high == pytest.approx(-0.2 + half, abs=1e-6)
+    assert difference.verdict == "tie"  # three seeds do not show it: the interval contains zero
+    assert paired_difference(ours, npe, "nll").verdict == "loss"
+    assert paired_difference(ours, npe, "coverage_error_90").verdict == "win"
+    assert paired_difference(ours, npe, "leakage") is None
+    assert ratio(ours, npe, "train_seconds") == pytest.approx(4.0)
+
+
+def test_one_seed_is_never_a_win(results):
+    methods = collect([json.loads(p.read_text()) for p in results.iterdir()])["two_moons", 100]
+    single = paired_difference({0: methods["npe_jeffreys"][0]}, methods["npe_nsf"], "c2st")
+    assert (single.count, single.verdict) == (1, "tie")
+
+
+def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
+    (results / "two_moons-n100-s9-npe_nsf.json").write_text("garbage")
+    failed = Cell("two_moons", 100, 8, "npe_nsf")
+    write_result(results, failed, {"status": "failed", "error": "ValueError: no luck"})
+    with pytest.warns(UserWarning, match="two_moons-n100-s9-npe_nsf"):
+        path = write_report(results, tmp_path / "report", show_progress=False)
+    text = path.read_text()
+    assert "| NPE | 3 | 0.850 ± 0.029 |" in text
+    assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text
+    assert "| NPE_Jeffreys | 0 / 1 / 0 | 0 / 0 / 1 | 1 / 0 / 0 |" in text
+    assert "Against NPE: 1 losses in 3 comparisons" in text
+    assert "- loses: two_moons, 100, NLL (nats): +1.000 [+1.000, +1.000]" in text
+    assert "| NPE_Jeffreys | 100 | 4.00 × | 4.00 × | 1.00 × |" in text
+    assert "no luck" in text
+    assert "corrupt, left out" in text
+    assert len(list(path.parent.glob("*.png"))) == 4
+
+
+def test_report_without_results_says_so(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path), "--quiet"]) == 2
+    assert "run `benchmark` first" in capsys.readouterr().err
