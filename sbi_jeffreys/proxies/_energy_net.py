@@ -83,6 +83,10 @@ class _Standardise(nn.Module):
 class EnergyNet(nn.Module):
     """f_ψ(θ, s(x)) with everything its input goes through.
 
+    θ enters as it is (standardised, skewed dimensions logged), not in the prior's unconstrained
+    space: a log-likelihood is as smooth at a box's edge as elsewhere, and sending the edge to
+    infinity cost 0.7 nats on `blurred_source`, twice that near the edge.
+
     Args:
         embedding: x `(B, *x_shape)` → summaries; stays in evaluation mode, so that batch norm and
             dropout behave as in the main that it comes from.
