@@ -3,8 +3,10 @@
 import builtins
 
 import pytest
+import torch
 
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark.main_job import plot_posteriors
 
 
 def run(*argv):
@@ -39,6 +41,12 @@ def test_benchmark_then_report(tmp_path, capsys, monkeypatch):
     assert "0 cells computed, 2 there already" in capsys.readouterr().out
     assert run("report", "--results", tmp_path / "r", "--out", tmp_path / "rep", "--quiet") == 0
     assert (tmp_path / "rep" / "report.md").exists()
+
+
+def test_more_than_two_parameters_are_drawn_in_pairs(tmp_path):
+    reference, npe, ours = torch.randn(3, 60, 6)
+    plot_posteriors(reference, [npe, ours], tmp_path / "pairs.png", "six parameters")
+    assert (tmp_path / "pairs.png").stat().st_size > 5000
 
 
 def test_tasks_are_listed(capsys):

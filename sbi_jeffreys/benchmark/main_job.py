@@ -150,23 +150,30 @@ def plot_posteriors(reference: Tensor, samples: Sequence[Tensor], path: Path, ti
 
 
 def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
-    """sbi's pairplot of the first few parameters."""
+    """sbi's pairplot of the first few parameters: NPE above the diagonal, NPE_Jeffreys below."""
     from sbi.analysis import pairplot
 
     panels = min(_MAX_PANELS, samples[0].shape[1])
+    points: Any = [
+        {"mpl_kwargs": {"s": 2, "color": colour, "edgecolor": "none"}} for colour in _COLOURS
+    ]
+    lines: Any = [{"mpl_kwargs": {"color": colour}} for colour in _COLOURS]
     figure: Any
     figure, _ = pairplot(
         [drawn[:, :panels].numpy() for drawn in samples],
         labels=[f"θ{k + 1}" for k in range(panels)],
         diag="kde",
-        upper="scatter",
+        upper=["scatter", "scatter", None],
+        lower=["scatter", None, "scatter"],
         figsize=(2.2 * panels, 2.2 * panels),
-        samples_colors=list(_COLOURS),
-        upper_kwargs={"mpl_kwargs": {"s": 3, "alpha": 0.5, "edgecolor": "none"}},
+        diag_kwargs=lines,
+        upper_kwargs=points,
+        lower_kwargs=points,
     )
     axis = figure.get_axes()[0]
     handles = [axis.plot([], [], color=c, label=n)[0] for c, n in zip(_COLOURS, labels)]
-    figure.legend(handles=handles, loc="lower left")
+    where = ("", " (above)", " (below)")
+    figure.legend(handles, [n + w for n, w in zip(labels, where)], loc="lower center", ncols=3)
     return figure
 
 

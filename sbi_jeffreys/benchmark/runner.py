@@ -209,7 +209,8 @@ def run_benchmark(
         for task, budget, seed, method in product(tasks, simulations, range(seeds), methods)
     ]
     todo = plan(cells, folder, settings, retry_failed)
-    work = _jobs(todo.pending, settings, folder, {"command": provenance.command()})
+    # Absolute, because workers may have another working directory.
+    work = _jobs(todo.pending, settings, folder.resolve(), {"command": provenance.command()})
     needed = {job.task.name: job.task for job in work}
     failures: list[tuple[Cell, str]] = []
     with _parallel.Workers(jobs, backend) as workers:
@@ -244,7 +245,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--classifier", choices=("rf", "mlp"), default="rf", help=number)
     parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {number}")
-    parser.add_argument("--backend", choices=("loky", "dask"), default="loky", help=number)
+    parser.add_argument(
+        "--backend",
+        choices=("loky", "dask"),
+        default="loky",
+        help="processes here, or Dask: local, or the cluster at DASK_SCHEDULER_ADDRESS, whose "
+        f"workers must see the same --out {number}",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help=f"folder {number}")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     add_common(parser)
