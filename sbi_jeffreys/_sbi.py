@@ -19,6 +19,6 @@ __all__ = [
     "LossArgs",
     "LossArgsNPE",
     "MixtureDensityEstimator",
-    "TrainConfig",
     "Tracker",
+    "TrainConfig",
 ]

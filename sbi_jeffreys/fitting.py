@@ -51,7 +51,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class FitResult:
-    """Held-out loss of the weights kept (nats; inf if no epoch gave a finite one), and epochs run."""
+    """Held-out loss of the weights kept (nats; inf if none was finite), and epochs run."""
 
     held_out: float
     epochs: int
@@ -82,13 +82,13 @@ def fit_network(
     train_indices: Tensor,
     val_indices: Tensor,
     config: FitConfig,
-    on_epoch: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[int, float], object] | None = None,
 ) -> FitResult:
     """Fit `net` in place and leave it with the averaged weights that were best on held-out data.
 
     Args:
         net: The network.
-        loss: `loss(net, indices, training)` returns the loss of the pairs at `indices`, shape `(B,)`.
+        loss: `loss(net, indices, training)` returns the losses of B pairs, shape `(B,)`.
         train_indices: Pairs to train on, shape `(N,)`.
         val_indices: Held-out pairs, shape `(M,)`.
         config: Optimiser and stopping.

@@ -93,8 +93,8 @@ class ResilientMultipliers(nn.Module):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if step_size > 1:
             raise ValueError(
-                f"step_size must be at most 1, got {step_size}: beyond it the multiplier overshoots "
-                "its target every step."
+                f"step_size must be at most 1, got {step_size}: beyond it the multiplier "
+                "overshoots its target every step."
             )
         if not 0 <= initial <= max_multiplier:
             raise ValueError(

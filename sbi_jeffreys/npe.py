@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ TRACES = (
 )
 
 
-class NPE_Jeffreys(NPE_C):  # noqa: N801 - sbi's naming
+class NPE_Jeffreys(NPE_C):
     r"""Neural posterior estimation with the Jeffreys divergence: a drop-in for `sbi.inference.NPE`.
 
     Args:
@@ -228,7 +228,8 @@ class NPE_Jeffreys(NPE_C):  # noqa: N801 - sbi's naming
         if self._stage is None and not self._prepare_stage(theta, x, held_out, config, loss_args):
             return 0
         stage = self._stage
-        assert stage is not None and self._proxy is not None
+        assert stage is not None
+        assert self._proxy is not None
         epochs_left = -(-(self.options.num_steps - stage.step) // self.options.steps_per_epoch)
         bar = tqdm(
             range(min(epochs_left, config.max_num_epochs)),

@@ -1,6 +1,6 @@
 r"""The symmetric stage: main and proxy fitted to each other under adaptive priorities.
 
-    minimise R    subject to    F_val − Ĥ ≤ ε,      Ĥ = min over main and proxy of held-out NLL so far
+    minimise R   subject to   F_val − Ĥ ≤ ε,   Ĥ = best held-out NLL of main and proxy so far
 
 The forward constraint is read on held-out simulations, while its gradient comes from surrogates
 (the proxy-Lagrangian of Cotter et al. 2019): the forward term F on the training simulations and G,
@@ -24,7 +24,7 @@ from torch.optim import Adam
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.estimators import frozen, reparameterised_sample
-from sbi_jeffreys.multipliers import ResilientMultipliers, trust
+from sbi_jeffreys.multipliers import ResilientMultipliers
 from sbi_jeffreys.objective import (
     forward_term,
     reverse_path_loss,
@@ -150,7 +150,7 @@ class SymmetricStage:
         return loss / (1 + lam)
 
     def _proxy_terms(self, with_reverse: bool) -> dict[str, Tensor]:
-        """G, and R where asked for, on a batch of the pool; one pass through the main if possible."""
+        """G, and R where asked for, on a batch of the pool; one pass through the main."""
         num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
         rows = torch.multinomial(self.pool_weights, max(num_pairs, num_x), replacement=True)
         if self.pool_theta is None:

@@ -16,7 +16,7 @@ import math
 import torch
 from sbi.utils import mcmc_transform, within_support
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Transform, constraints
 
 __all__ = ["MarginalTransform", "PriorTransform"]
 
@@ -185,7 +185,7 @@ class PriorTransform(nn.Module):
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
         self.prior = prior
-        self.bijection = mcmc_transform(prior, device=str(_device_of(prior)))
+        self.bijection: Transform = mcmc_transform(prior, device=str(_device_of(prior)))
 
     @classmethod
     def fit(cls, prior: Distribution) -> PriorTransform | None:
@@ -209,7 +209,7 @@ class PriorTransform(nn.Module):
         """
         flat = theta.reshape(-1, theta.shape[-1])
         inside = within_support(self.prior, flat)
-        u = self.bijection(flat)
+        u = torch.as_tensor(self.bijection(flat))
         finite = torch.isfinite(u).all(dim=-1) & inside
         u = torch.where(finite.unsqueeze(-1), u, torch.zeros_like(u))
         log_det = -self.bijection.inv.log_abs_det_jacobian(u, self.bijection.inv(u))
@@ -218,7 +218,7 @@ class PriorTransform(nn.Module):
 
     def inverse(self, u: Tensor) -> Tensor:
         """θ = T⁻¹(u), inside the support by construction."""
-        flat = self.bijection.inv(u.reshape(-1, u.shape[-1]))
+        flat = torch.as_tensor(self.bijection.inv(u.reshape(-1, u.shape[-1])))
         return flat.reshape(u.shape)
 
 

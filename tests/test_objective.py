@@ -1,4 +1,4 @@
-"""The divergences against analytic values of Gaussians, asymmetric so that directions cannot swap."""
+"""The divergences against analytic values of Gaussians, asymmetric: directions cannot swap."""
 
 import math
 

@@ -91,7 +91,7 @@ class Proxy(nn.Module, ABC):
         x: Tensor,
         train_indices: Tensor,
         val_indices: Tensor,
-        on_epoch: Callable[[int, float], None] | None = None,
+        on_epoch: Callable[[int, float], object] | None = None,
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> Proxy:
@@ -111,8 +111,12 @@ class Proxy(nn.Module, ABC):
         """
         return self
 
+    def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) for given θ̃ `(N, D)`; implausible ones may be dropped."""
+        raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
+
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃): shapes `(≤ num_samples, D)`, `(≤ num_samples, *x_shape)`."""
+        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃): `(N, D)`, `(N, *x_shape)` with N ≤ num_samples."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
 

@@ -51,8 +51,8 @@ class MemberSpec:
 
 
 # Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
-# is simple, the free one where it is sharp, and the spline flow joins them on skewed or 1-D x. Their
-# stacked mixture beat the best single member by 0.0–0.35 nats of held-out likelihood.
+# is simple, the free one where it is sharp, and the spline flow joins them on skewed or 1-D x.
+# Their stacked mixture beat the best single member by 0.0–0.35 nats of held-out likelihood.
 DEFAULT_MEMBERS = (
     MemberSpec("maf"),
     MemberSpec("maf", weight_decay=0.3),
@@ -108,6 +108,9 @@ class LikelihoodProxy(Proxy):
     """
 
     can_sample = True
+    weights: Tensor
+    lower: Tensor
+    upper: Tensor
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class LikelihoodProxy(Proxy):
         x: Tensor,
         train_indices: Tensor,
         val_indices: Tensor,
-        on_epoch: Callable[[int, float], None] | None = None,
+        on_epoch: Callable[[int, float], object] | None = None,
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> LikelihoodProxy:
