@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from sbi_jeffreys.benchmark._arguments import add_common, positive_int, task_name
-from sbi_jeffreys.benchmark._running import derive_seed, one_thread
+from sbi_jeffreys.benchmark._parallel import warm_up
+from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationResult,
     EvaluationSettings,
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     fits: dict[str, FittedMethod] = {}
     results: dict[str, EvaluationResult] = {}
     with one_thread():
+        if not args.fast:
+            with quiet():  # else the first method would pay for imports and first calls
+                warm_up()
         for name in _METHODS:
             label = get_method(name).label
             _say(f"{label}: training on {args.simulations} simulations …", args.quiet)
@@ -82,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(text: str, quiet: bool) -> None:
-    if not quiet:
+def _say(text: str, silent: bool) -> None:
+    if not silent:
         print(text, file=sys.stderr, flush=True)
 
 
