@@ -1,8 +1,26 @@
 """Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
 
+from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.npe import NPE_Jeffreys
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import LikelihoodProxy, MemberSpec, Proxy
+from sbi_jeffreys.proxies import (
+    EnergyConfig,
+    EnergyProxy,
+    GivenProxy,
+    LikelihoodProxy,
+    MemberSpec,
+    Proxy,
+)
 
-__all__ = ["JeffreysOptions", "LikelihoodProxy", "MemberSpec", "NPE_Jeffreys", "Proxy"]
+__all__ = [
+    "CorrectedPosterior",
+    "EnergyConfig",
+    "EnergyProxy",
+    "GivenProxy",
+    "JeffreysOptions",
+    "LikelihoodProxy",
+    "MemberSpec",
+    "NPE_Jeffreys",
+    "Proxy",
+]
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
 
@@ -43,13 +44,15 @@ def defensive_log_normaliser(
         log Ẑ `(B,)` and effective sample sizes in [0, num_samples] `(B,)`.
     """
     from_main = max(1, round(_MAIN_SHARE * num_samples))
-    theta_main = main.sample(torch.Size((from_main,)), x)
     from_prior = (num_samples - from_main) * len(x)  # drawn flat: not every prior takes 2-D shapes
-    theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta_main)
-    theta = torch.cat([theta_main, theta_prior.reshape(-1, len(x), theta_main.shape[-1])])
     log_share = math.log(from_main / num_samples)
     log_rest = math.log1p(-from_main / num_samples)
-    log_m = torch.logaddexp(main.log_prob(theta, x) + log_share, proxy.log_prior(theta) + log_rest)
+    with embedded_once(main, x):
+        theta = main.sample(torch.Size((from_main,)), x)
+        theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta)
+        theta = torch.cat([theta, theta_prior.reshape(-1, *theta.shape[1:])])
+        log_p = main.log_prob(theta, x)
+    log_m = torch.logaddexp(log_p + log_share, proxy.log_prior(theta) + log_rest)
     log_q = proxy.log_potential(theta, x)
     return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
 
@@ -84,7 +87,8 @@ class HeldOut:
         if not self.atomic or proxy is None:
             return self._mean(-main.log_prob(self.theta.unsqueeze(0), self.x)[0])
         theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
-        ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
+        with embedded_once(main, self.x):
+            ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
         return self._mean(ranking_nce_losses(ratio[0], ratio[1:]))
 
     @torch.no_grad()
@@ -108,8 +112,9 @@ class HeldOut:
     ) -> float:
         """R on (at most 100) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
         x = self.x[:100]
-        theta = main.sample(torch.Size((num_samples,)), x)
-        log_p, log_q = main.log_prob(theta, x), proxy.log_potential(theta, x)
+        with embedded_once(main, x):
+            theta = main.sample(torch.Size((num_samples,)), x)
+            log_p, log_q = main.log_prob(theta, x), proxy.log_potential(theta, x)
         log_z = log_normaliser(log_q, log_p)
         inside = torch.isfinite(log_q)
         ratio = torch.where(inside, log_p - log_q, 0.0).sum(0) / inside.sum(0).clamp_min(1)

@@ -31,7 +31,6 @@ from sbi_jeffreys._sbi import (
     NPE_C,
     ConditionalDensityEstimator,
     ConditionalEstimatorBuilder,
-    ImproperEmpirical,
     LossArgs,
     LossArgsNPE,
     Tracker,
@@ -40,9 +39,9 @@ from sbi_jeffreys._sbi import (
 from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.estimators import NamedBuilder
 from sbi_jeffreys.held_out import HeldOut
-from sbi_jeffreys.multipliers import trust
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import EmpiricalPrior, Proxy, build_proxy
+from sbi_jeffreys.preparation import Simulations, prepare
+from sbi_jeffreys.proxies import Proxy, hand_back_embedding
 from sbi_jeffreys.symmetric import SymmetricStage
 
 __all__ = ["NPE_Jeffreys"]
@@ -225,11 +224,11 @@ class NPE_Jeffreys(NPE_C):
             return 0
         theta, x = (t.to(self._device) for t in train_loader.dataset.tensors[:2])  # type: ignore[attr-defined]
         held_out = self._held_out(theta, x, loss_args)
-        if self._stage is None and not self._prepare_stage(theta, x, held_out, config, loss_args):
+        if self._stage is None:
+            self._prepare_stage(theta, x, held_out, config, loss_args)
+        stage, proxy = self._stage, self._proxy
+        if stage is None or proxy is None:
             return 0
-        stage = self._stage
-        assert stage is not None
-        assert self._proxy is not None
         epochs_left = -(-(self.options.num_steps - stage.step) // self.options.steps_per_epoch)
         bar = tqdm(
             range(min(epochs_left, config.max_num_epochs)),
@@ -239,10 +238,9 @@ class NPE_Jeffreys(NPE_C):
         for _ in bar:
             start = time.time()
             terms = stage.run_epoch(self._real_losses(train_loader, loss_args))
-            value = held_out.main(self._neural_net, self._proxy)
+            value = held_out.main(self._neural_net, proxy)
             self._keep_if_best(value)
-            reverse = held_out.reverse(self._neural_net, self._proxy)
-            self._record(stage, terms, value, reverse, start)
+            self._record(stage, terms, value, held_out.reverse(self._neural_net, proxy), start)
             stage.update_multipliers(value)
             self._stage_epochs += 1
             self._save_randomness()
@@ -264,62 +262,42 @@ class NPE_Jeffreys(NPE_C):
         held_out: HeldOut,
         config: TrainConfig,
         loss_args: LossArgsNPE,
-    ) -> bool:
-        """Fit the proxy and decide how far to trust it; False where stage 0 stands as it is."""
-        prior = self._prior
-        if isinstance(prior, ImproperEmpirical):
-            prior = EmpiricalPrior(theta[self.train_indices])
-        self._proxy, reason = build_proxy(prior, theta, x, self.options)
-        self._summary["proxy"].append(reason)
-        if self._proxy is None:
-            warnings.warn(f"NPE_Jeffreys falls back to plain NPE: {reason}", stacklevel=2)
-            return False
-        with tqdm(desc="Fitting proxy", disable=not self._show_progress_bars) as bar:
-            self._proxy.to(self._device)
-            self._proxy.fit(
-                theta,
-                x,
-                self.train_indices.to(self._device),
-                self.val_indices.to(self._device),
-                on_epoch=lambda epoch, value: bar.update(),
-                max_epochs=config.max_num_epochs,
-                patience=config.stop_after_epochs,
-            )
-        self._best_val_loss = held_out.main(self._neural_net, self._proxy)
+    ) -> None:
+        """Fit the proxy and set up the symmetric stage, or leave stage 0 as it is."""
+        train, val = self.train_indices.to(self._device), self.val_indices.to(self._device)
+        prepared = prepare(
+            self._prior,
+            self._neural_net,
+            Simulations(theta, x, train, val, self._round),
+            held_out,
+            self.options,
+            config.max_num_epochs,
+            config.stop_after_epochs,
+            self._show_progress_bars,
+        )
+        self._proxy = prepared.proxy
+        self._summary["proxy"].append(prepared.note)
+        self._summary["proxy_held_out"].append(prepared.proxy_nll)
+        if prepared.proxy is None:
+            warnings.warn(f"NPE_Jeffreys falls back to plain NPE: {prepared.note}", stacklevel=2)
+        if not prepared.usable:
+            return
+        assert prepared.proxy is not None
+        assert prepared.pool is not None
+        self._best_val_loss = prepared.main_nll  # in later rounds, in the atomic reading
         self._best_model_state_dict = deepcopy(self._neural_net.state_dict())
-        proxy_nll = held_out.proxy(self._proxy, self._neural_net)
-        t = float(trust(proxy_nll, self._best_val_loss)) if self.options.adaptive else 1.0
-        self._summary["proxy_held_out"].append(proxy_nll)
-        if t < self.options.min_trust:
-            self._summary["proxy"][-1] += f"; not trusted (t = {t:.3g}), plain NPE kept"
-            return False
+        hand_back_embedding(prepared.proxy, self._neural_net)
         self._stage = SymmetricStage(
             self._neural_net,
-            self._proxy,
+            prepared.proxy,
             self.options,
             config.learning_rate,
             config.clip_max_norm,
-            self._pool(theta, x, held_out.atomic),
+            prepared.pool,
             loss_args.calibration_kernel,
-            entropy=min(proxy_nll, self._best_val_loss),
-            proxy_trust=t,
+            entropy=min(prepared.proxy_nll, prepared.main_nll),
+            proxy_trust=prepared.trust,
         )
-        return True
-
-    def _pool(self, theta: Tensor, x: Tensor, atomic: bool) -> tuple[Tensor | None, Tensor]:
-        """Observations for G and R, with their θ where those follow the prior's posterior."""
-        proxy = self._proxy
-        assert proxy is not None
-        if not proxy.can_sample:
-            return None, x[self.train_indices]
-        if self._round == 0:
-            return proxy.sample_joint(self.options.proxy_draws)
-        # Later rounds: observations where the rounds simulate, at θ of the training simulations.
-        rows = self.train_indices[
-            torch.randint(len(self.train_indices), (self.options.proxy_draws,))
-        ]
-        theta_pool, x_pool = proxy.sample_given(theta[rows])  # type: ignore[attr-defined]
-        return (None if atomic else theta_pool), x_pool
 
     def _held_out(self, theta: Tensor, x: Tensor, loss_args: LossArgsNPE) -> HeldOut:
         """The held-out pairs, read as the round's loss demands."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.proxies._energy_net import EnergyConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec
 
 __all__ = ["JeffreysOptions"]
 
-_PROXIES = ("auto", "likelihood")
+_PROXIES = ("auto", "likelihood", "energy")
 _ESTIMATORS = ("vargrad", "path")
 
 
@@ -36,10 +37,12 @@ class JeffreysOptions:
     """Options of `NPE_Jeffreys`; the defaults are what the benchmark ran with.
 
     Attributes:
-        proxy: "likelihood" (a density of x; vector-valued x), "auto" (likelihood where x has a
-            density, else plain NPE with a warning), or a `Proxy` of your own.
+        proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
+            structured x), "auto" (likelihood for vector x without embedding net, else energy), or
+            a `Proxy` of your own, for instance `GivenProxy`.
         members: Likelihood nets of the likelihood proxy.
-        proxy_fit: How the proxy's nets are fitted.
+        proxy_fit: How the likelihood nets are fitted.
+        energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
@@ -72,14 +75,15 @@ class JeffreysOptions:
         'vargrad'
     """
 
-    proxy: Literal["auto", "likelihood"] | Proxy = "auto"
+    proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
     members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int = 1000
-    steps_per_epoch: int = 25
-    learning_rate_factor: float = 4.0
+    steps_per_epoch: int = 40
+    learning_rate_factor: float = 6.0
     proxy_draws: int = 20_000
-    proxy_batch_size: int = 500
+    proxy_batch_size: int = 256
     reverse_batch_size: int = 50
     reverse_samples: int = 4
     reverse_estimator: Literal["vargrad", "path"] = "vargrad"
@@ -106,6 +110,8 @@ class JeffreysOptions:
             )
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
+        if not isinstance(self.energy, EnergyConfig):
+            raise TypeError(f"energy must be an EnergyConfig, got {type(self.energy).__name__}.")
         for name in ("adaptive", "marginal_transforms"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")

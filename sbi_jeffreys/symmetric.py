@@ -23,6 +23,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import Adam
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.estimators import frozen, reparameterised_sample
 from sbi_jeffreys.multipliers import ResilientMultipliers
 from sbi_jeffreys.objective import (
@@ -37,6 +38,7 @@ from sbi_jeffreys.proxies.base import Proxy
 __all__ = ["SymmetricStage"]
 
 _REAL_WEIGHT = 0.1  # w_F at full trust: what real simulations add to unlimited proxy pairs
+_PERIOD = 3  # steps between two turns of R, and of F
 _WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 
@@ -111,12 +113,12 @@ class SymmetricStage:
     def _step(self, real_losses: Callable[[], Tensor]) -> dict[str, Tensor]:
         """One gradient step on L.
 
-        G is in every step; F and R take turns and count double, so that their sum is unbiased at
-        half their price: F has little weight beside G, and R's samples are the dearest.
+        G is in every step; R and F are in every third, in turn, and count threefold: unbiased at a
+        third of their price. F has little weight beside G, and R's samples are the dearest.
         """
-        reverse_turn = self.step % 2 == 0
-        terms = self._proxy_terms(with_reverse=reverse_turn)
-        if not reverse_turn:
+        turn = self.step % _PERIOD
+        terms = self._proxy_terms(with_reverse=turn == 0)
+        if turn == 1:
             terms["forward"] = real_losses().mean()
         self.optimizer.zero_grad(set_to_none=True)
         self.weigh(terms).backward()
@@ -136,7 +138,7 @@ class SymmetricStage:
             self.multipliers.update([held_out_forward - self.entropy - self.options.tolerance])
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
-        """L = [λ (w_F F + t G) + t R] / (1 + λ) of the terms present; F and R doubled, see `_step`.
+        """L = [λ (w_F F + t G) + t R] / (1 + λ) ; F and R, where present, × 3.
 
         Args:
             terms: Scalars `generated` and, in turn, `forward` or `reverse`.
@@ -144,9 +146,9 @@ class SymmetricStage:
         lam, t = self.multipliers.multipliers[0], self.trust
         loss = lam * t * terms["generated"]
         if "forward" in terms:
-            loss = loss + 2 * lam * (_REAL_WEIGHT * t + (1 - t)) * terms["forward"]
+            loss = loss + _PERIOD * lam * (_REAL_WEIGHT * t + (1 - t)) * terms["forward"]
         if "reverse" in terms:
-            loss = loss + 2 * t * terms["reverse"]
+            loss = loss + _PERIOD * t * terms["reverse"]
         return loss / (1 + lam)
 
     def _proxy_terms(self, with_reverse: bool) -> dict[str, Tensor]:
@@ -175,7 +177,8 @@ class SymmetricStage:
     def _reweighted_terms(self, x: Tensor, with_reverse: bool) -> dict[str, Tensor]:
         """G and R from the main's samples alone, for proxies that have no samples of x."""
         theta_k, log_q = self._samples(x, max(_WAKE_SAMPLES, self.options.reverse_samples))
-        log_p = self.main.log_prob(theta_k, x)
+        with embedded_once(self.main, x):
+            log_p = self.main.log_prob(theta_k, x)
         terms = {"generated": reweighted_forward_term(log_p, log_q)}
         if with_reverse and self.options.reverse_estimator == "path":
             terms["reverse"] = self._path(x)
@@ -186,7 +189,8 @@ class SymmetricStage:
     @torch.no_grad()
     def _samples(self, x: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
         """Detached θ_k ∼ p_φ(·|x), `(K, B, D)`, and log q̃_ψ(θ_k, x), `(K, B)`."""
-        theta = self.main.sample(torch.Size((num_samples,)), x)
+        with embedded_once(self.main, x):
+            theta = self.main.sample(torch.Size((num_samples,)), x)
         return theta, self.proxy.log_potential(theta, x)
 
     def _path(self, x: Tensor) -> Tensor:

@@ -152,6 +152,11 @@ class MarginalTransform(nn.Module):
         kept = x[..., self.keep]
         return self._apply_kinds(kept + torch.rand_like(kept) * self.integer)
 
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest T(x) over simulations `(N, dim_in)`, whole cells included."""
+        kept = x[..., self.keep]
+        return self._apply_kinds(kept.amin(0)), self._apply_kinds(kept.amax(0) + 1.0 * self.integer)
+
     def inverse(self, y: Tensor) -> Tensor:
         """x with T(x) = y, integers restored, dropped dimensions at their constant."""
         x = self.constant.expand(*y.shape[:-1], self.dim_in).clone()

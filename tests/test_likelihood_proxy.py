@@ -10,8 +10,14 @@ from torch.distributions import MultivariateNormal, Normal, Poisson
 
 from sbi_jeffreys.fitting import FitConfig, FitResult, fit_network
 from sbi_jeffreys.objective import log_normaliser
-from sbi_jeffreys.proxies import EmpiricalPrior, LikelihoodProxy, MemberSpec, build_proxy
 from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.proxies import (
+    EmpiricalPrior,
+    EnergyProxy,
+    LikelihoodProxy,
+    MemberSpec,
+    build_proxy,
+)
 from sbi_jeffreys.proxies.likelihood import stacking_weights
 
 N, SCALE = 600, 0.5
@@ -166,13 +172,31 @@ def test_empirical_prior_is_a_density_near_its_data():
 
 @pytest.mark.parametrize(
     ("x", "reason"),
-    [
-        (torch.zeros(9, 1, 4, 4), "not a vector"),
-        (torch.full((9, 2), torch.nan), "NaN or inf"),
-        (torch.ones(9, 2), "constant"),
-    ],
+    [(torch.randn(9, 1, 4, 4), "not a vector"), (torch.full((9, 2), torch.nan), "NaN or inf")],
 )
 def test_x_without_a_density_is_refused_with_a_reason(x, reason):
     prior = BoxUniform(torch.zeros(1), torch.ones(1))
     with pytest.raises(ValueError, match=reason):
-        build_proxy(prior, torch.zeros(9, 1), x, JeffreysOptions(proxy="likelihood"))
+        build_proxy(prior, Main(), x, JeffreysOptions(proxy="likelihood"))  # type: ignore[arg-type]
+    proxy, note = build_proxy(prior, Main(), x, JeffreysOptions())  # type: ignore[arg-type]
+    assert isinstance(proxy, EnergyProxy)
+    assert reason in note
+
+
+class Main(torch.nn.Module):
+    """As much of a main as `build_proxy` looks at."""
+
+    def __init__(self, embedding_net: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding_net = embedding_net
+
+
+def test_auto_chooses_by_x_and_embedding():
+    prior = BoxUniform(torch.zeros(1), torch.ones(1))
+
+    def choice(main: Main, x: torch.Tensor) -> str:
+        return build_proxy(prior, main, x, JeffreysOptions())[1]  # type: ignore[arg-type]
+
+    assert choice(Main(), torch.randn(9, 2)) == "likelihood: vector x"
+    assert choice(Main(torch.nn.Linear(2, 2)), torch.randn(9, 2)) == "energy: the main embeds x"
+    assert "constant" in choice(Main(), torch.ones(9, 2))

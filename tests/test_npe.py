@@ -196,7 +196,7 @@ def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_structured_x_falls_back_with_a_warning():
+def test_structured_x_gets_an_energy():
     embedding = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 3))
     inference = NPE_Jeffreys(
         PRIOR,
@@ -204,11 +204,25 @@ def test_structured_x_falls_back_with_a_warning():
         show_progress_bars=False,
         options=TINY,
     )
-    theta = PRIOR.sample((50,))
-    x = theta[:, :1, None] + torch.randn(50, 3, 3)
-    inference.append_simulations(theta, x)
+    theta = PRIOR.sample((60,))
+    x = theta[:, :1, None] + torch.randn(60, 3, 3)
+    inference.append_simulations(theta, x).train(max_num_epochs=4)
+    assert inference.summary["proxy"][0].startswith("energy: x has shape (3, 3)")
+    assert len(inference.summary["trust"]) == 4
+    inference.build_corrected_posterior(200).sample((5,), x=x[0], show_progress_bars=False)
+
+
+def test_constant_x_falls_back_with_a_warning():
+    inference = NPE_Jeffreys(PRIOR, posterior_nn("maf"), show_progress_bars=False, options=TINY)
+    inference.append_simulations(PRIOR.sample((50,)), torch.ones(50, 2))
     with pytest.warns(UserWarning, match="falls back to plain NPE"):
         inference.train(max_num_epochs=2)
+
+
+def test_proxy_without_plausible_draws_leaves_plain_npe(monkeypatch):
+    nothing = torch.zeros(0, 2)
+    monkeypatch.setattr(LikelihoodProxy, "sample_joint", lambda self, num: (nothing, nothing))
+    assert "implausible" in trained().summary["proxy"][0]
 
 
 @pytest.mark.parametrize(("num", "batch"), [(6, 200), (30, 1), (25, 50)])

@@ -128,7 +128,7 @@ class EnergyProxy(Proxy):
         x: Tensor,
         train_indices: Tensor,
         val_indices: Tensor,
-        on_epoch: Callable[[int, float], None] | None = None,
+        on_epoch: Callable[[int, float], object] | None = None,
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> EnergyProxy:

@@ -120,7 +120,7 @@ class GivenProxy(Proxy):
         x: Tensor,
         train_indices: Tensor,
         val_indices: Tensor,
-        on_epoch: Callable[[int, float], None] | None = None,
+        on_epoch: Callable[[int, float], object] | None = None,
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> GivenProxy:

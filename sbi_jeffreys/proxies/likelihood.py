@@ -43,11 +43,13 @@ class MemberSpec:
         model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
         weight_decay: Decoupled weight decay of its fit.
         learning_rate: Its step size.
+        num_transforms: Transforms of a flow.
     """
 
     model: str = "maf"
     weight_decay: float = 0.0
     learning_rate: float = 2e-3
+    num_transforms: int = 5
 
 
 # Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
@@ -57,7 +59,8 @@ DEFAULT_MEMBERS = (
     MemberSpec("maf"),
     MemberSpec("maf", weight_decay=0.3),
     MemberSpec("maf", weight_decay=1.0),
-    MemberSpec("nsf", weight_decay=0.3, learning_rate=1e-3),
+    MemberSpec("maf", weight_decay=3.0),
+    MemberSpec("nsf", weight_decay=0.3, learning_rate=1e-3, num_transforms=3),
 )
 
 
@@ -148,9 +151,10 @@ class LikelihoodProxy(Proxy):
         self.x_transform = MarginalTransform.fit(x[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         y, z = self.x_transform(x), self.theta_transform(theta)
-        margin = 0.1 * (y.amax(0) - y.amin(0))
-        self.register_buffer("lower", y.amin(0) - margin)
-        self.register_buffer("upper", y.amax(0) + margin)
+        lower, upper = self.x_transform.bounds(x)
+        margin = 0.1 * (upper - lower)
+        self.register_buffer("lower", lower - margin)
+        self.register_buffer("upper", upper + margin)
 
         def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
             target = self.x_transform.dequantise(x[indices]) if training else y[indices]
@@ -158,7 +162,9 @@ class LikelihoodProxy(Proxy):
 
         self.nets, self.results = nn.ModuleList(), []
         for spec in self.members:
-            net = likelihood_nn(spec.model)(z[train_indices].cpu(), y[train_indices].cpu())
+            net = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
+                z[train_indices].cpu(), y[train_indices].cpu()
+            )
             config = replace(base, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
             net.to(theta.device)
             self.results.append(

@@ -1,0 +1,145 @@
+"""From a plain NPE to the symmetric stage: fit the proxy, weigh it, draw its pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
+from sbi_jeffreys.held_out import HeldOut
+from sbi_jeffreys.multipliers import trust
+from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, Proxy, build_proxy
+
+__all__ = ["Prepared", "Simulations", "prepare"]
+
+_MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """All simulations of the rounds in use, on the training device, and how they are split.
+
+    Attributes:
+        theta: Parameters `(N, D)`.
+        x: Simulations `(N, *x_shape)`.
+        train: Indices of training pairs.
+        val: Indices of held-out pairs.
+        round_: Index of the latest round.
+    """
+
+    theta: Tensor
+    x: Tensor
+    train: Tensor
+    val: Tensor
+    round_: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fitted proxy and what was found out about it.
+
+    Attributes:
+        proxy: None where there is none for this x.
+        note: Which proxy, why, and what speaks against it.
+        usable: Whether the symmetric stage should run.
+        proxy_nll: Held-out P_val, nats per pair.
+        main_nll: Held-out value of the main the proxy was compared with.
+        trust: t in [0, 1].
+        pool: θ (or None) and x for the symmetric stage.
+    """
+
+    proxy: Proxy | None
+    note: str
+    usable: bool = False
+    proxy_nll: float = float("inf")
+    main_nll: float = float("inf")
+    trust: float = 0.0
+    pool: tuple[Tensor | None, Tensor] | None = None
+
+
+def prepare(
+    prior: Distribution,
+    main: ConditionalDensityEstimator,
+    simulations: Simulations,
+    held_out: HeldOut,
+    options: JeffreysOptions,
+    max_epochs: int,
+    patience: int,
+    show_progress_bars: bool,
+) -> Prepared:
+    """Fit the proxy that the options ask for, compare it with the main, draw its pool.
+
+    Args:
+        prior: The trainer's prior; an empirical one gets a kernel density.
+        main: The main after stage 0, at its best weights, in evaluation mode.
+        simulations: Data and split.
+        held_out: The held-out pairs.
+        options: The proxy's options.
+        max_epochs: Bound on the epochs of each of the proxy's networks.
+        patience: Their early stopping.
+        show_progress_bars: Whether to show progress.
+
+    Returns:
+        The proxy and the verdict on it.
+    """
+    if isinstance(prior, ImproperEmpirical):
+        prior = EmpiricalPrior(simulations.theta[simulations.train])
+    proxy, note = build_proxy(prior, main, simulations.x, options)
+    if proxy is None:
+        return Prepared(None, note)
+    proxy.to(simulations.theta.device)
+    if isinstance(proxy, EnergyProxy):
+        proxy.set_proposal(main, atomic=held_out.atomic)
+    with tqdm(desc="Fitting proxy", disable=not show_progress_bars) as bar:
+        proxy.fit(
+            simulations.theta,
+            simulations.x,
+            simulations.train,
+            simulations.val,
+            on_epoch=lambda epoch, value: bar.update(),
+            max_epochs=max_epochs,
+            patience=patience,
+        )
+    main_nll, proxy_nll = held_out.main(main, proxy), held_out.proxy(proxy, main)
+    t = float(trust(proxy_nll, main_nll)) if options.adaptive else 1.0
+    verdict = Prepared(proxy, note, False, proxy_nll, main_nll, t)
+    if t < options.min_trust:
+        return _refuse(verdict, f"not trusted (t = {t:.2g})")
+    pool = draw_pool(proxy, simulations, held_out.atomic, options.proxy_draws)
+    if len(pool[1]) < max(1, _MIN_POOL * options.proxy_draws) and proxy.can_sample:
+        return _refuse(verdict, "its draws of x are implausible")
+    return Prepared(proxy, note, True, proxy_nll, main_nll, t, pool)
+
+
+def _refuse(verdict: Prepared, reason: str) -> Prepared:
+    note = f"{verdict.note}; {reason}, plain NPE kept"
+    return Prepared(verdict.proxy, note, False, verdict.proxy_nll, verdict.main_nll, verdict.trust)
+
+
+def draw_pool(
+    proxy: Proxy, simulations: Simulations, atomic: bool, num_draws: int
+) -> tuple[Tensor | None, Tensor]:
+    """Observations for G and R, with their θ where those follow the prior's posterior.
+
+    Args:
+        proxy: A fitted proxy.
+        simulations: Data and split.
+        atomic: Whether the rounds' θ come from a proposal that the loss corrects for.
+        num_draws: Size of the pool.
+
+    Returns:
+        θ `(N, D)` or None (G is then reweighted from the main's samples), and x `(N, *x_shape)`.
+    """
+    if not proxy.can_sample:
+        return None, simulations.x[simulations.train]
+    if simulations.round_ == 0:
+        return proxy.sample_joint(num_draws)
+    # Later rounds: observations where the rounds simulate, at θ of the training simulations.
+    rows = simulations.train[torch.randint(len(simulations.train), (num_draws,))]
+    theta, x = proxy.sample_given(simulations.theta[rows])
+    return (None if atomic else theta), x
