@@ -79,7 +79,7 @@ class JeffreysOptions:
     members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    num_steps: int = 1000
+    num_steps: int = 800
     steps_per_epoch: int = 40
     learning_rate_factor: float = 6.0
     proxy_draws: int = 20_000

@@ -38,7 +38,7 @@ from sbi_jeffreys.proxies.base import Proxy
 __all__ = ["SymmetricStage"]
 
 _REAL_WEIGHT = 0.1  # w_F at full trust: what real simulations add to unlimited proxy pairs
-_PERIOD = 3  # steps between two turns of R, and of F
+_PERIOD = 4  # steps between two turns of R, and of F
 _WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 
@@ -113,8 +113,8 @@ class SymmetricStage:
     def _step(self, real_losses: Callable[[], Tensor]) -> dict[str, Tensor]:
         """One gradient step on L.
 
-        G is in every step; R and F are in every third, in turn, and count threefold: unbiased at a
-        third of their price. F has little weight beside G, and R's samples are the dearest.
+        G is in every step; R and F are in every fourth, in turn, and count fourfold: unbiased at a
+        quarter of their price. F has little weight beside G, and R's samples are the dearest.
         """
         turn = self.step % _PERIOD
         terms = self._proxy_terms(with_reverse=turn == 0)
@@ -138,7 +138,7 @@ class SymmetricStage:
             self.multipliers.update([held_out_forward - self.entropy - self.options.tolerance])
 
     def weigh(self, terms: dict[str, Tensor]) -> Tensor:
-        """L = [λ (w_F F + t G) + t R] / (1 + λ) ; F and R, where present, × 3.
+        """L = [λ (w_F F + t G) + t R] / (1 + λ) ; F and R, where present, × 4.
 
         Args:
             terms: Scalars `generated` and, in turn, `forward` or `reverse`.

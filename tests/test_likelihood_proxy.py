@@ -141,7 +141,7 @@ def test_fit_keeps_the_best_held_out_weights():
         FitConfig(max_epochs=40, patience=40, batch_size=10, learning_rate=0.05),
         on_epoch=lambda epoch, value: trace.append(value),
     )
-    assert result == FitResult(min(trace), 40)
+    assert result == FitResult(min(trace), 40, min(trace[:20]))
     assert float(((net(torch.ones(1, 1)) - 0.3) ** 2).detach()) == pytest.approx(
         min(trace), abs=1e-6
     )
