@@ -25,7 +25,7 @@ __all__ = ["HeldOut", "defensive_log_normaliser"]
 
 _MAIN_SHARE = 0.75
 _MAX_CONTRASTS = 50
-_EVALUATIONS = 25_600  # of the proxy, shared between held-out pairs
+_EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
 
 
 @torch.no_grad()

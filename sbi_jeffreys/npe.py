@@ -42,7 +42,7 @@ from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.preparation import Simulations, prepare
 from sbi_jeffreys.proxies import Proxy, hand_back_embedding
-from sbi_jeffreys.symmetric import SymmetricStage
+from sbi_jeffreys.symmetric import RealBatch, SymmetricStage
 
 __all__ = ["NPE_Jeffreys"]
 
@@ -237,7 +237,7 @@ class NPE_Jeffreys(NPE_C):
         )
         for _ in bar:
             start = time.time()
-            terms = stage.run_epoch(self._real_losses(train_loader, loss_args))
+            terms = stage.run_epoch(self._real_batches(train_loader, loss_args, held_out.atomic))
             value = held_out.main(self._neural_net, proxy)
             self._keep_if_best(value)
             self._record(stage, terms, value, held_out.reverse(self._neural_net, proxy), start)
@@ -307,15 +307,24 @@ class NPE_Jeffreys(NPE_C):
         atomic = self._round > 0 and not loss_args.force_first_round_loss
         return HeldOut(theta[self.val_indices], x_val, kernel(x_val), atomic)
 
-    def _real_losses(self, loader: DataLoader, loss_args: LossArgsNPE) -> Callable[[], Tensor]:
-        """sbi's own losses of successive training batches, starting over at the end."""
+    def _real_batches(
+        self, loader: DataLoader, loss_args: LossArgsNPE, atomic: bool
+    ) -> Callable[[], RealBatch]:
+        """Successive training batches, starting over at the end; in later rounds sbi's losses."""
+        kernel = loss_args.calibration_kernel
+        assert kernel is not None
 
         def batches() -> Iterator[Any]:
             while True:
                 yield from loader
 
         stream = batches()
-        return lambda: self._get_losses(next(stream), loss_args)
+
+        def pairs() -> RealBatch:
+            theta, x = (t.to(self._device) for t in next(stream)[:2])
+            return theta, x, kernel(x)
+
+        return (lambda: self._get_losses(next(stream), loss_args)) if atomic else pairs
 
     # ------------------------------------------------------------------ state
 

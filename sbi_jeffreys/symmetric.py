@@ -35,7 +35,11 @@ from sbi_jeffreys.objective import (
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["SymmetricStage"]
+__all__ = ["RealBatch", "SymmetricStage"]
+
+#: Training simulations of one step: θ, x and kernel weights, or, where the round's loss is not the
+#: plain NLL, the losses themselves.
+RealBatch = tuple[Tensor, Tensor, Tensor] | Tensor
 
 _REAL_WEIGHT = 0.1  # w_F at full trust: what real simulations add to unlimited proxy pairs
 _PERIOD = 4  # steps between two turns of R, and of F
@@ -99,27 +103,28 @@ class SymmetricStage:
         """Whether the annealing schedule has run out."""
         return self.step >= self.options.num_steps
 
-    def run_epoch(self, real_losses: Callable[[], Tensor]) -> dict[str, float]:
+    def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
         """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in."""
         self.main.train()
         seen: dict[str, list[float]] = {"forward": [], "generated": [], "reverse": []}
         num = min(self.options.steps_per_epoch, self.options.num_steps - self.step)
         for _ in range(num):
-            for name, value in self._step(real_losses).items():
+            for name, value in self._step(next_real).items():
                 seen[name].append(float(value))
         self.main.eval()
         return {name: sum(v) / len(v) if v else math.nan for name, v in seen.items()}
 
-    def _step(self, real_losses: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def _step(self, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
         """One gradient step on L.
 
         G is in every step; R and F are in every fourth, in turn, and count fourfold: unbiased at a
         quarter of their price. F has little weight beside G, and R's samples are the dearest.
         """
         turn = self.step % _PERIOD
-        terms = self._proxy_terms(with_reverse=turn == 0)
-        if turn == 1:
-            terms["forward"] = real_losses().mean()
+        real = next_real() if turn == 1 else None
+        terms = self._terms(real if isinstance(real, tuple) else None, with_reverse=turn == 0)
+        if isinstance(real, Tensor):
+            terms["forward"] = real.mean()
         self.optimizer.zero_grad(set_to_none=True)
         self.weigh(terms).backward()
         max_norm = math.inf if self.clip_max_norm is None else self.clip_max_norm
@@ -151,28 +156,39 @@ class SymmetricStage:
             loss = loss + _PERIOD * t * terms["reverse"]
         return loss / (1 + lam)
 
-    def _proxy_terms(self, with_reverse: bool) -> dict[str, Tensor]:
-        """G, and R where asked for, on a batch of the pool; one pass through the main."""
+    def _terms(
+        self, real: tuple[Tensor, Tensor, Tensor] | None, with_reverse: bool
+    ) -> dict[str, Tensor]:
+        """G on a batch of the pool, and F or R where asked for, by one pass through the main."""
         num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
         rows = torch.multinomial(self.pool_weights, max(num_pairs, num_x), replacement=True)
+        x_reverse = self.pool_x[rows[:num_x]]
         if self.pool_theta is None:
-            return self._reweighted_terms(self.pool_x[rows[:num_x]], with_reverse)
-        theta = self.pool_theta[rows[:num_pairs]]
-        x, x_reverse = self.pool_x[rows[:num_pairs]], self.pool_x[rows[:num_x]]
-        if not with_reverse or self.options.reverse_estimator == "path":
-            generated = forward_term(self.main.log_prob(theta.unsqueeze(0), x))
-            return {"generated": generated} | (
-                {"reverse": self._path(x_reverse)} if with_reverse else {}
-            )
-        theta_k, log_q = self._samples(x_reverse, self.options.reverse_samples)
-        together = torch.cat([theta, theta_k.flatten(0, 1)]).unsqueeze(0)
-        x_together = torch.cat([x, *([x_reverse] * len(theta_k))])
-        log_p = self.main.log_prob(together, x_together)[0]
-        log_p_k = log_p[len(theta) :].reshape(log_q.shape)
-        return {
-            "generated": forward_term(log_p[: len(theta)]),
-            "reverse": reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier),
-        }
+            terms = self._reweighted_terms(x_reverse, with_reverse)
+            return terms | ({} if real is None else {"forward": self._weighted_nll(real)})
+        theta, x = [self.pool_theta[rows[:num_pairs]]], [self.pool_x[rows[:num_pairs]]]
+        log_q = None
+        if real is not None:
+            theta.append(real[0])
+            x.append(real[1])
+        if with_reverse and self.options.reverse_estimator == "vargrad":
+            theta_k, log_q = self._samples(x_reverse, self.options.reverse_samples)
+            theta.append(theta_k.flatten(0, 1))
+            x.extend([x_reverse] * len(theta_k))
+        log_p = self.main.log_prob(torch.cat(theta).unsqueeze(0), torch.cat(x))[0]
+        terms = {"generated": forward_term(log_p[:num_pairs])}
+        if real is not None:
+            terms["forward"] = -(real[2] * log_p[num_pairs:]).mean()
+        if log_q is not None:
+            log_p_k = log_p[num_pairs:].reshape(log_q.shape)
+            terms["reverse"] = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
+        elif with_reverse:
+            terms["reverse"] = self._path(x_reverse)
+        return terms
+
+    def _weighted_nll(self, real: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """F of real pairs with their kernel weights, in a pass of its own."""
+        return -(real[2] * self.main.log_prob(real[0].unsqueeze(0), real[1])[0]).mean()
 
     def _reweighted_terms(self, x: Tensor, with_reverse: bool) -> dict[str, Tensor]:
         """G and R from the main's samples alone, for proxies that have no samples of x."""
