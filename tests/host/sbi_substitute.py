@@ -48,7 +48,22 @@ def test_sized_options() -> Any:
     sbi's tests assert the interface, and accuracy only loosely: a small proxy and few samples from
     the main estimator are enough, and keep the run within the time of CI.
     """
-    return None
+    # Here, not at the top: another class can be tested where this package is not installed.
+    from sbi_jeffreys import EnergyConfig, JeffreysOptions, MemberSpec
+    from sbi_jeffreys.fitting import FitConfig
+
+    fit = FitConfig(max_epochs=3)
+    return JeffreysOptions(
+        members=(MemberSpec("maf", num_transforms=2),),
+        proxy_fit=fit,
+        energy=EnergyConfig(hidden_features=10, num_contrasts=4, fit=fit),
+        num_steps=4,
+        steps_per_epoch=2,
+        proxy_draws=60,
+        proxy_batch_size=20,
+        reverse_batch_size=5,
+        min_trust=0.0,  # so small a proxy is not to be trusted; the stage is to run all the same
+    )
 
 
 test_sized_options.__test__ = False  # type: ignore[attr-defined]  # the name looks like a test
