@@ -1,5 +1,12 @@
 """Every non-public name of sbi that we use, and nothing else: when sbi moves, this file changes."""
 
+from sbi.inference.posteriors.posterior_parameters import (
+    ImportanceSamplingPosteriorParameters,
+    MCMCPosteriorParameters,
+    PosteriorParameters,
+    RejectionPosteriorParameters,
+)
+from sbi.inference.potentials.base_potential import BasePotential
 from sbi.inference.trainers._contracts import LossArgsNPE, TrainConfig
 from sbi.inference.trainers.base import LossArgs
 from sbi.inference.trainers.npe.npe_c import NPE_C
@@ -13,12 +20,17 @@ from sbi.utils.sbiutils import ImproperEmpirical
 
 __all__ = [
     "NPE_C",
+    "BasePotential",
     "ConditionalDensityEstimator",
     "ConditionalEstimatorBuilder",
+    "ImportanceSamplingPosteriorParameters",
     "ImproperEmpirical",
     "LossArgs",
     "LossArgsNPE",
+    "MCMCPosteriorParameters",
     "MixtureDensityEstimator",
+    "PosteriorParameters",
+    "RejectionPosteriorParameters",
     "Tracker",
     "TrainConfig",
 ]

@@ -1,0 +1,167 @@
+r"""The proxy as a posterior of its own: sbi's samplers on log q̃_ψ(θ, x_o).
+
+The proxy is an unnormalised density, so what samples from it is MCMC, importance sampling with the
+main as the proposal, or rejection from the prior. Beside the main's posterior it is a second
+opinion at one observation; `CorrectedPosterior` is the fast compromise between the two.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from sbi.inference.posteriors import (
+    ImportanceSamplingPosterior,
+    MCMCPosterior,
+    RejectionPosterior,
+)
+from sbi.utils import mcmc_transform
+from torch import Tensor
+from torch.distributions import Distribution
+
+from sbi_jeffreys._sbi import (
+    BasePotential,
+    ConditionalDensityEstimator,
+    ImportanceSamplingPosteriorParameters,
+    MCMCPosteriorParameters,
+    PosteriorParameters,
+    RejectionPosteriorParameters,
+)
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["MainProposal", "ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
+
+SampleWith = Literal["mcmc", "importance", "rejection"]
+ProxyPosterior = MCMCPosterior | ImportanceSamplingPosterior | RejectionPosterior
+
+_PARAMETERS: dict[str, type[PosteriorParameters]] = {
+    "mcmc": MCMCPosteriorParameters,
+    "importance": ImportanceSamplingPosteriorParameters,
+    "rejection": RejectionPosteriorParameters,
+}
+
+
+class ProxyPotential(BasePotential):
+    """log q̃_ψ(θ, x_o) in the form that sbi's samplers take; picklable.
+
+    Several rows of x_o are independent observations of one θ (their log factors add up under one
+    prior), unless `set_x(x, x_is_iid=False)` pairs them with as many θ.
+
+    Args:
+        proxy: A fitted proxy.
+        x_shape: Shape of one observation, without batch dimension.
+        device: Where to evaluate it.
+    """
+
+    def __init__(self, proxy: Proxy, x_shape: torch.Size, device: str = "cpu") -> None:
+        self.proxy, self.x_shape = proxy, x_shape
+        super().__init__(proxy.prior, None, device)
+
+    def to(self, device: str | torch.device) -> ProxyPotential:
+        """Move proxy, prior and observation to a device."""
+        super().to(device)
+        self.proxy.to(device)
+        if self.prior is not None:
+            self.proxy.prior = self.prior
+        return self
+
+    def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
+        """log q̃_ψ of θ `(N, D)` at the observation, `(N,)`, −∞ outside the prior."""
+        x = self.x_o.reshape(-1, *self.x_shape)
+        theta = torch.atleast_2d(torch.as_tensor(theta)).to(self.device)
+        with torch.set_grad_enabled(track_gradients):
+            if len(x) == 1:
+                return self.proxy.log_potential(theta.unsqueeze(1), x)[:, 0]
+            if not self.x_is_iid:
+                return self.proxy.log_potential(theta.unsqueeze(0), x)[0]
+            repeated = theta.unsqueeze(1).expand(-1, len(x), -1)
+            potential = self.proxy.log_potential(repeated, x).sum(1)
+            log_prior = self.proxy.log_prior(theta)
+            inside = torch.isfinite(log_prior)
+            rest = (len(x) - 1) * torch.where(inside, log_prior, 0.0)
+            return torch.where(inside, potential - rest, -torch.inf)
+
+
+class MainProposal:
+    """The main at the potential's observation, as a proposal for importance sampling.
+
+    sbi sets the observation on the potential alone; this reads it there, so that both agree.
+
+    Args:
+        main: The main model.
+        potential: Whose observation it is.
+    """
+
+    def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
+        self.main, self.potential = main, potential
+
+    def _x(self) -> Tensor:
+        x = self.potential.x_o.reshape(-1, *self.main.condition_shape)
+        if len(x) != 1:
+            raise ValueError(
+                f"x: expected one observation for importance sampling, got {len(x)}; the main is "
+                "a posterior given one. Use sample_with='mcmc' for several independent ones."
+            )
+        return x
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws of shape `(*sample_shape, D)`."""
+        shape = torch.Size(sample_shape)
+        theta = self.main.sample(torch.Size((shape.numel(),)), self._x())
+        return theta[:, 0].reshape(*shape, -1)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """log p_φ(θ|x_o) of θ `(N, D)`, shape `(N,)`."""
+        return self.main.log_prob(theta.unsqueeze(1), self._x())[:, 0]
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the main to a device."""
+        self.main.to(device)
+
+
+def proxy_posterior(
+    main: ConditionalDensityEstimator,
+    proxy: Proxy,
+    prior: Distribution,
+    sample_with: SampleWith,
+    parameters: PosteriorParameters | None,
+    device: str,
+) -> ProxyPosterior:
+    """sbi's posterior of the proxy; the networks are copied.
+
+    Args:
+        main: The main model, the proposal of importance sampling.
+        proxy: A fitted proxy.
+        prior: The prior: starts MCMC chains, and is the proposal of rejection sampling.
+        sample_with: "mcmc", "importance" or "rejection".
+        parameters: sbi's parameters of that posterior; None for its defaults.
+        device: Device of the posterior.
+
+    Raises:
+        ValueError: For another `sample_with`.
+        TypeError: If `parameters` are another posterior's.
+    """
+    if sample_with not in _PARAMETERS:
+        raise ValueError(
+            f"sample_with must be one of {tuple(_PARAMETERS)}, got {sample_with!r}; the proxy is "
+            "unnormalised, so it cannot be drawn from directly."
+        )
+    expected = _PARAMETERS[sample_with]
+    parameters = expected() if parameters is None else parameters
+    if not isinstance(parameters, expected):
+        raise TypeError(
+            f"posterior_parameters must be {expected.__name__} for sample_with={sample_with!r}, "
+            f"got {type(parameters).__name__}."
+        )
+    main, proxy = deepcopy(main), deepcopy(proxy)
+    potential = ProxyPotential(proxy, main.condition_shape, device)
+    kwargs = {"theta_transform": mcmc_transform(prior, device=device), "device": device}
+    kwargs |= {k: v for k, v in asdict(parameters).items() if v is not None}
+    if sample_with == "mcmc":
+        return MCMCPosterior(potential, proposal=prior, **kwargs)
+    if sample_with == "rejection":
+        return RejectionPosterior(potential, proposal=prior, **kwargs)
+    return ImportanceSamplingPosterior(potential, proposal=MainProposal(main, potential), **kwargs)
