@@ -1,6 +1,7 @@
 """Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
 
 from sbi_jeffreys.correction import CorrectedPosterior
+from sbi_jeffreys.diagnostics import HeldOutReport, held_out_report
 from sbi_jeffreys.npe import NPE_Jeffreys
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
@@ -17,10 +18,12 @@ __all__ = [
     "EnergyConfig",
     "EnergyProxy",
     "GivenProxy",
+    "HeldOutReport",
     "JeffreysOptions",
     "LikelihoodProxy",
     "MemberSpec",
     "NPE_Jeffreys",
     "Proxy",
+    "held_out_report",
 ]
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ from sbi_jeffreys.benchmark.evaluation import (
 from sbi_jeffreys.benchmark.fitted import FittedMethod
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
 from sbi_jeffreys.benchmark.tasks import get_task
+from sbi_jeffreys.plots import plot_training
 
 __all__ = ["add_arguments", "run"]
 
@@ -181,13 +182,6 @@ def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
     return figure
 
 
-_PANELS = (
-    ("held-out, nats", ("held_out_forward", "held_out_reverse", "entropy_estimate")),
-    ("training terms, nats", ("forward_term", "generated_term")),
-    ("multiplier and slack", ("multiplier", "slack")),
-)
-
-
 def plot_traces(summary: dict[str, Any], path: Path) -> None:
     """Traces of the symmetric stage as a PNG, by `sbi_jeffreys.plots`."""
     import matplotlib
@@ -195,27 +189,6 @@ def plot_traces(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    try:
-        from sbi_jeffreys.plots import plot_training  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        plot_training = None
-    if plot_training is not None:
-        figure = _figure_of(plot_training(summary))
-    else:
-        figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 4), layout="constrained")
-        for axis, (label, names) in zip(axes, _PANELS):
-            for name in names:
-                axis.plot(summary.get(name, []), label=name)
-            axis.set(xlabel="epoch of the symmetric stage", ylabel=label)
-            axis.legend()
+    figure = plot_training(summary)[0].figure
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
-
-
-def _figure_of(drawn: Any) -> Any:
-    """The figure behind what a plot function returns: a figure, an axis, or an array of axes."""
-    if hasattr(drawn, "savefig"):
-        return drawn
-    first = drawn.flat[0] if hasattr(drawn, "flat") else drawn
-    first = first[0] if isinstance(first, (list, tuple)) else first
-    return first if hasattr(first, "savefig") else first.figure

@@ -1,0 +1,207 @@
+r"""Is a posterior calibrated? Ranks of the true θ among the posterior's draws, and tests on them.
+
+Draw pairs (θ*, x) from the joint and S draws θ_k ∼ p_φ(·|x). Where p_φ is the exact posterior, θ*
+and the θ_k are exchangeable, so the rank of θ* under *any* statistic is uniform. Two are read here:
+
+- its density: the share of draws denser than θ* is the smallest HPD region that holds θ*, so its
+  distribution function is the expected coverage (Hermans et al. 2022, arXiv 2110.06581);
+- its coordinates, one by one (simulation-based calibration; Talts et al. 2018, arXiv 1804.06788),
+  which say in which parameter, and in which direction, something is wrong.
+
+Ranks are (r + U)/(S + 1) with U uniform: uniform on (0, 1) exactly, for any S, and with ties.
+Samples of θ come first: `(S, B, D)`, S draws for each of B pairs. No network is known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sbi.utils import within_support
+from torch import Tensor
+from torch.distributions import Distribution
+
+__all__ = [
+    "Coverage",
+    "CoverageCurve",
+    "PairDraws",
+    "coverage_curve",
+    "expected_coverage",
+    "held_out_nll",
+    "hpd_ranks",
+    "inside_prior",
+    "leakage",
+    "marginal_ranks",
+]
+
+LEVELS = (0.5, 0.9, 0.95)
+_BAND = 0.99  # pointwise probability of the band around a coverage curve
+
+
+@dataclass(frozen=True)
+class PairDraws:
+    """Draws of an approximate posterior at the x of B fresh pairs, with their densities.
+
+    Attributes:
+        theta: Raw draws before any rejection, `(S, B, D)`.
+        log_prob: Their log density in nats, `(S, B)`; up to a constant per x if not `normalised`.
+        log_prob_true: Log density of the pairs' own θ*, `(B,)`, up to the same constants.
+        log_weights: Log importance weights `(S, B)` of draws from another distribution, or None.
+        normalised: Whether `log_prob` is a density, so that NLL and divergences exist.
+    """
+
+    theta: Tensor
+    log_prob: Tensor
+    log_prob_true: Tensor
+    log_weights: Tensor | None = None
+    normalised: bool = True
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Empirical coverage of the HPD regions of one level, with its binomial standard error."""
+
+    level: float
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class CoverageCurve:
+    """Expected coverage over the nominal level.
+
+    Attributes:
+        levels: Nominal levels in (0, 1), `(L,)`.
+        values: Share of pairs whose θ* is in the HPD region of that level, `(L,)`.
+        lower: Lower end of where an exact posterior's values lie with 99 %, level by level, `(L,)`.
+        upper: Upper end of it, `(L,)`.
+        num_pairs: How many pairs the values are shares of.
+    """
+
+    levels: Tensor
+    values: Tensor
+    lower: Tensor
+    upper: Tensor
+    num_pairs: int
+
+
+def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
+    """Whether θ `(*B, D)` lies in the prior's support, `(*B,)`; non-finite θ does not."""
+    finite = torch.isfinite(theta).all(-1)
+    safe = torch.where(finite.unsqueeze(-1), theta, torch.zeros_like(theta))
+    inside = within_support(prior, safe.reshape(-1, theta.shape[-1]))
+    return finite & inside.reshape(finite.shape)
+
+
+def leakage(inside: Tensor) -> float:
+    """Mass of the raw estimator outside the prior: mean over draws and x of `~inside`."""
+    return float((~inside).double().mean())
+
+
+def held_out_nll(log_prob_true: Tensor) -> tuple[float, float]:
+    """Mean of −log p_φ(θ*|x) over pairs, in nats, with its standard error.
+
+    The density is the raw estimator's, leaked mass included, as sbi's validation loss reads it.
+
+    Args:
+        log_prob_true: log p_φ(θ*|x), `(B,)`.
+    """
+    losses = -log_prob_true.double()
+    spread = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return float(losses.mean()), spread
+
+
+def hpd_ranks(draws: PairDraws, inside: Tensor, randomised: bool = True) -> Tensor:
+    """Rank of each θ* by density: 0 at the densest point, 1 where every draw is denser.
+
+    Args:
+        draws: Draws and densities at B pairs.
+        inside: Whether the draws lie in the prior's support, `(S, B)`; those outside are dropped.
+        randomised: Whether ranks are exactly uniform under the exact posterior, or (r + ½)/(S + 1).
+
+    Returns:
+        `(B,)`; ∞ for pairs without a single draw inside, which no region covers.
+    """
+    true = draws.log_prob_true
+    below, ties = draws.log_prob > true, draws.log_prob == true
+    return _ranks(below, ties, _weights(draws, inside), inside, randomised)
+
+
+def marginal_ranks(draws: PairDraws, theta_true: Tensor, inside: Tensor) -> Tensor:
+    """Rank of each coordinate of θ* among those of the draws, `(B, D)`.
+
+    Args:
+        draws: Draws at B pairs.
+        theta_true: θ*, `(B, D)`.
+        inside: Whether the draws lie in the prior's support, `(S, B)`.
+    """
+    weights = _weights(draws, inside)
+    columns = []
+    for k in range(theta_true.shape[1]):
+        values, true = draws.theta[..., k], theta_true[:, k]
+        columns.append(_ranks(values < true, values == true, weights, inside, True))
+    return torch.stack(columns, dim=1)
+
+
+def _weights(draws: PairDraws, inside: Tensor) -> Tensor:
+    """Weights `(S, B)` of the draws, 0 outside the prior."""
+    weights = inside.double()
+    if draws.log_weights is None:
+        return weights
+    relative = draws.log_weights - draws.log_weights.max(dim=0, keepdim=True).values
+    return weights * relative.nan_to_num(nan=-math.inf).double().exp()
+
+
+def _ranks(below: Tensor, ties: Tensor, weights: Tensor, inside: Tensor, random: bool) -> Tensor:
+    """Ranks `(B,)` of θ* from which draws are below it and which tie with it, `(S, B)` each."""
+    total, count = weights.sum(0), inside.double().sum(0)
+    share = (weights * below.double()).sum(0) / total
+    if random:
+        tied = (weights * ties.double()).sum(0) / total
+        place = share * count + torch.rand_like(total) * (1 + tied * count)
+    else:
+        place = share * count + 0.5
+    return torch.where(total > 0, place / (count + 1), math.inf)
+
+
+def expected_coverage(
+    draws: PairDraws, inside: Tensor, levels: Sequence[float] = LEVELS
+) -> tuple[Coverage, ...]:
+    """How often θ* falls into the HPD region of each level.
+
+    θ* is in the region of level α where at most α of the posterior's mass is denser than θ*.
+    That mass is the (weighted) share of draws with higher log density; draws outside the prior
+    are dropped. With S draws the share is (r + ½)/(S + 1), uniform where the posterior is exact.
+
+    Args:
+        draws: Draws and densities at B pairs.
+        inside: Whether the draws lie in the prior's support, `(S, B)`.
+        levels: In (0, 1).
+
+    Returns:
+        One entry per level. Pairs without a single draw inside count as not covered.
+    """
+    rank = hpd_ranks(draws, inside, randomised=False)
+    entries = []
+    for level in levels:
+        value = float((rank <= level).double().mean())
+        entries.append(Coverage(level, value, math.sqrt(value * (1 - value) / len(rank))))
+    return tuple(entries)
+
+
+def coverage_curve(ranks: Tensor, levels: Sequence[float] | None = None) -> CoverageCurve:
+    """The coverage at many levels, with the binomial band of an exact posterior.
+
+    Args:
+        ranks: By density, from `hpd_ranks`, `(B,)`.
+        levels: In (0, 1); 0.02, 0.04, … 0.98 if None.
+    """
+    from scipy.stats import binom  # sbi depends on scipy
+
+    grid = torch.linspace(0.02, 0.98, 49).double() if levels is None else torch.tensor(levels)
+    num, tail = len(ranks), (1 - _BAND) / 2
+    values = (ranks.unsqueeze(0) <= grid.to(ranks).unsqueeze(1)).double().mean(1).cpu()
+    lower, upper = (binom.ppf(q, num, grid.numpy()) / num for q in (tail, 1 - tail))
+    return CoverageCurve(grid, values, torch.as_tensor(lower), torch.as_tensor(upper), num)
