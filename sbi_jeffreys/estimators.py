@@ -89,6 +89,9 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
 class NamedBuilder:
     """Builds the main model `posterior_nn(model)` in transformed spaces; picklable.
 
+    A mixture density network ("mdn") leaves θ as it is: sbi's closed-form loss of later rounds is
+    for a mixture of Gaussians over θ itself, and that loss is what an mdn is chosen for.
+
     Args:
         model: Name of an sbi density estimator.
         prior: Prior, for its unconstrained space; None leaves θ as it is.
@@ -105,7 +108,9 @@ class NamedBuilder:
             if not transform.is_identity:
                 kwargs = {"embedding_net": _Standardised(transform, x), "z_score_x": "none"}
         builder = posterior_nn(model=self.model, **kwargs)
-        transform = PriorTransform.fit(self.prior) if self.prior is not None else None
+        transform = None
+        if self.prior is not None and self.model != "mdn":
+            transform = PriorTransform.fit(self.prior)
         if transform is None:
             return builder(theta, x)
         return UnconstrainedDensityEstimator(builder(transform(theta)[0], x), transform)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import AdamW
 
-__all__ = ["FitConfig", "FitResult", "fit_network"]
+__all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
 _RACE_EPOCHS, _RACE_MARGIN = 20, 1.0  # when, and how many nats behind, a fit is given up
 
@@ -61,6 +61,14 @@ class FitResult:
     held_out: float
     epochs: int
     early: float = math.inf
+
+
+def can_fuse(net: nn.Module) -> bool:
+    """Whether Adam's fused kernel takes the parameters; complex ones (spectral nets) it does not.
+
+    On these small networks the per-tensor Python loop costs a quarter of a step.
+    """
+    return all(p.is_floating_point() for p in net.parameters())
 
 
 def _step(net: nn.Module, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
@@ -111,9 +119,11 @@ def fit_network(
     Returns:
         The held-out loss of the weights kept and the epochs run.
     """
-    # fused: on these small networks the per-tensor Python loop costs a quarter of a step.
     optimizer = AdamW(
-        net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        net.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=can_fuse(net),
     )
     ema, best, best_state = deepcopy(net), math.inf, deepcopy(net.state_dict())
     epoch = since = step = 0

@@ -89,6 +89,9 @@ def prepare(
     """
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
+    theta = simulations.theta[simulations.train]
+    if bool((theta == theta[:1]).all()):
+        return Prepared(None, "theta is constant: there is nothing to learn about it")
     proxy, note = build_proxy(prior, main, simulations.x, options)
     if proxy is None:
         return Prepared(None, note)

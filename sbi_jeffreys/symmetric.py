@@ -25,6 +25,7 @@ from torch.optim import Adam
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.estimators import frozen, reparameterised_sample
+from sbi_jeffreys.fitting import can_fuse
 from sbi_jeffreys.multipliers import ResilientMultipliers
 from sbi_jeffreys.objective import (
     forward_term,
@@ -95,7 +96,7 @@ class SymmetricStage:
             max_multiplier=options.max_multiplier,
             initial=options.initial_multiplier,
         ).to(self.pool_x.device)
-        self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate, fused=True)
+        self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate, fused=can_fuse(main))
         self.step = 0
 
     @property
