@@ -14,6 +14,24 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from sbi_jeffreys._drawing import (
+    COLOURS,
+    GREY,
+    bars,
+    held_out_panel,
+    legend,
+    logarithmic_if_wide,
+    mark_if_empty,
+    method_style,
+    new_axes,
+    pairs,
+    priorities_panel,
+    scatter,
+    share_limits,
+    standard_error,
+    trace,
+    whole_epochs,
+)
 from sbi_jeffreys.diagnostics import CoverageCurve, HeldOutReport
 
 if TYPE_CHECKING:
@@ -28,11 +46,6 @@ __all__ = [
     "plot_training",
 ]
 
-#: Okabe & Ito's colours, the palest last.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-_GREY = "#999999"
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES = ("-", "--", "-.", ":")
 _EPOCHS = "epoch of the symmetric stage"
 
 #: What coverage is drawn from: one report or curve, or several by the name of their method.
@@ -59,26 +72,33 @@ def plot_training(
         ValueError: If the number of axes is not four.
     """
     if axes is None:
-        drawn = _new_axes(2, 2, (9.0, 6.4)).ravel()
+        drawn = new_axes(2, 2, (9.0, 6.4)).ravel()
     else:
         drawn = np.asarray(axes, dtype=object).ravel()
     if drawn.size != 4:
         raise ValueError(f"axes: expected 4, one per panel, got {drawn.size}.")
     terms, held_out, reverse, priorities = drawn
-    _trace(terms, summary, "forward_term", "F, on simulations", 0)
-    _trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
+    trace(terms, summary, "forward_term", "F, on simulations", 0)
+    trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
     terms.set(title="Forward terms, training", ylabel="nats")
-    _held_out_panel(held_out, summary)
-    _trace(reverse, summary, "held_out_reverse", "KL(p_φ ‖ q_ψ), held-out x", 0)
-    _trace(reverse, summary, "reverse_term", "loss in training", 1)
+    held_out_panel(held_out, summary)
+    trace(
+        reverse,
+        summary,
+        "held_out_reverse",
+        r"$\mathrm{KL}(p_\varphi \Vert q_\psi)$, held-out x",
+        0,
+    )
+    trace(reverse, summary, "reverse_term", "loss in training", 1)
     reverse.set(title="Reverse terms", ylabel="nats")
-    _logarithmic_if_wide(reverse)
-    _priorities_panel(priorities, summary)
+    logarithmic_if_wide(reverse)
+    priorities_panel(priorities, summary)
+    epochs = len(summary.get("held_out_forward", []))
     for axis in drawn:
         axis.set_xlabel(_EPOCHS)
-        _whole_numbers(axis)
-        _legend(axis)
-    _mark_if_empty(drawn, summary)
+        whole_epochs(axis, epochs)
+        legend(axis)
+        mark_if_empty(axis, epochs)
     return drawn
 
 
@@ -92,7 +112,7 @@ def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
         curves: A report or curve, or several by the name of their method.
         ax: Where to draw; a new figure if None.
     """
-    axis = _new_axes(1, 1, (4.6, 4.4)).item() if ax is None else ax
+    axis = new_axes(1, 1, (4.6, 4.4)).item() if ax is None else ax
     named = _curves(curves)
     fewest = min(named.values(), key=lambda curve: curve.num_pairs)
     levels = fewest.levels.numpy()
@@ -101,14 +121,14 @@ def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
         levels,
         fewest.lower.numpy(),
         fewest.upper.numpy(),
-        color=_GREY,
+        color=GREY,
         alpha=0.3,
         label=label,
         lw=0,
     )
-    axis.plot([0, 1], [0, 1], color=_GREY, linewidth=1, zorder=1)
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=1)
     for k, (name, curve) in enumerate(named.items()):
-        style = {**_style(k), "markersize": 4, "markevery": max(1, len(curve.levels) // 8)}
+        style = {**method_style(k), "markersize": 4, "markevery": max(1, len(curve.levels) // 8)}
         axis.plot(curve.levels.numpy(), curve.values.numpy(), label=name or "posterior", **style)
     axis.set(xlabel="nominal level", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
     axis.set_aspect("equal")
@@ -132,7 +152,7 @@ def plot_divergences(
     named = {"posterior": reports} if isinstance(reports, HeldOutReport) else dict(reports)
     if not named:
         raise ValueError("reports: expected at least one report, got none.")
-    axis = _new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item() if ax is None else ax
+    axis = new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item() if ax is None else ax
     best = min(report.forward for report in named.values())
     places = np.arange(len(named))
     forward = [(r.forward - best, r.forward_error) for r in named.values()]
@@ -140,15 +160,15 @@ def plot_divergences(
         (math.nan if r.reverse is None else r.reverse, r.reverse_error or math.nan)
         for r in named.values()
     ]
-    _bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL − {best:.2f}", "")
+    bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL − {best:.2f}", "")
     label = "reverse KL to the proxy"
     if all(r.reverse is None for r in named.values()):
         label += " (no proxy)"
-    _bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
+    bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(places, list(named), rotation=20 if len(named) > 3 else 0)
     axis.set_ylabel("nats (± standard error)")
-    axis.margins(y=0.2)
+    axis.margins(y=0.15)
     axis.legend(fontsize=8, frameon=False)
     return axis
 
@@ -161,7 +181,7 @@ def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None 
             (seeds, observations) become their mean with its standard error.
         ax: Where to draw; a new figure if None.
     """
-    axis = _new_axes(1, 1, (5.2, 3.8)).item() if ax is None else ax
+    axis = new_axes(1, 1, (5.2, 3.8)).item() if ax is None else ax
     scores: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         budgets = scores.setdefault(str(row["method"]), {})
@@ -171,9 +191,9 @@ def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None 
     for k, (method, budgets) in enumerate(scores.items()):
         sizes = sorted(budgets)
         means = [float(np.mean(budgets[size])) for size in sizes]
-        errors = [_standard_error(budgets[size]) for size in sizes]
-        axis.errorbar(sizes, means, yerr=errors, label=method, capsize=3, **_style(k))
-    axis.axhline(0.5, color=_GREY, linewidth=1, zorder=1)
+        errors = [standard_error(budgets[size]) for size in sizes]
+        axis.errorbar(sizes, means, yerr=errors, label=method, capsize=3, **method_style(k))
+    axis.axhline(0.5, color=GREY, linewidth=1, zorder=1)
     every = sorted({size for budgets in scores.values() for size in budgets})
     axis.set_xscale("log")
     if len(every) <= 8:  # the budgets themselves say more than powers of ten
@@ -224,150 +244,18 @@ def plot_posteriors(
                 f"axes: {len(kept)} parameters make a figure of their own; pass dims=(i, j) to "
                 "draw two of them on these axes, or leave axes out."
             )
-        return _pairs(drawn, truth, names)
-    grid = _new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True) if axes is None else axes
+        return pairs(drawn, truth, names)
+    grid = new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True) if axes is None else axes
     flat = np.asarray(grid, dtype=object).ravel()
     if flat.size != len(drawn):
         raise ValueError(f"axes: expected {len(drawn)}, one per method, got {flat.size}.")
     for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
-        _scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
+        scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
         axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
-    _share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
+    share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
     if truth is not None:
         flat[0].legend(loc="best", fontsize=8, frameon=False, markerscale=3)
     return flat
-
-
-# ------------------------------------------------------------------ panels
-
-
-def _held_out_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
-    """F on held-out simulations, Ĥ, and the value of the proxy."""
-    _trace(axis, summary, "held_out_forward", "F, held-out", 0)
-    _trace(axis, summary, "entropy_estimate", "Ĥ, best so far", 1)
-    found = [float(v) for v in summary.get("proxy_held_out", []) if math.isfinite(float(v))]
-    if found:
-        axis.axhline(found[-1], color=COLOURS[2], linestyle=":", label="proxy, held-out")
-    axis.set(title="Held-out forward term", ylabel="nats")
-
-
-def _priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
-    """λ on the left, ε on the right: they differ in unit and by orders of magnitude."""
-    _trace(axis, summary, "multiplier", "multiplier λ (left)", 0)
-    axis.set(title="Priorities", ylabel="λ")
-    _logarithmic_if_wide(axis)
-    right = axis.twinx()
-    _trace(right, summary, "slack", "slack ε (right)", 1)
-    right.set_ylabel("ε, nats")
-    axis.plot([], [], color=COLOURS[1], linestyle=_LINES[1], label="slack ε (right)")
-
-
-def _trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) -> None:
-    """One trace over epochs 1 … n; a marker where there are too few points for a line."""
-    values = np.asarray([float(value) for value in summary.get(key, [])])
-    if values.size:
-        marker = "o" if values.size <= 3 else ""
-        style = {"color": COLOURS[k], "linestyle": _LINES[k], "marker": marker}
-        axis.plot(np.arange(1, values.size + 1), values, label=label, **style)
-
-
-def _logarithmic_if_wide(axis: Axes) -> None:
-    """A logarithmic scale where positive values span more than a factor of twenty."""
-    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
-    values = np.concatenate(drawn) if drawn else np.empty(0)
-    values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() > 20 * values.min():
-        axis.set_yscale("log")
-
-
-def _mark_if_empty(axes: np.ndarray, summary: Mapping[str, Any]) -> None:
-    if not len(summary.get("held_out_forward", [])):
-        for axis in axes:
-            axis.text(
-                0.5, 0.5, "no symmetric stage", ha="center", va="center", transform=axis.transAxes
-            )
-
-
-def _bars(
-    axis: Axes,
-    places: np.ndarray,
-    values: Sequence[tuple[float, float]],
-    colour: str,
-    label: str,
-    hatch: str,
-) -> None:
-    """Bars with error bars; a value that is not known leaves a gap."""
-    heights, errors = np.asarray(values, dtype=float).T
-    style: dict[str, Any] = {"color": colour, "edgecolor": "white", "hatch": hatch, "capsize": 4}
-    axis.bar(places, np.nan_to_num(heights), 0.38, yerr=errors, label=label, **style)
-
-
-def _scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
-    if truth is not None:
-        axis.scatter(*truth.T, s=6, color=_GREY, linewidths=0, label="reference", rasterized=True)
-    axis.scatter(*values.T, s=4, color=colour, linewidths=0, alpha=0.5, rasterized=True)
-
-
-def _share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
-    """The same limits everywhere, set by the bulk: one far draw must not shrink the rest."""
-    everything = np.concatenate(drawn)
-    low, high = np.quantile(everything, [0.002, 0.998], axis=0)
-    margin = 0.12 * np.maximum(high - low, 1e-12)
-    for axis in axes:
-        axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
-        axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
-
-
-def _pairs(
-    drawn: Mapping[str, np.ndarray], truth: np.ndarray | None, names: Sequence[str]
-) -> np.ndarray:
-    """sbi's pairplot, the reference first and in grey."""
-    from matplotlib import rc_context
-    from sbi.analysis import pairplot
-
-    sets = ({} if truth is None else {"reference": truth}) | dict(drawn)
-    methods = COLOURS * (1 + len(drawn) // len(COLOURS))
-    colours = [*([] if truth is None else [_GREY]), *methods][: len(sets)]
-    points: Any = [{"mpl_kwargs": {"s": 3, "color": c, "edgecolor": "none"}} for c in colours]
-    lines: Any = [{"mpl_kwargs": {"color": c}} for c in colours]
-    size = max(4.0, 2.0 * len(names))
-    with rc_context():  # sbi's own style changes end here
-        result: Any = pairplot(
-            list(sets.values()),
-            labels=list(names),
-            diag="kde",
-            upper="scatter",
-            figsize=(size, size),
-            diag_kwargs=lines,
-            upper_kwargs=points,
-        )
-    figure, grid = result
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=c, label=name) for c, name in zip(colours, sets)]
-    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.08, 0.08), frameon=False)
-    return np.asarray(grid, dtype=object)
-
-
-# ------------------------------------------------------------------ small things
-
-
-def _new_axes(
-    rows: int, columns: int, size: tuple[float, float], shared: bool = False
-) -> np.ndarray:
-    """Axes `(rows, columns)` of a new figure."""
-    import matplotlib.pyplot as plt  # here, because importing it chooses a backend
-
-    _, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=size,
-        squeeze=False,
-        layout="constrained",
-        sharex=shared,
-        sharey=shared,
-    )
-    return axes
 
 
 def _curves(curves: Curves) -> dict[str, CoverageCurve]:
@@ -376,22 +264,3 @@ def _curves(curves: Curves) -> dict[str, CoverageCurve]:
     if not named:
         raise ValueError("curves: expected at least one report or curve, got none.")
     return {k: v.coverage if isinstance(v, HeldOutReport) else v for k, v in named.items()}
-
-
-def _style(k: int) -> dict[str, Any]:
-    return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def _whole_numbers(axis: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _legend(axis: Axes) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)

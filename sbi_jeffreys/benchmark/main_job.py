@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sbi_jeffreys import plots
 from sbi_jeffreys.benchmark._arguments import add_common, positive_int, task_name
 from sbi_jeffreys.benchmark._parallel import warm_up
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
@@ -28,13 +29,10 @@ from sbi_jeffreys.benchmark.evaluation import (
 from sbi_jeffreys.benchmark.fitted import FittedMethod
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
 from sbi_jeffreys.benchmark.tasks import get_task
-from sbi_jeffreys.plots import plot_training
 
 __all__ = ["add_arguments", "run"]
 
 _METHODS = ("npe_nsf", "npe_jeffreys", "npe_jeffreys_corrected")
-_MAX_PANELS = 5
-_COLOURS = ("#999999", "#D55E00", "#0072B2")  # Okabe–Ito: reference, NPE, NPE_Jeffreys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,49 +135,10 @@ def plot_posteriors(reference: Tensor, samples: Sequence[Tensor], path: Path, ti
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = ("reference", "NPE", "NPE_Jeffreys")
-    if reference.shape[1] == 2:
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4.5), sharex=True, sharey=True)
-        for axis, drawn, label, colour in zip(axes, samples, labels[1:], _COLOURS[1:]):
-            axis.scatter(*reference.T, s=6, color=_COLOURS[0], label=labels[0], linewidths=0)
-            axis.scatter(*drawn.T, s=4, color=colour, label=label, alpha=0.6, linewidths=0)
-            axis.set(xlabel="θ₁", ylabel="θ₂", title=label)
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2)
-    else:
-        figure = _pairs_figure([reference, *samples], labels)
+    axes = plots.plot_posteriors(dict(zip(("NPE", "NPE_Jeffreys"), samples)), reference)
+    figure = axes.flat[0].figure
     figure.suptitle(f"{title}: posterior at observation 0")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def _pairs_figure(samples: list[Tensor], labels: Sequence[str]) -> Any:
-    """sbi's pairplot of the first few parameters: NPE above the diagonal, NPE_Jeffreys below."""
-    from sbi.analysis import pairplot
-
-    panels = min(_MAX_PANELS, samples[0].shape[1])
-    points: Any = [
-        {"mpl_kwargs": {"s": 2, "color": colour, "edgecolor": "none"}} for colour in _COLOURS
-    ]
-    lines: Any = [{"mpl_kwargs": {"color": colour}} for colour in _COLOURS]
-    figure: Any
-    figure, _ = pairplot(
-        [drawn[:, :panels].numpy() for drawn in samples],
-        labels=[f"θ{k + 1}" for k in range(panels)],
-        diag="kde",
-        upper=["scatter", "scatter", None],
-        lower=["scatter", None, "scatter"],
-        figsize=(2.2 * panels, 2.2 * panels),
-        diag_kwargs=lines,
-        upper_kwargs=points,
-        lower_kwargs=points,
-    )
-    axis = figure.get_axes()[0]
-    handles = [axis.plot([], [], color=c, label=n)[0] for c, n in zip(_COLOURS, labels)]
-    where = ("", " (above)", " (below)")
-    figure.legend(handles, [n + w for n, w in zip(labels, where)], loc="lower center", ncols=3)
-    return figure
+    _save(figure, path)
 
 
 def plot_traces(summary: dict[str, Any], path: Path) -> None:
@@ -187,8 +146,11 @@ def plot_traces(summary: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    _save(plots.plot_training(summary)[0].figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure = plot_training(summary)[0].figure
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
