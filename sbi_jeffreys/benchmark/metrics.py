@@ -11,14 +11,20 @@ never shows it without coverage. Samples of θ come first: `(S, B, D)`, S draws 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from sbi_jeffreys.benchmark.tasks import Task
+from sbi_jeffreys.calibration import (
+    Coverage,
+    PairDraws,
+    expected_coverage,
+    held_out_nll,
+    inside_prior,
+    leakage,
+)
 
 __all__ = [
     "Coverage",
@@ -36,36 +42,7 @@ __all__ = [
     "true_divergences",
 ]
 
-LEVELS = (0.5, 0.9, 0.95)
 _DRAWS_FOR_DIVERGENCE = 100  # per pair; two of the likelihoods solve an ODE for every draw
-
-
-@dataclass(frozen=True)
-class PairDraws:
-    """Draws of an approximate posterior at the x of B fresh pairs, with their densities.
-
-    Attributes:
-        theta: Raw draws before any rejection, `(S, B, D)`.
-        log_prob: Their log density in nats, `(S, B)`; up to a constant per x if not `normalised`.
-        log_prob_true: Log density of the pairs' own θ*, `(B,)`, up to the same constants.
-        log_weights: Log importance weights `(S, B)` of draws from another distribution, or None.
-        normalised: Whether `log_prob` is a density, so that NLL and divergences exist.
-    """
-
-    theta: Tensor
-    log_prob: Tensor
-    log_prob_true: Tensor
-    log_weights: Tensor | None = None
-    normalised: bool = True
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Empirical coverage of the HPD regions of one level, with its binomial standard error."""
-
-    level: float
-    value: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -160,64 +137,6 @@ def mode_l1(task: Task, x: Tensor, reference: Tensor, samples: Tensor) -> float:
     num_modes = int(torch.cat([expected, found]).max()) + 1
     difference = mode_masses(found, num_modes) - mode_masses(expected, num_modes)
     return float(difference.abs().sum())
-
-
-def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
-    """Whether θ `(*B, D)` lies in the prior's support, `(*B,)`; non-finite θ does not."""
-    finite = torch.isfinite(theta).all(-1)
-    safe = torch.where(finite.unsqueeze(-1), theta, torch.zeros_like(theta))
-    return finite & prior.support.check(safe)  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def leakage(inside: Tensor) -> float:
-    """Mass of the raw estimator outside the prior: mean over draws and x of `~inside`."""
-    return float((~inside).double().mean())
-
-
-def held_out_nll(log_prob_true: Tensor) -> tuple[float, float]:
-    """Mean of −log p_φ(θ*|x) over pairs, in nats, with its standard error.
-
-    The density is the raw estimator's, leaked mass included, as sbi's validation loss reads it.
-
-    Args:
-        log_prob_true: log p_φ(θ*|x), `(B,)`.
-    """
-    losses = -log_prob_true.double()
-    spread = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return float(losses.mean()), spread
-
-
-def expected_coverage(
-    draws: PairDraws, inside: Tensor, levels: Sequence[float] = LEVELS
-) -> tuple[Coverage, ...]:
-    """How often θ* falls into the HPD region of each level.
-
-    θ* is in the region of level α where at most α of the posterior's mass is denser than θ*.
-    That mass is the (weighted) share of draws with higher log density; draws outside the prior
-    are dropped. With S draws the share is (r + ½)/(S + 1), uniform where the posterior is exact.
-
-    Args:
-        draws: Draws and densities at B pairs.
-        inside: Whether the draws lie in the prior's support, `(S, B)`.
-        levels: In (0, 1).
-
-    Returns:
-        One entry per level. Pairs without a single draw inside count as not covered.
-    """
-    weights = inside.double()
-    if draws.log_weights is not None:
-        relative = draws.log_weights - draws.log_weights.max(dim=0, keepdim=True).values
-        weights = weights * relative.nan_to_num(nan=-math.inf).double().exp()
-    denser = (draws.log_prob > draws.log_prob_true).double()
-    total = weights.sum(0)
-    count = inside.double().sum(0)
-    share = (weights * denser).sum(0) / total
-    rank = torch.where(total > 0, (share * count + 0.5) / (count + 1), math.inf)
-    entries = []
-    for level in levels:
-        value = float((rank <= level).double().mean())
-        entries.append(Coverage(level, value, math.sqrt(value * (1 - value) / len(rank))))
-    return tuple(entries)
 
 
 def true_divergences(
