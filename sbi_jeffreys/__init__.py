@@ -12,6 +12,7 @@ from sbi_jeffreys.proxies import (
     MemberSpec,
     Proxy,
 )
+from sbi_jeffreys.registration import register
 
 __all__ = [
     "CorrectedPosterior",
@@ -25,5 +26,6 @@ __all__ = [
     "NPE_Jeffreys",
     "Proxy",
     "held_out_report",
+    "register",
 ]
 __version__ = "0.1.0"

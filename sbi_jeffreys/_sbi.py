@@ -7,7 +7,7 @@ from sbi.inference.posteriors.posterior_parameters import (
     RejectionPosteriorParameters,
 )
 from sbi.inference.potentials.base_potential import BasePotential
-from sbi.inference.trainers._contracts import LossArgsNPE, TrainConfig
+from sbi.inference.trainers._contracts import LossArgsNPE, StartIndexContext, TrainConfig
 from sbi.inference.trainers.base import LossArgs
 from sbi.inference.trainers.npe.npe_c import NPE_C
 from sbi.neural_nets.estimators.base import (
@@ -15,6 +15,7 @@ from sbi.neural_nets.estimators.base import (
     ConditionalEstimatorBuilder,
 )
 from sbi.neural_nets.estimators.mixture_density_estimator import MixtureDensityEstimator
+from sbi.neural_nets.factory import model_builders
 from sbi.sbi_types import Tracker
 from sbi.utils.sbiutils import ImproperEmpirical
 
@@ -31,6 +32,8 @@ __all__ = [
     "MixtureDensityEstimator",
     "PosteriorParameters",
     "RejectionPosteriorParameters",
+    "StartIndexContext",
     "Tracker",
     "TrainConfig",
+    "model_builders",
 ]

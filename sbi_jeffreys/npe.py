@@ -14,53 +14,46 @@ The weights returned are the best ever seen on the held-out simulations, stage 0
 
 from __future__ import annotations
 
-import time
+import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from sbi.neural_nets import posterior_nn
+from sbi.utils.torchutils import process_device
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from sbi_jeffreys import persistence
 from sbi_jeffreys._sbi import (
-    NPE_C,
     ConditionalDensityEstimator,
     ConditionalEstimatorBuilder,
-    LossArgs,
-    LossArgsNPE,
+    ImproperEmpirical,
+    PosteriorParameters,
+    StartIndexContext,
     Tracker,
-    TrainConfig,
+)
+from sbi_jeffreys.arguments import (
+    check_constructor,
+    check_dataloader_kwargs,
+    check_rebuild,
+    check_train,
 )
 from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.estimators import NamedBuilder
-from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.preparation import Simulations, prepare
-from sbi_jeffreys.proxies import Proxy, hand_back_embedding
-from sbi_jeffreys.symmetric import RealBatch, SymmetricStage
+from sbi_jeffreys.persistence import is_picklable
+from sbi_jeffreys.proxies import Proxy
+from sbi_jeffreys.proxy_posterior import ProxyPosterior, SampleWith, proxy_posterior
+from sbi_jeffreys.trainer import TRACES, SymmetricTrainer
 
-__all__ = ["NPE_Jeffreys"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-#: Per-epoch traces of the symmetric stage in `summary`, all in nats except the last three.
-TRACES = (
-    "forward_term",
-    "generated_term",
-    "reverse_term",
-    "held_out_forward",
-    "held_out_reverse",
-    "entropy_estimate",
-    "multiplier",
-    "slack",
-    "trust",
-)
+__all__ = ["TRACES", "NPE_Jeffreys"]
 
 
-class NPE_Jeffreys(NPE_C):
+class NPE_Jeffreys(SymmetricTrainer):
     r"""Neural posterior estimation with the Jeffreys divergence: a drop-in for `sbi.inference.NPE`.
 
     Args:
@@ -104,11 +97,9 @@ class NPE_Jeffreys(NPE_C):
         show_progress_bars: bool = True,
         options: JeffreysOptions | None = None,
     ) -> None:
-        if options is not None and not isinstance(options, JeffreysOptions):
-            raise TypeError(
-                f"options must be a JeffreysOptions or None, got {type(options).__name__}; "
-                "write options=JeffreysOptions(num_steps=…, …)."
-            )
+        check_constructor(
+            density_estimator, logging_level, summary_writer, tracker, show_progress_bars, options
+        )
         super().__init__(
             prior=prior,
             density_estimator=density_estimator,  # type: ignore[arg-type]
@@ -119,12 +110,9 @@ class NPE_Jeffreys(NPE_C):
             show_progress_bars=show_progress_bars,
         )
         self.options = JeffreysOptions() if options is None else options
-        if isinstance(density_estimator, str) and self.options.marginal_transforms:
-            self._build_neural_net = NamedBuilder(density_estimator, prior)
-        self._proxy: Proxy | None = None
-        self._stage: SymmetricStage | None = None
-        self._stage0_done = False
-        self._rng_state: Tensor | None = None
+        self._name = density_estimator if isinstance(density_estimator, str) else None
+        self._name_builder()
+        self._start_anew()
         self._summary.update({name: [] for name in (*TRACES, "proxy", "proxy_held_out")})
 
     @property
@@ -147,240 +135,140 @@ class NPE_Jeffreys(NPE_C):
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.
         """
-        if self._neural_net is None or self._proxy is None:
-            raise RuntimeError(
-                "There is no proxy to correct with. Call train() first; if it warned that it fell "
-                "back to plain NPE, use build_posterior() instead."
-            )
+        main, proxy = self._main_and_proxy()
         return CorrectedPosterior(
-            deepcopy(self._neural_net),
-            deepcopy(self._proxy),
+            deepcopy(main),
+            deepcopy(proxy),
             self._prior,
             num_candidates,
             device=device or self._device,
         )
 
-    # ------------------------------------------------------------------ sbi's hooks
-
-    def _run_training_loop(
+    def build_proxy_posterior(
         self,
-        train_loader: DataLoader,
-        val_loader: DataLoader,
-        train_config: TrainConfig,
-        loss_args: LossArgs | None = None,
-        summarization_kwargs: dict[str, Any] | None = None,
-    ) -> ConditionalDensityEstimator:
-        """Stage 0 is sbi's own loop; the proxy and the symmetric stage follow it."""
-        assert isinstance(loss_args, LossArgsNPE)
-        if not train_config.resume_training:
-            self._proxy, self._stage, self._stage0_done, self._rng_state = None, None, False, None
-        with self._own_randomness():
-            try:
-                epochs = 0
-                if not self._stage0_done:
-                    super()._run_training_loop(
-                        train_loader, val_loader, train_config, loss_args, summarization_kwargs
-                    )
-                    self._stage0_done = True
-                    epochs = self._summary["epochs_trained"].pop()
-                    self._summary["best_validation_loss"].pop()
-                epochs += self._train_symmetric(train_loader, train_config, loss_args)
-            except KeyboardInterrupt:
-                self._restore_best()
-                raise
-        self._neural_net.zero_grad(set_to_none=True)
-        self._summary["epochs_trained"].append(epochs)
-        self._summary["best_validation_loss"].append(self._best_val_loss)
-        self._log_round()
-        if train_config.show_train_summary:
-            print(self._describe_round(self._round, self._summary))
-        return self._neural_net
+        sample_with: SampleWith = "importance",
+        posterior_parameters: PosteriorParameters | None = None,
+        device: str | None = None,
+    ) -> ProxyPosterior:
+        """The proxy's own posterior q_ψ(θ|x), sampled by sbi: a second opinion beside the main's.
 
-    def _summarize(self, round_: int) -> None:
-        """sbi calls this at the end of its loop; the round is logged after the symmetric stage."""
+        Args:
+            sample_with: "importance" (the main is the proposal), "mcmc", or "rejection" (from the
+                prior).
+            posterior_parameters: sbi's parameters of that posterior, for instance
+                `MCMCPosteriorParameters(num_chains=10)`.
+            device: Device of the posterior; the trainer's if None.
 
-    def _log_round(self) -> None:
-        """Log sbi's metrics and ours to the tracker."""
-        first = len(self._summary["trust"]) - self._stage_epochs
-        super()._summarize(self._round)
-        for name in TRACES:
-            for step, value in enumerate(self._summary[name][first:], start=first):
-                self._tracker.log_metric(name=name, value=value, step=step)
-        self._tracker.flush()
-
-    def _report_convergence_at_end(self, epoch: int, max_num_epochs: int) -> None:
-        """sbi's report, silent where progress was asked to be."""
-        if self._show_progress_bars or epoch > max_num_epochs:
-            super()._report_convergence_at_end(epoch, max_num_epochs)
-
-    # ------------------------------------------------------------------ the symmetric objective
-
-    def _train_symmetric(
-        self, train_loader: DataLoader, config: TrainConfig, loss_args: LossArgsNPE
-    ) -> int:
-        """Fit the proxy, weigh it, and run what is left of the symmetric stage; epochs run."""
-        self._stage_epochs = 0
-        if self.options.num_steps == 0:
-            return 0
-        theta, x = (t.to(self._device) for t in train_loader.dataset.tensors[:2])  # type: ignore[attr-defined]
-        held_out = self._held_out(theta, x, loss_args)
-        if self._stage is None:
-            self._prepare_stage(theta, x, held_out, config, loss_args)
-        stage, proxy = self._stage, self._proxy
-        if stage is None or proxy is None:
-            return 0
-        epochs_left = -(-(self.options.num_steps - stage.step) // self.options.steps_per_epoch)
-        bar = tqdm(
-            range(min(epochs_left, config.max_num_epochs)),
-            desc="Symmetric stage",
-            disable=not self._show_progress_bars,
-        )
-        for _ in bar:
-            start = time.time()
-            terms = stage.run_epoch(self._real_batches(train_loader, loss_args, held_out.atomic))
-            value = held_out.main(self._neural_net, proxy)
-            self._keep_if_best(value)
-            self._record(stage, terms, value, held_out.reverse(self._neural_net, proxy), start)
-            stage.update_multipliers(value)
-            self._stage_epochs += 1
-            self._save_randomness()
-            bar.set_postfix(held_out=f"{value:.3f}", best=f"{self._best_val_loss:.3f}")
-        self._restore_best()
-        if not stage.finished:
-            warnings.warn(
-                f"max_num_epochs={config.max_num_epochs} ended the symmetric stage after "
-                f"{stage.step} of {self.options.num_steps} steps; the best weights so far are "
-                "kept. Continue with train(resume_training=True).",
-                stacklevel=2,
-            )
-        return self._stage_epochs
-
-    def _prepare_stage(
-        self,
-        theta: Tensor,
-        x: Tensor,
-        held_out: HeldOut,
-        config: TrainConfig,
-        loss_args: LossArgsNPE,
-    ) -> None:
-        """Fit the proxy and set up the symmetric stage, or leave stage 0 as it is."""
-        train, val = self.train_indices.to(self._device), self.val_indices.to(self._device)
-        prepared = prepare(
-            self._prior,
-            self._neural_net,
-            Simulations(theta, x, train, val, self._round),
-            held_out,
-            self.options,
-            config.max_num_epochs,
-            config.stop_after_epochs,
-            self._show_progress_bars,
-        )
-        self._proxy = prepared.proxy
-        self._summary["proxy"].append(prepared.note)
-        self._summary["proxy_held_out"].append(prepared.proxy_nll)
-        if prepared.proxy is None:
-            warnings.warn(f"NPE_Jeffreys falls back to plain NPE: {prepared.note}", stacklevel=2)
-        if not prepared.usable:
-            return
-        assert prepared.proxy is not None
-        assert prepared.pool is not None
-        self._best_val_loss = prepared.main_nll  # in later rounds, in the atomic reading
-        self._best_model_state_dict = deepcopy(self._neural_net.state_dict())
-        hand_back_embedding(prepared.proxy, self._neural_net)
-        self._stage = SymmetricStage(
-            self._neural_net,
-            prepared.proxy,
-            self.options,
-            config.learning_rate,
-            config.clip_max_norm,
-            prepared.pool,
-            loss_args.calibration_kernel,
-            entropy=min(prepared.proxy_nll, prepared.main_nll),
-            proxy_trust=prepared.trust,
-        )
-
-    def _held_out(self, theta: Tensor, x: Tensor, loss_args: LossArgsNPE) -> HeldOut:
-        """The held-out pairs, read as the round's loss demands."""
-        kernel = loss_args.calibration_kernel
-        assert kernel is not None
-        x_val = x[self.val_indices]
-        atomic = self._round > 0 and not loss_args.force_first_round_loss
-        return HeldOut(theta[self.val_indices], x_val, kernel(x_val), atomic)
-
-    def _real_batches(
-        self, loader: DataLoader, loss_args: LossArgsNPE, atomic: bool
-    ) -> Callable[[], RealBatch]:
-        """Successive training batches, starting over at the end; in later rounds sbi's losses."""
-        kernel = loss_args.calibration_kernel
-        assert kernel is not None
-
-        def batches() -> Iterator[Any]:
-            while True:
-                yield from loader
-
-        stream = batches()
-
-        def pairs() -> RealBatch:
-            theta, x = (t.to(self._device) for t in next(stream)[:2])
-            return theta, x, kernel(x)
-
-        return (lambda: self._get_losses(next(stream), loss_args)) if atomic else pairs
-
-    # ------------------------------------------------------------------ state
-
-    def _keep_if_best(self, value: float) -> None:
-        """Snapshot the main under sbi's own predicate."""
-        self._val_loss = value
-        if value < self._best_val_loss:
-            self._best_val_loss = value
-            self._best_model_state_dict = deepcopy(self._neural_net.state_dict())
-
-    def _restore_best(self) -> None:
-        """Load the best held-out weights seen so far, if any."""
-        if self._neural_net is not None and self._best_model_state_dict is not None:
-            self._neural_net.load_state_dict(self._best_model_state_dict)
-            self._neural_net.eval()
-
-    def _record(
-        self,
-        stage: SymmetricStage,
-        terms: dict[str, float],
-        value: float,
-        reverse: float,
-        start: float,
-    ) -> None:
-        """Append one epoch to the summary: sbi's keys keep their meaning, ours stand beside."""
-        values = (
-            terms["forward"],
-            terms["generated"],
-            terms["reverse"],
-            value,
-            reverse,
-            stage.entropy,
-            float(stage.multipliers.multipliers[0]),
-            float(stage.multipliers.slack[0]),
-            stage.trust,
-        )
-        for name, entry in zip(TRACES, values):
-            self._summary[name].append(entry)
-        self._summarize_epoch(terms["forward"], value, start, {})
-
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Train on a random stream of our own, kept with the trainer so that resuming continues it.
-
-        The stream starts from the global generator, so `torch.manual_seed` governs it, and the
-        global generator is left one draw further, however long training was.
+        Raises:
+            RuntimeError: If there is no proxy: not trained yet, or none for this x.
+            ValueError, TypeError: If `sample_with` or `posterior_parameters` are not as above.
         """
-        if self._rng_state is None:
-            seed = int(torch.randint(2**31, (1,)))
-            state = torch.Generator().manual_seed(seed).get_state()
-        else:
-            state = self._rng_state
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
-            yield
-            self._save_randomness()
+        main, proxy = self._main_and_proxy()
+        device = device or self._device
+        return proxy_posterior(main, proxy, sample_with, posterior_parameters, device)
 
-    def _save_randomness(self) -> None:
-        self._rng_state = torch.get_rng_state()
+    def _main_and_proxy(self) -> tuple[ConditionalDensityEstimator, Proxy]:
+        if self._neural_net is None or self._proxy is None:
+            raise RuntimeError(
+                "There is no proxy to build a posterior from. Call train() first; if it warned "
+                "that it fell back to plain NPE, use build_posterior() instead."
+            )
+        return self._neural_net, self._proxy
+
+    # ------------------------------------------------------------------ saving
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file: simulations, networks, optimisers, random state.
+
+        After `load`, posteriors are the same, and training resumes as if it had never stopped. Two
+        things are not kept: the tracker (the loaded object has a new default one), and a
+        `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`: without it
+        `train(retrain_from_scratch=True)` raises.
+
+        Args:
+            path: File to write, complete or not at all; an existing one is replaced.
+
+        Raises:
+            TypeError: If something in it cannot be pickled.
+        """
+        persistence.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | None = None) -> Self:
+        """Read what `save` wrote. Loading runs code from the file: load only files you trust.
+
+        Args:
+            path: The file.
+            device: Where to go on; None: the device it was saved on.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else, damaged, or of versions that cannot be read here.
+        """
+        device = None if device is None else process_device(device)
+        inference = persistence.load(path, device)
+        if not isinstance(inference, cls):
+            raise ValueError(
+                f"{path} holds a {type(inference).__name__}, not a {cls.__name__}; load it with "
+                f"{type(inference).__name__}.load."
+            )
+        if device is not None:
+            inference._device = device
+        return inference
+
+    def __getstate__(self) -> dict[str, Any]:
+        """sbi's, with the builder where it can be pickled; one given by name is rebuilt."""
+        builder = self._build_neural_net
+        kept = self._name is not None or is_picklable(builder)
+        with warnings.catch_warnings():
+            if kept:  # sbi would warn that retrain_from_scratch is lost
+                warnings.filterwarnings("ignore", message="When the inference object is pickled")
+            state = super().__getstate__()
+        return state | {"_build_neural_net": builder if kept and self._name is None else None}
+
+    def __setstate__(self, state_dict: dict[str, Any]) -> None:
+        super().__setstate__(state_dict)
+        self._name_builder()
+
+    def _name_builder(self) -> None:
+        """The builder of a density estimator given by name; any other stays as it is."""
+        if self._name is None:
+            return
+        if not self.options.marginal_transforms:
+            self._build_neural_net = posterior_nn(model=self._name)
+            return
+        known = not isinstance(self._prior, ImproperEmpirical)  # sbi's stand-in for no prior
+        self._build_neural_net = NamedBuilder(self._name, self._prior if known else None)
+
+    # ------------------------------------------------------------------ what sbi does not check
+
+    def _get_start_index(self, context: StartIndexContext) -> int:
+        """sbi's first hook in `train`, so the first place to see the arguments."""
+        trained = hasattr(self, "train_indices")
+        check_train(self._num_atoms, self._use_combined_loss, context.resume_training, trained)
+        self._resuming = bool(context.resume_training)
+        return super()._get_start_index(context)
+
+    def get_dataloaders(
+        self,
+        starting_round: int = 0,
+        training_batch_size: int = 200,
+        validation_fraction: float = 0.1,
+        resume_training: bool = False,
+        dataloader_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[DataLoader, DataLoader]:
+        """sbi's loaders of training and held-out simulations."""
+        check_dataloader_kwargs(dataloader_kwargs)
+        return super().get_dataloaders(
+            starting_round,
+            training_batch_size,
+            validation_fraction,
+            resume_training,
+            dataloader_kwargs,
+        )
+
+    def _initialize_neural_network(self, retrain_from_scratch: bool, start_idx: int) -> None:
+        """sbi's, after checking that a new network can be built and is wanted."""
+        if retrain_from_scratch or self._neural_net is None:
+            check_rebuild(self._build_neural_net, self._resuming)
+        super()._initialize_neural_network(retrain_from_scratch, start_idx)

@@ -19,7 +19,6 @@ from sbi.inference.posteriors import (
 )
 from sbi.utils import mcmc_transform
 from torch import Tensor
-from torch.distributions import Distribution
 
 from sbi_jeffreys._sbi import (
     BasePotential,
@@ -125,7 +124,6 @@ class MainProposal:
 def proxy_posterior(
     main: ConditionalDensityEstimator,
     proxy: Proxy,
-    prior: Distribution,
     sample_with: SampleWith,
     parameters: PosteriorParameters | None,
     device: str,
@@ -134,8 +132,7 @@ def proxy_posterior(
 
     Args:
         main: The main model, the proposal of importance sampling.
-        proxy: A fitted proxy.
-        prior: The prior: starts MCMC chains, and is the proposal of rejection sampling.
+        proxy: A fitted proxy; its prior starts chains and is what rejection sampling proposes.
         sample_with: "mcmc", "importance" or "rejection".
         parameters: sbi's parameters of that posterior; None for its defaults.
         device: Device of the posterior.
@@ -157,6 +154,7 @@ def proxy_posterior(
             f"got {type(parameters).__name__}."
         )
     main, proxy = deepcopy(main), deepcopy(proxy)
+    prior = proxy.prior
     potential = ProxyPotential(proxy, main.condition_shape, device)
     kwargs = {"theta_transform": mcmc_transform(prior, device=device), "device": device}
     kwargs |= {k: v for k, v in asdict(parameters).items() if v is not None}
