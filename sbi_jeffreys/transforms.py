@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Transform, constraints
 __all__ = ["MarginalTransform", "PriorTransform"]
 
 _KINDS = ("identity", "log", "sqrt", "asinh")
+_MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
 _MIN_GAIN = 0.05  # nats per datum that a transform must win over the identity: Occam's margin
 
 
@@ -35,8 +36,14 @@ def _candidates(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, tuple[Ten
     return out
 
 
-def _choose(v: Tensor, centre: Tensor, scale: Tensor) -> str:
-    """The kind with the largest Gaussian profile log-likelihood."""
+def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: bool) -> str:
+    """The kind with the largest Gaussian profile log-likelihood; for counts, the square root.
+
+    The root stabilises the variance of counts (Anscombe 1948), while a log magnifies the noise of
+    small ones: on the tuning tasks with counts it was 0.1–0.5 nats better for the main.
+    """
+    if integer and bool((v > 0).all()):
+        return "sqrt" if float(v.max()) > _MAX_SMALL_COUNT else "identity"
     scores = {
         kind: float(-0.5 * t.var().clamp_min(1e-24).log() + log_jac.mean())
         for kind, (t, log_jac) in _candidates(v, centre, scale).items()
@@ -89,8 +96,13 @@ class MarginalTransform(nn.Module):
         self.dim_in, self.dim_out = constant.numel(), keep.numel()
 
     @classmethod
-    def fit(cls, x: Tensor) -> MarginalTransform:
+    def fit(cls, x: Tensor, choose: bool = True) -> MarginalTransform:
         """Choose the transform from simulations x of shape `(N, dim_x)`, finite.
+
+        Args:
+            x: Simulations.
+            choose: If False, every dimension keeps its scale; constants are still dropped and
+                integers dequantised.
 
         Raises:
             ValueError: If x is not a matrix, not finite, or constant in every dimension.
@@ -118,7 +130,11 @@ class MarginalTransform(nn.Module):
         centre = kept.median(dim=0).values
         spread = kept.quantile(0.75, dim=0) - kept.quantile(0.25, dim=0)
         scale = torch.where(spread > 0, spread, kept.std(dim=0).clamp_min(1e-12))
-        kinds = [_choose(kept[:, d], centre[d], scale[d]) for d in range(len(keep))]
+        kinds = [
+            _choose(kept[:, d], centre[d], scale[d], bool(integer[d])) for d in range(len(keep))
+        ]
+        if not choose:
+            kinds = ["identity"] * len(keep)
         # A new x below the smallest one seen stays in the domain of log and sqrt.
         floor = torch.where(kept.amin(dim=0) > 0, kept.amin(dim=0) / 10, -torch.inf)
         as_x = [b.to(x.device, x.dtype) for b in (centre, scale, floor, wide[0])]
@@ -151,6 +167,21 @@ class MarginalTransform(nn.Module):
         """T(x + u) with u uniform in the cell of integer dimensions: fresh noise each call."""
         kept = x[..., self.keep]
         return self._apply_kinds(kept + torch.rand_like(kept) * self.integer)
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """log |det ∂T/∂x| at the midpoint of integer cells, shape `(*B,)`."""
+        kept = x[..., self.keep] + 0.5 * self.integer
+        total = torch.zeros(kept.shape[:-1]).to(kept)
+        for d, kind in enumerate(self.kinds):
+            u = kept[..., d]
+            if kind == "log":
+                total = total - u.clamp_min(self.floor[d]).log()
+            elif kind == "sqrt":
+                total = total - 0.5 * u.clamp_min(self.floor[d]).log() - math.log(2.0)
+            elif kind == "asinh":
+                z = (u - self.centre[d]) / self.scale[d]
+                total = total - 0.5 * torch.log1p(z**2) - self.scale[d].log()
+        return total
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest T(x) over simulations `(N, dim_in)`, whole cells included."""

@@ -2,7 +2,7 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
 
 ℓ_ψ is a stacked mixture of a few of sbi's conditional density estimators of x given θ,
 
-    ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T(x)|θ),
+    ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
 each fitted by maximum likelihood. Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
@@ -11,8 +11,8 @@ generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimit
 Why a stacked mixture: the weights maximise the *held-out* likelihood of the mixture (stacking of
 predictive densities; Yao et al. 2018, arXiv 1704.02030), so one failed fit costs nothing, members
 that differ (regularised or not, affine or spline) are chosen by the problem, and where they agree
-their mixture is better calibrated than any one of them. T is a marginal transform under which the
-posterior is unchanged (`sbi_jeffreys.transforms`).
+their mixture is better calibrated than any one of them. T_k is a marginal transform of x or the
+identity (`sbi_jeffreys.transforms`); which scale a density is learned best on, the weights decide.
 """
 
 from __future__ import annotations
@@ -44,12 +44,15 @@ class MemberSpec:
         weight_decay: Decoupled weight decay of its fit.
         learning_rate: Its step size.
         num_transforms: Transforms of a flow.
+        marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
+            anyway, members that differ in this alone are fitted once.
     """
 
     model: str = "maf"
     weight_decay: float = 0.0
     learning_rate: float = 2e-3
     num_transforms: int = 5
+    marginal_transform: bool = True
 
 
 # Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
@@ -60,6 +63,7 @@ DEFAULT_MEMBERS = (
     MemberSpec("maf", weight_decay=1.0),
     MemberSpec("maf"),
     MemberSpec("maf", weight_decay=3.0),
+    MemberSpec("maf", weight_decay=0.3, marginal_transform=False),
     MemberSpec("nsf", weight_decay=0.3, learning_rate=1e-3, num_transforms=3),
 )
 
@@ -125,7 +129,7 @@ class LikelihoodProxy(Proxy):
         self.members = tuple(members)
         self.config = FitConfig() if config is None else config
         self.results: list[FitResult] = []
-        self.nets = nn.ModuleList()
+        self.nets, self.transforms = nn.ModuleList(), nn.ModuleList()
         self.register_buffer("weights", torch.zeros(len(self.members)))
 
     def fit(
@@ -148,57 +152,98 @@ class LikelihoodProxy(Proxy):
             max_epochs=min(self.config.max_epochs, max_epochs or self.config.max_epochs),
             patience=min(self.config.patience, patience or self.config.patience),
         )
-        self.x_transform = MarginalTransform.fit(x[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
-        y, z = self.x_transform(x), self.theta_transform(theta)
-        lower, upper = self.x_transform.bounds(x)
-        margin = 0.1 * (upper - lower)
-        self.register_buffer("lower", lower - margin)
-        self.register_buffer("upper", upper + margin)
-
-        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-            target = self.x_transform.dequantise(x[indices]) if training else y[indices]
-            return net.loss(target, z[indices])  # type: ignore[operator]
-
-        self.nets, self.results = nn.ModuleList(), []
-        for spec in self.members:
-            net = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
-                z[train_indices].cpu(), y[train_indices].cpu()
-            )
+        chosen = MarginalTransform.fit(x[train_indices])
+        plain = MarginalTransform.fit(x[train_indices], choose=False)
+        same = chosen.kinds == plain.kinds
+        z = self.theta_transform(theta)
+        self.nets, self.transforms, self.results = nn.ModuleList(), nn.ModuleList(), []
+        specs = self.members
+        if same:
+            specs = tuple(dict.fromkeys(replace(m, marginal_transform=True) for m in specs))
+        for spec in specs:
+            transform = chosen if spec.marginal_transform else plain
             config = replace(base, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
-            net.to(theta.device)
-            best = min((r.early for r in self.results), default=math.inf)
-            self.results.append(
-                fit_network(net, loss, train_indices, val_indices, config, on_epoch, best)
+            net, result = self._fit_member(
+                spec, transform, config, z, x, train_indices, val_indices, on_epoch
             )
             self.nets.append(net)
-        self._stack(y[val_indices], z[val_indices])
+            self.transforms.append(transform)
+            self.results.append(result)
+        self._stack(x[val_indices], z[val_indices])
+        self._set_bounds(x)
         return self
 
+    def _fit_member(
+        self,
+        spec: MemberSpec,
+        transform: MarginalTransform,
+        config: FitConfig,
+        z: Tensor,
+        x: Tensor,
+        train_indices: Tensor,
+        val_indices: Tensor,
+        on_epoch: Callable[[int, float], object] | None,
+    ) -> tuple[nn.Module, FitResult]:
+        """One likelihood net, fitted unless it falls hopelessly behind those before it."""
+        y = transform(x)
+        # Held-out losses are those of x, so that members on different scales can race each other.
+        log_det = float(transform.log_det(x[val_indices]).mean())
+
+        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
+            target = transform.dequantise(x[indices]) if training else y[indices]
+            losses = net.loss(target, z[indices])  # type: ignore[operator]
+            return losses if training else losses - log_det
+
+        net = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
+            z[train_indices].cpu(), y[train_indices].cpu()
+        ).to(x.device)
+        best = min((r.early for r in self.results), default=math.inf)
+        result = fit_network(net, loss, train_indices, val_indices, config, on_epoch, best)
+        return net, result
+
+    def _set_bounds(self, x: Tensor) -> None:
+        """The box of simulations seen, widened by a tenth on each member's own scale."""
+        boxes = [transform.bounds(x) for transform in self._scales()]
+        lower = torch.stack([low - 0.1 * (high - low) for low, high in boxes])
+        upper = torch.stack([high + 0.1 * (high - low) for low, high in boxes])
+        self.register_buffer("lower", lower)
+        self.register_buffer("upper", upper)
+
+    def _scales(self) -> list[MarginalTransform]:
+        """Each member's transform of x."""
+        return [t for t in self.transforms if isinstance(t, MarginalTransform)]
+
     @torch.no_grad()
-    def _stack(self, y: Tensor, z: Tensor) -> None:
+    def _stack(self, x: Tensor, z: Tensor) -> None:
         """Stacking weights from held-out pairs; members without weight are dropped."""
-        weights = stacking_weights(self._member_log_likelihoods(y, z))
+        weights = stacking_weights(self._member_log_likelihoods(x, z))
         kept = [k for k in range(len(self.nets)) if weights[k] > 0.01]
         self.nets = nn.ModuleList([self.nets[k] for k in kept])
+        self.transforms = nn.ModuleList([self.transforms[k] for k in kept])
         self.register_buffer("weights", weights[kept] / weights[kept].sum())
         self.requires_grad_(False)
 
-    def _member_log_likelihoods(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ_k(y_n|z_n) for pairs `(N, ·)`, shape `(members, N)`."""
-        chunks = zip(y.split(_CHUNK), z.split(_CHUNK))
-        rows = [
-            torch.stack([net.log_prob(b.unsqueeze(0), c)[0] for net in self.nets])  # type: ignore[operator]
-            for b, c in chunks
-        ]
+    def _member_log_likelihoods(self, x: Tensor, z: Tensor) -> Tensor:
+        """log ℓ_k(x_n|z_n) as densities of x for pairs `(N, ·)`, shape `(members, N)`."""
+        rows = []
+        for x_part, z_part in zip(x.split(_CHUNK), z.split(_CHUNK)):
+            rows.append(
+                torch.stack(
+                    [
+                        net.log_prob(scale(x_part).unsqueeze(0), z_part)[0] + scale.log_det(x_part)  # type: ignore[operator]
+                        for net, scale in zip(self.nets, self._scales())
+                    ]
+                )
+            )
         return torch.cat(rows, dim=1)
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
         """log ℓ_ψ(x|θ) of the stacked mixture; see `Proxy.log_factor`."""
         num, batch = theta.shape[:2]
-        y = self.x_transform(x).expand(num, batch, -1).reshape(num * batch, -1)
+        x = x.expand(num, batch, x.shape[-1]).reshape(num * batch, -1)
         z = self.theta_transform(theta).reshape(num * batch, -1)
-        log_lik = self._member_log_likelihoods(y, z) + self.weights.log().unsqueeze(1)
+        log_lik = self._member_log_likelihoods(x, z) + self.weights.log().unsqueeze(1)
         return torch.logsumexp(log_lik, dim=0).reshape(num, batch)
 
     @torch.no_grad()
@@ -216,9 +261,12 @@ class LikelihoodProxy(Proxy):
         """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) for given θ̃ `(N, D)`, implausible x̃ dropped with their θ̃."""
         z = self.theta_transform(theta)
         which = torch.multinomial(self.weights, len(theta), replacement=True)
-        y = torch.full((len(theta), self.x_transform.dim_out), math.nan).to(z)
-        for k, net in enumerate(self.nets):
+        thetas, xs = [], []
+        for k, (net, scale) in enumerate(zip(self.nets, self._scales())):
             for rows in (which == k).nonzero().squeeze(-1).split(_CHUNK):
-                y[rows] = net.sample(torch.Size((1,)), z[rows])[0]  # type: ignore[operator]
-        plausible = ((y >= self.lower) & (y <= self.upper)).all(dim=-1)  # False for NaN
-        return theta[plausible], self.x_transform.inverse(y[plausible])
+                y = net.sample(torch.Size((1,)), z[rows])[0]  # type: ignore[operator]
+                # False for NaN: what a net fails to draw is dropped like what is implausible.
+                plausible = ((y >= self.lower[k]) & (y <= self.upper[k])).all(dim=-1)
+                thetas.append(theta[rows[plausible]])
+                xs.append(scale.inverse(y[plausible]))
+        return torch.cat(thetas), torch.cat(xs)
