@@ -98,6 +98,7 @@ class SymmetricStage:
         ).to(self.pool_x.device)
         self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate, fused=can_fuse(main))
         self.step = 0
+        self.latest = dict.fromkeys(("forward", "generated", "reverse"), math.nan)
 
     @property
     def finished(self) -> bool:
@@ -105,15 +106,19 @@ class SymmetricStage:
         return self.step >= self.options.num_steps
 
     def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
-        """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in."""
+        """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in.
+
+        A term that had no turn in a short epoch keeps its last mean; NaN before its first turn.
+        """
         self.main.train()
-        seen: dict[str, list[float]] = {"forward": [], "generated": [], "reverse": []}
+        seen: dict[str, list[float]] = {name: [] for name in self.latest}
         num = min(self.options.steps_per_epoch, self.options.num_steps - self.step)
         for _ in range(num):
             for name, value in self._step(next_real).items():
                 seen[name].append(float(value))
         self.main.eval()
-        return {name: sum(v) / len(v) if v else math.nan for name, v in seen.items()}
+        self.latest |= {name: sum(v) / len(v) for name, v in seen.items() if v}
+        return dict(self.latest)
 
     def _step(self, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
         """One gradient step on L.

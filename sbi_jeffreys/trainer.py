@@ -26,7 +26,7 @@ from sbi_jeffreys._sbi import (
 )
 from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.preparation import Simulations, prepare
+from sbi_jeffreys.preparation import Prepared, Simulations, prepare
 from sbi_jeffreys.proxies import Proxy, hand_back_embedding
 from sbi_jeffreys.symmetric import RealBatch, SymmetricStage
 
@@ -184,7 +184,7 @@ class SymmetricTrainer(NPE_C):
         self._summary["proxy_held_out"].append(prepared.proxy_nll)
         if prepared.proxy is None:
             warnings.warn(f"NPE_Jeffreys falls back to plain NPE: {prepared.note}", stacklevel=2)
-        if not prepared.usable:
+        if not prepared.usable or not self._kernel_leaves_draws(prepared, loss_args):
             return
         assert prepared.proxy is not None
         assert prepared.pool is not None
@@ -202,6 +202,18 @@ class SymmetricTrainer(NPE_C):
             entropy=min(prepared.proxy_nll, prepared.main_nll),
             proxy_trust=prepared.trust,
         )
+
+    def _kernel_leaves_draws(self, prepared: Prepared, loss_args: LossArgsNPE) -> bool:
+        """Whether the calibration kernel is positive at any observation of the pool."""
+        kernel = loss_args.calibration_kernel
+        assert kernel is not None
+        assert prepared.pool is not None
+        if bool(kernel(prepared.pool[1]).sum() > 0):
+            return True
+        reason = "calibration_kernel is zero at every observation drawn for the symmetric stage"
+        self._summary["proxy"][-1] += f"; {reason}, plain NPE kept"
+        warnings.warn(f"NPE_Jeffreys falls back to plain NPE: {reason}; widen it.", stacklevel=2)
+        return False
 
     def _held_out(self, theta: Tensor, x: Tensor, loss_args: LossArgsNPE) -> HeldOut:
         """The held-out pairs, read as the round's loss demands."""

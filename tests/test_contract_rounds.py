@@ -1,0 +1,211 @@
+"""Several rounds, and every keyword of `train` that changes what is fitted."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from contract_tools import PRIOR, TINY, X_O, fresh, simulate, train, trained, weights
+from sbi.neural_nets import posterior_nn
+from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
+from sbi.utils import RestrictedPrior, get_density_thresholder
+from torch.distributions import MultivariateNormal
+from torch.utils.data import default_collate
+
+from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys.proxies import LikelihoodProxy
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[int]:
+    """How many pairs each fit of a likelihood proxy was given."""
+    sizes, fit = [], LikelihoodProxy.fit
+
+    def counted(self, theta, x, train_indices, val_indices, *args, **kwargs):
+        sizes.append(len(train_indices) + len(val_indices))
+        return fit(self, theta, x, train_indices, val_indices, *args, **kwargs)
+
+    monkeypatch.setattr(LikelihoodProxy, "fit", counted)
+    return sizes
+
+
+def second_round(inference: NPE_Jeffreys, num: int = 60, **kwargs) -> NPE_Jeffreys:
+    proposal = inference.build_posterior().set_default_x(X_O)
+    theta = proposal.sample((num,), show_progress_bars=False)
+    x = theta + 0.3 * torch.randn_like(theta)
+    inference.append_simulations(theta, x, proposal=proposal)
+    train(inference, **kwargs)
+    return inference
+
+
+def draws(inference: NPE_Jeffreys, num: int = 20) -> torch.Tensor:
+    return inference.build_posterior().sample((num,), x=X_O, show_progress_bars=False)
+
+
+def test_three_atomic_rounds_with_the_proxy_on_all_of_them(seen):
+    inference = trained()
+    for _ in range(2):
+        second_round(inference)
+    assert seen == [60, 120, 180]
+    assert not inference.use_non_atomic_loss
+    assert len(inference.summary["epochs_trained"]) == 3
+    assert bool((draws(inference).abs() <= 1).all())
+
+
+def test_no_leakage_in_later_rounds():
+    inference = second_round(second_round(trained()))
+    raw = inference._neural_net.sample(torch.Size((500,)), X_O)
+    assert bool((raw.abs() <= 1).all())
+
+
+def test_truncated_proposals(seen):
+    inference = trained()
+    posterior = inference.build_posterior().set_default_x(X_O)
+    accept = get_density_thresholder(posterior, quantile=1e-2, num_samples_to_estimate_support=200)
+    restricted = RestrictedPrior(PRIOR, accept, sample_with="rejection")
+    theta = restricted.sample((60,), show_progress_bars=False)
+    inference.append_simulations(theta, theta + 0.3 * torch.randn_like(theta), proposal=restricted)
+    train(inference, force_first_round_loss=True)
+    assert seen == [60, 120]
+    assert inference._round == 0
+    assert draws(inference).shape == (20, 2)
+
+
+@pytest.mark.parametrize(
+    "prior", [PRIOR, MultivariateNormal(torch.zeros(2), torch.eye(2))], ids=["box", "gaussian"]
+)
+def test_mdn_keeps_sbis_closed_form_loss(prior):
+    inference = fresh("mdn", prior=prior)
+    inference.append_simulations(*simulate(60, prior))
+    train(inference)
+    second_round(inference)
+    assert inference.use_non_atomic_loss
+    assert len(inference.summary["trust"]) == 4
+
+
+def test_discard_prior_samples(seen):
+    second_round(trained(), num=40, discard_prior_samples=True)
+    assert seen == [60, 40]
+
+
+@pytest.mark.parametrize("kwargs", [{"use_combined_loss": True}, {"num_atoms": 3}])
+def test_losses_of_later_rounds(kwargs):
+    inference = second_round(trained(), **kwargs)
+    assert len(inference.summary["trust"]) == 4
+
+
+def test_first_round_loss_on_request_in_later_rounds():
+    inference = second_round(trained(), force_first_round_loss=True)
+    assert inference._stage.pool_theta is not None
+
+
+def test_retrain_from_scratch_builds_a_new_net_and_proxy():
+    inference = trained()
+    net, proxy = inference._neural_net, inference.proxy
+    second_round(inference, retrain_from_scratch=True)
+    assert inference._neural_net is not net
+    assert inference.proxy is not proxy
+
+
+def test_energy_proxy_in_later_rounds():
+    inference = trained(options=replace(TINY, proxy="energy"))
+    second_round(inference)
+    assert inference.summary["proxy"] == ["energy: asked for"] * 2
+    assert len(inference.summary["trust"]) == 4
+
+
+def test_calibration_kernel_weighs_the_pool():
+    """No pool observation with a negative first output is ever drawn."""
+    inference = fresh().append_simulations(*simulate())
+    train(inference, calibration_kernel=lambda x: (x[:, 0] > 0).float())
+    stage = inference._stage
+    assert torch.equal(stage.pool_weights, (stage.pool_x[:, 0] > 0).float())
+    rows = torch.multinomial(stage.pool_weights, 500, replacement=True)
+    assert bool((stage.pool_x[rows, 0] > 0).all())
+
+
+def test_calibration_kernel_weighs_the_held_out_value():
+    values = []
+    for factor in (1.0, 0.0):
+        torch.manual_seed(1)
+        inference = fresh().append_simulations(*simulate())
+        with torch.random.fork_rng():
+            train(inference, calibration_kernel=lambda x, f=factor: 1e-3 + f * (x[:, 0] > 0))
+        values.append(abs(inference.summary["held_out_forward"][0]))
+    assert values[1] < 0.1 * values[0]
+
+
+def test_calibration_kernel_that_excludes_every_draw_leaves_plain_npe():
+    inference = fresh().append_simulations(*simulate())
+    with pytest.warns(UserWarning, match="calibration_kernel"):
+        inference.train(max_num_epochs=2, calibration_kernel=lambda x: torch.zeros(len(x)))
+    assert inference.summary["trust"] == []
+    assert draws(inference).shape == (20, 2)
+
+
+def test_nan_padded_trials():
+    trial_net = FCEmbedding(input_dim=2, output_dim=4, num_layers=1, num_hiddens=8)
+    embedding = PermutationInvariantEmbedding(trial_net, trial_net_output_dim=4, output_dim=4)
+    builder = posterior_nn("maf", embedding_net=embedding, z_score_x="none")
+    theta = PRIOR.sample((60,))
+    x = theta.unsqueeze(1) + 0.3 * torch.randn(60, 5, 2)
+    x[::2, 3:] = torch.nan
+    inference = fresh(builder)
+    inference.append_simulations(theta, x, exclude_invalid_x=False)
+    train(inference)
+    assert inference.summary["proxy"][0].startswith("energy")
+    assert len(inference.summary["trust"]) == 2
+    posterior = inference.build_posterior()
+    assert posterior.sample((5,), x=x[1:2], show_progress_bars=False).shape == (5, 2)
+
+
+@pytest.mark.parametrize("z_score_x", ["none", "independent", "structured"])
+@pytest.mark.parametrize("z_score_theta", ["none", "structured", "transform_to_unconstrained"])
+def test_z_scoring_builders(z_score_x, z_score_theta):
+    unconstrained = z_score_theta == "transform_to_unconstrained"
+    model, extra = ("zuko_maf", {"x_dist": PRIOR}) if unconstrained else ("maf", {})
+    builder = posterior_nn(model, z_score_x=z_score_x, z_score_theta=z_score_theta, **extra)
+    assert draws(trained(builder)).shape == (20, 2)
+
+
+def test_dataloader_kwargs_reach_the_loader():
+    def collate(rows):
+        sizes.append(len(rows))
+        return default_collate(rows)
+
+    sizes: list[int] = []
+    trained(dataloader_kwargs={"collate_fn": collate, "batch_size": 4, "drop_last": False})
+    assert max(sizes) == 4
+
+
+def test_clipping_can_be_turned_off():
+    assert bool(torch.isfinite(weights(trained(clip_max_norm=None))).all())
+
+
+def test_train_summary_is_printed_once(capsys):
+    inference = fresh().append_simulations(*simulate())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.train(max_num_epochs=2, show_train_summary=True)
+    assert capsys.readouterr().out.count("ROUND 1 STATS") >= 1
+
+
+def test_data_device_apart_from_training_device():
+    inference = fresh()
+    inference.append_simulations(*simulate(), data_device="cpu")
+    train(inference)
+    assert len(inference.summary["trust"]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("proxy", ["likelihood", "energy"])
+def test_cuda(proxy):
+    prior = MultivariateNormal(torch.zeros(2).cuda(), torch.eye(2).cuda())
+    inference = fresh(options=replace(TINY, proxy=proxy), prior=prior, device="cuda")
+    inference.append_simulations(*simulate(60, prior), data_device="cpu")
+    train(inference)
+    assert {p.device.type for p in inference.proxy.parameters()} == {"cuda"}
+    posterior = inference.build_posterior()
+    assert posterior.sample((5,), x=X_O.cuda(), show_progress_bars=False).device.type == "cuda"
+    corrected = inference.build_corrected_posterior(100)
+    assert corrected.sample((5,), x=X_O.cuda(), show_progress_bars=False).device.type == "cuda"
