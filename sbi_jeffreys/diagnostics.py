@@ -7,7 +7,8 @@ reads, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys di
 NLL, and the reverse KL as far as the proxy can tell), expected coverage, marginal ranks, and the
 mass outside the prior, and says in words what is wrong. Each finding is a test, and together they
 raise a false alarm on an exact posterior once in a hundred reports: "healthy" means healthy as far
-as that many pairs can show, which the report states.
+as that many pairs can show, which the report states. What no rank can show is in
+`sbi_jeffreys.verdicts`.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class HeldOutReport:
         num_samples: Draws of the posterior per pair, S.
         forward: E[−log p_φ(θ*|x)] in nats: KL(π‖p_φ) up to the entropy of π, which is unknown.
         forward_error: Its standard error.
-        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to the prior; None without
-            proxy. What it says about π is as good as the proxy. For a `CorrectedPosterior`: of the
-            main that is corrected.
+        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to where the proxy has mass (the
+            prior's support); None without proxy. What it says about π is as good as the proxy. For
+            a `CorrectedPosterior`: of the main that is corrected.
         reverse_error: Its standard error over observations.
         effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
             observations; 1 where main and proxy agree *where the main has mass*: a mode that the
@@ -172,19 +173,23 @@ def held_out_report(
     marginals = marginal_ranks(draws, theta, inside)
     leaked = 0.0 if draws.log_weights is not None else leakage(inside)
     forward, forward_error = held_out_nll(draws.log_prob_true)
-    size = reading.effective_sample_size
+    reverse, reverse_error = _mean(reading.reverse), _error(reading.reverse)
+    size = _mean(reading.effective_sample_size)
+    against = None
+    if reverse is not None and reverse_error is not None and size is not None:
+        against = (reverse, reverse_error, size)
     return HeldOutReport(
         num_pairs=len(theta),
         num_samples=num_samples,
         forward=forward,
         forward_error=forward_error,
-        reverse=_mean(reading.reverse),
-        reverse_error=_error(reading.reverse),
-        effective_sample_size=None if size is None else float(size.double().mean()),
+        reverse=reverse,
+        reverse_error=reverse_error,
+        effective_sample_size=size,
         coverage=coverage_curve(ranks),
         marginal_ranks=marginals.cpu(),
         leakage=leaked,
-        verdict=judge(ranks, marginals, leaked, num_samples, _mean(size)),
+        verdict=judge(ranks, marginals, leaked, num_samples, against),
     )
 
 
@@ -195,10 +200,10 @@ def _check(theta: Tensor, x: Tensor, num_samples: int) -> None:
             f"theta: expected shape (N, D), got {tuple(theta.shape)}; for a single parameter use "
             "theta.reshape(-1, 1)."
         )
-    if x.ndim < 1 or len(theta) != len(x):
+    if x.ndim < 2 or len(theta) != len(x):
         raise ValueError(
             f"theta and x: expected as many simulations as parameters, got {tuple(theta.shape)} "
-            f"and {tuple(x.shape)}; pass row i of x as the simulation of row i of theta."
+            f"and {tuple(x.shape)}; pass row i of x `(N, ...)` as the simulation of row i of theta."
         )
     if len(theta) < _MIN_PAIRS:
         raise ValueError(
@@ -206,8 +211,8 @@ def _check(theta: Tensor, x: Tensor, num_samples: int) -> None:
             "next to nothing. Simulate more, or hold out more of the simulations you have."
         )
     # NaN is how trials that are missing are encoded; a row of nothing else is a failure.
-    failed = torch.isinf(x).flatten(1).any(1) if x.ndim > 1 else torch.isinf(x)
-    failed |= torch.isnan(x).flatten(1).all(1) if x.ndim > 1 else torch.isnan(x)
+    flat = x.flatten(1)
+    failed = torch.isinf(flat).any(1) | torch.isnan(flat).all(1)
     bad = int((failed.cpu() | ~torch.isfinite(theta).all(1).cpu()).sum())
     if bad:
         raise ValueError(

@@ -4,6 +4,10 @@ Every threshold follows from the number of pairs N: under the exact posterior ra
 uniforms, so a coverage is binomial, the mean of N ranks has standard deviation √(1/12N), and the
 mean of their distance |u − ½| has √(1/48N). All tests of a report share one false-alarm
 probability of 1 % (Bonferroni).
+
+Ranks cannot see everything: a posterior that ignores part of x (at the extreme, the prior itself)
+is calibrated, and passes. The reverse KL through a proxy sees it; so does a worse forward NLL than
+that of another method on the same pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ _LEVELS = (0.5, 0.8, 0.9, 0.95)
 # Not from N, since an exact posterior leaks nothing at all: where leaked mass starts to matter, as
 # rejected draws and as a density that integrates to less than one inside the prior.
 _TOLERATED_LEAKAGE = 0.05
+# Nor these: main and proxy are two fits, and never agree exactly. One nat is a factor e in density.
 _LOW_SAMPLE_SIZE = 0.1
+_LARGE_DIVERGENCE = 1.0
 
 
 def judge(
@@ -30,7 +36,7 @@ def judge(
     marginals: Tensor,
     leakage: float,
     num_samples: int,
-    effective_sample_size: float | None,
+    against_proxy: tuple[float, float, float] | None = None,
 ) -> list[str]:
     """Findings about a posterior, one sentence each; a single "healthy …" if there are none.
 
@@ -39,7 +45,8 @@ def judge(
         marginals: By coordinate, `(N, D)`.
         leakage: Mass outside the prior.
         num_samples: Draws S that the ranks are among.
-        effective_sample_size: Of main against proxy, in [0, 1], or None.
+        against_proxy: Reverse KL in nats, its standard error, and the effective sample size in
+            [0, 1], where there is a proxy.
     """
     ranks, marginals = ranks.double().cpu(), marginals.double().cpu()
     num_tests = len(_LEVELS) + 2 + 2 * marginals.shape[1]
@@ -53,12 +60,9 @@ def judge(
             f"leaks: {100 * leakage:.0f} % of the mass is outside the prior; its samples are "
             "rejected, and the density inside is too low by as much"
         )
-    if effective_sample_size is not None and not effective_sample_size >= _LOW_SAMPLE_SIZE:
-        findings.append(
-            f"disagrees with its proxy: importance weights keep {100 * effective_sample_size:.0f} "
-            "% of the draws; coverage tells which of the two to doubt"
-        )
-    return findings or [_healthy(len(ranks), alpha)]
+    if against_proxy is not None:
+        findings += _disagreement(*against_proxy, alpha)
+    return findings or [_healthy(len(ranks), alpha, against_proxy is not None)]
 
 
 def _width_by_density(ranks: Tensor, alpha: float) -> str | None:
@@ -131,15 +135,28 @@ def _shifted(marginals: Tensor, alpha: float) -> list[str]:
     return texts
 
 
-def _healthy(num: int, alpha: float) -> str:
+def _disagreement(reverse: float, error: float, size: float, alpha: float) -> list[str]:
+    """Main and proxy far from each other: one of them is wrong."""
+    surely = reverse - NormalDist().inv_cdf(1 - alpha) * error
+    if surely <= _LARGE_DIVERGENCE and size >= _LOW_SAMPLE_SIZE:
+        return []
+    return [
+        f"disagrees with its proxy: reverse KL {reverse:.1f} nats, importance weights keep "
+        f"{100 * size:.0f} % of the draws; coverage, and the held-out NLL of both, tell which of "
+        "the two to doubt"
+    ]
+
+
+def _healthy(num: int, alpha: float, with_proxy: bool) -> str:
     """With the resolution: what would have been found."""
     resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num)
     # 1/√(4π) is how fast a Gaussian's mean rank moves with its mean, per standard deviation.
     shift = _bound(alpha, 1 / 12, num) * math.sqrt(4 * math.pi)
+    blind = "" if with_proxy else "; that it uses all of x, only a proxy or a lower NLL could tell"
     return (
         f"healthy within what {num} pairs can show: the 90 % region's coverage is within "
         f"{resolution:.0f} points of nominal, no parameter is off by more than about {shift:.2f} "
-        "posterior standard deviations throughout"
+        f"posterior standard deviations throughout{blind}"
     )
 
 
