@@ -1,5 +1,6 @@
 """Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
 
+from sbi_jeffreys import diagnostics, multipliers, objective, plots
 from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.diagnostics import HeldOutReport, held_out_report
 from sbi_jeffreys.npe import NPE_Jeffreys
@@ -25,7 +26,11 @@ __all__ = [
     "MemberSpec",
     "NPE_Jeffreys",
     "Proxy",
+    "diagnostics",
     "held_out_report",
+    "multipliers",
+    "objective",
+    "plots",
     "register",
 ]
 __version__ = "0.1.0"

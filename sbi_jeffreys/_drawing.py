@@ -74,7 +74,7 @@ def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) 
     """One trace over epochs 1 … n; a marker where there are too few points for a line."""
     values = np.asarray([float(value) for value in summary.get(key, [])])
     if values.size:
-        style = {"color": COLOURS[k], "linestyle": _LINES[k]}
+        style: dict[str, Any] = {"color": COLOURS[k], "linestyle": _LINES[k]}
         if values.size <= _FEW:  # hollow, so that one does not hide another
             style |= {"marker": _MARKERS[k], "fillstyle": "none"}
         axis.plot(np.arange(1, values.size + 1), values, label=label, **style)
@@ -116,6 +116,7 @@ def bars(
 
 
 def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
+    """One method's draws `(N, 2)` over the reference's."""
     if truth is not None:
         axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
     axis.scatter(*values.T, s=4, color=colour, linewidths=0, alpha=0.7)
@@ -199,10 +200,12 @@ def new_axes(
 
 
 def method_style(k: int) -> dict[str, Any]:
+    """Colour and marker of the k-th method."""
     return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
 
 
 def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 for a single value, which has none to show."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
