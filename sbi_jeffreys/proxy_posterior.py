@@ -107,14 +107,22 @@ class MainProposal:
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws of shape `(*sample_shape, D)`."""
+        """Draws of shape `(*sample_shape, D)`; of the prior as long as no observation is set."""
         shape = torch.Size(sample_shape)
+        if self.potential.return_x_o() is None:  # sbi tries its transforms out on a few draws
+            return self.potential.proxy.prior.sample(shape)
         theta = self.main.sample(torch.Size((shape.numel(),)), self._x())
         return theta[:, 0].reshape(*shape, -1)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """log p_φ(θ|x_o) of θ `(N, D)`, shape `(N,)`."""
         return self.main.log_prob(theta.unsqueeze(1), self._x())[:, 0]
+
+    def __getattr__(self, name: str) -> Any:
+        # What sbi builds its unconstraining transform from; the prior's, as the main stays inside.
+        if name in ("support", "mean", "stddev"):
+            return getattr(self.potential.prior, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
 
     def to(self, device: str | torch.device) -> None:
         """Move the main to a device."""

@@ -151,6 +151,16 @@ class EmpiricalPrior(Distribution):
         """All of ℝᴰ."""
         return constraints.real_vector
 
+    @property
+    def mean(self) -> Tensor:
+        """Shape `(D,)`."""
+        return self.mixture.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Shape `(D,)`."""
+        return self.mixture.variance
+
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws of shape `(*sample_shape, D)`."""
         return self.mixture.sample(sample_shape)
