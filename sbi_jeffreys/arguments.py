@@ -17,7 +17,7 @@ from sbi_jeffreys.options import JeffreysOptions
 
 __all__ = ["check_constructor", "check_dataloader_kwargs", "check_rebuild", "check_train"]
 
-_TRACKER_METHODS = ("log_metric", "log_metrics", "log_params", "add_figure", "flush")
+_TRACKER_METHODS = ("log_metric", "flush")  # of sbi's protocol, what training calls
 _WRITER_METHODS = ("add_scalar", "flush")
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -23,6 +24,9 @@ from sbi.inference.posteriors.posterior_parameters import (
 )
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding
+from sbi.utils.tracking import TensorBoardTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from sbi_jeffreys import NPE_Jeffreys, register
 
@@ -39,7 +43,7 @@ QUICK_REJECTION = RejectionPosteriorParameters(num_samples_to_find_max=100, num_
 @pytest.fixture(scope="module")
 def inference() -> NPE_Jeffreys:
     torch.manual_seed(3)
-    options = copy.copy(TINY).__class__(**{**vars(TINY), "num_steps": 40, "steps_per_epoch": 20})
+    options = replace(TINY, num_steps=40, steps_per_epoch=20)
     return trained("nsf", options, num=300, max_num_epochs=30)
 
 
@@ -161,7 +165,7 @@ def test_proxy_posterior_moves_and_has_gradients(inference):
 
 
 def test_proxy_posterior_without_prior_and_of_an_energy():
-    options = copy.copy(TINY).__class__(**{**vars(TINY), "proxy": "energy"})
+    options = replace(TINY, proxy="energy")
     inference = fresh(options=options, prior=None).append_simulations(*simulate())
     train(inference)
     theta = quiet_sample(inference.build_proxy_posterior("mcmc", copy.deepcopy(QUICK_MCMC)))
@@ -225,6 +229,19 @@ def test_plot_summary():
         inference, tags=["validation_loss", "held_out_forward"], disable_tensorboard_prompt=True
     )
     assert [len(ax.lines) for ax in axes] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["tracker", "summary_writer"])
+def test_trackers(name):
+    writer = SummaryWriter("logs")
+    given = TensorBoardTracker(writer) if name == "tracker" else writer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference = fresh(**{name: given}).append_simulations(*simulate())
+    train(inference)
+    events = EventAccumulator("logs").Reload()
+    assert {"validation_loss", "held_out_forward", "trust"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("trust")] == [0, 1]
 
 
 def test_infer_after_register():

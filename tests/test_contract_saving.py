@@ -3,8 +3,10 @@
 import copy
 import json
 import pickle
+import tempfile
 import warnings
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,8 +40,6 @@ def copied(inference: NPE_Jeffreys) -> NPE_Jeffreys:
 
 
 def saved(inference: NPE_Jeffreys) -> NPE_Jeffreys:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         inference.save(f"{folder}/inference.sbij")
         return NPE_Jeffreys.load(f"{folder}/inference.sbij")
@@ -108,10 +108,10 @@ def test_retrain_from_scratch_where_the_estimator_has_a_name(duplicate):
 
 
 def test_names_are_rebuilt_without_transforms_and_prior():
-    options = copy.replace(TINY, marginal_transforms=False) if hasattr(copy, "replace") else TINY
-    inference = pickled(fresh("maf", options, prior=None).append_simulations(*simulate()))
-    train(inference)
-    assert bool(torch.isfinite(samples(inference)).all())
+    for options in (TINY, replace(TINY, marginal_transforms=False)):
+        inference = pickled(fresh("maf", options, prior=None).append_simulations(*simulate()))
+        train(inference)
+        assert bool(torch.isfinite(samples(inference)).all())
 
 
 def test_a_closure_is_lost_and_missed_by_name():
@@ -143,7 +143,7 @@ def test_pickling_warns_of_what_is_lost_only():
 def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monkeypatch):
     """Pausing hands out the best weights; resuming goes on from the last ones."""
     keep = SymmetricTrainer._keep_if_best
-    options = copy.copy(TINY).__class__(**{**vars(TINY), "num_steps": 8})
+    options = replace(TINY, num_steps=8)
 
     def never_better(self, value):
         keep(self, float("inf"))
@@ -179,6 +179,15 @@ def test_exhausted_budget_without_symmetric_stage_resumes_sbis_loop(through_pick
     assert losses == sorted(losses, reverse=True)
     assert parts.summary["validation_loss"] == losses
     assert torch.equal(weights(whole), weights(parts))
+
+
+def test_resuming_after_a_refused_proxy_goes_on_with_sbis_loop_and_tries_again(monkeypatch):
+    monkeypatch.setattr("sbi_jeffreys.preparation.trust", lambda *values: 0.0)
+    inference = trained(options=replace(TINY, min_trust=0.5))
+    assert "not trusted" in inference.summary["proxy"][0]
+    train(inference, 5, resume_training=True)
+    assert len(inference.summary["validation_loss"]) == 6
+    assert len(inference.summary["proxy"]) == 2
 
 
 def test_interrupt_in_stage_0_resumes(monkeypatch):
