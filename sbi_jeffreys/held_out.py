@@ -26,6 +26,7 @@ __all__ = ["HeldOut", "defensive_log_normaliser"]
 _MAIN_SHARE = 0.75
 _MAX_CONTRASTS = 50
 _EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
+_ROWS = 25  # held-out pairs per network call: bounds memory
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ class HeldOut:
             return self._mean(ranking_nce_losses(factor[0], factor[1:]))
         num_samples = max(64, min(256, _EVALUATIONS // len(self.theta)))
         losses = []
-        for theta, x in zip(self.theta.split(100), self.x.split(100)):
+        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
             log_z, _ = defensive_log_normaliser(proxy, main, x, num_samples)
             losses.append(log_z - proxy.log_potential(theta.unsqueeze(0), x)[0])
         value = self._mean(torch.cat(losses))

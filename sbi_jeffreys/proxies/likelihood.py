@@ -32,7 +32,7 @@ from sbi_jeffreys.transforms import MarginalTransform
 
 __all__ = ["DEFAULT_MEMBERS", "LikelihoodProxy", "MemberSpec", "stacking_weights"]
 
-_CHUNK = 20_000  # pairs per network call: bounds memory when sampling or evaluating many
+_CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 
 
 @dataclass(frozen=True)
