@@ -214,6 +214,10 @@ class NPE_Jeffreys(SymmetricTrainer):
             )
         if device is not None:
             inference._device = device
+            for owner in (inference, inference._stage):
+                optimizer = getattr(owner, "optimizer", None)
+                if optimizer is not None:
+                    persistence.place_step_counters(optimizer)
         return inference
 
     def __getstate__(self) -> dict[str, Any]:

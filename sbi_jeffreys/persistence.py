@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-__all__ = ["FORMAT_VERSION", "is_picklable", "load", "save"]
+__all__ = ["FORMAT_VERSION", "is_picklable", "load", "place_step_counters", "save"]
 
 FORMAT_VERSION = 1
 _FORMAT = "sbi_jeffreys inference"
@@ -112,6 +113,20 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
             f"{_listed(header.get('packages'))}; here are {_listed(_versions())}. Install what it "
             "was saved with, or, if it came from a CUDA machine, pass device='cpu'."
         ) from error
+
+
+def place_step_counters(optimizer: Optimizer) -> None:
+    """Put Adam's step counters back on the CPU, where it wants them unless fused.
+
+    Loading onto a device moves every tensor there.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].cpu()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -296,7 +296,7 @@ class SymmetricTrainer(NPE_C):
         else:
             state = self._rng_state
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
+            torch.set_rng_state(state.cpu())  # loading onto a device moved it there
             yield
             self._save_randomness()
 

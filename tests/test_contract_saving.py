@@ -279,6 +279,14 @@ def test_what_cannot_be_pickled_is_said(inference, tmp_path):
     assert not list(tmp_path.glob("*a*"))
 
 
-def test_load_onto_a_device(inference, tmp_path):
-    inference.save(tmp_path / "a")
-    assert torch.equal(samples(NPE_Jeffreys.load(tmp_path / "a", device="cpu")), samples(inference))
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def test_load_onto_a_device_and_go_on(tmp_path, device):
+    trained(max_num_epochs=1).save(tmp_path / "a")
+    inference = NPE_Jeffreys.load(tmp_path / "a", device=device)
+    train(inference, 5, resume_training=True)
+    assert inference._stage.finished
+    theta, x = X_O[None].to(device), X_O.to(device)
+    assert inference._neural_net.log_prob(theta, x).shape == (1, 1)
