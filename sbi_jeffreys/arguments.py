@@ -23,7 +23,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
 
 def check_constructor(
-    density_estimator: Any,
     logging_level: Any,
     summary_writer: Any,
     tracker: Any,
@@ -31,6 +30,8 @@ def check_constructor(
     options: Any,
 ) -> None:
     """Check what `NPE_Jeffreys` is made from; sbi checks prior, device and builders.
+
+    Names of density estimators are checked where they are built, as in sbi (`check_rebuild`).
 
     Raises:
         TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
@@ -51,11 +52,6 @@ def check_constructor(
         raise ValueError(
             f"logging_level must be one of {_LEVELS} or a number such as "
             f"{logging.WARNING}, got {logging_level!r}."
-        )
-    if isinstance(density_estimator, str) and density_estimator not in model_builders:
-        raise ValueError(
-            f"density_estimator must be a builder or one of {', '.join(model_builders)}, got "
-            f"{density_estimator!r}."
         )
 
 
@@ -96,17 +92,22 @@ def check_dataloader_kwargs(kwargs: Any) -> None:
         )
 
 
-def check_rebuild(builder: Any, resuming: bool) -> None:
+def check_rebuild(name: str | None, builder: Any, resuming: bool) -> None:
     """Check that a new network can be built and is not asked for in the middle of a training.
 
     Raises:
-        ValueError: If training is to be resumed with another network.
+        ValueError: If training is to be resumed with another network, or its name is unknown.
         RuntimeError: If the builder was lost in pickling.
     """
     if resuming:
         raise ValueError(
             "retrain_from_scratch=True contradicts resume_training=True: a new network has no "
             "training to resume. Drop one of them."
+        )
+    if name is not None and name not in model_builders:
+        raise ValueError(
+            f"density_estimator must be a builder or one of {', '.join(model_builders)}, got "
+            f"{name!r}."
         )
     if builder is None:
         raise RuntimeError(

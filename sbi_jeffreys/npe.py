@@ -97,9 +97,7 @@ class NPE_Jeffreys(SymmetricTrainer):
         show_progress_bars: bool = True,
         options: JeffreysOptions | None = None,
     ) -> None:
-        check_constructor(
-            density_estimator, logging_level, summary_writer, tracker, show_progress_bars, options
-        )
+        check_constructor(logging_level, summary_writer, tracker, show_progress_bars, options)
         super().__init__(
             prior=prior,
             density_estimator=density_estimator,  # type: ignore[arg-type]
@@ -274,5 +272,5 @@ class NPE_Jeffreys(SymmetricTrainer):
     def _initialize_neural_network(self, retrain_from_scratch: bool, start_idx: int) -> None:
         """sbi's, after checking that a new network can be built and is wanted."""
         if retrain_from_scratch or self._neural_net is None:
-            check_rebuild(self._build_neural_net, self._resuming)
+            check_rebuild(self._name, self._build_neural_net, self._resuming)
         super()._initialize_neural_network(retrain_from_scratch, start_idx)
