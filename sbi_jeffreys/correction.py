@@ -41,9 +41,7 @@ class CorrectedPosterior(DirectPosterior):
             asked for.
         **kwargs: Passed to `DirectPosterior`.
 
-    Example:
-        >>> # posterior = inference.build_corrected_posterior()
-        >>> # posterior.sample((1000,), x=x_o); posterior.effective_sample_size(x_o)
+    Built by `NPE_Jeffreys.build_corrected_posterior`.
     """
 
     def __init__(
