@@ -9,7 +9,8 @@ the unknown π (Ben-Dov & Chamon, arXiv 2511.11159). Training has three parts:
     1. the proxy, fitted to the same simulations, and how far it can be trusted;
     2. the symmetric stage: main and proxy against each other under multipliers that adapt.
 
-The weights returned are the best ever seen on the held-out simulations, stage 0 included.
+The weights returned are the last, annealed ones if they satisfy the constraint within its tolerance
+and do not fall behind plain NPE on the held-out simulations; else the best ever seen on those.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class SymmetricStage:
             from the proxy's joint, their θ `(N, D)`; θ None means "reweight the main's samples".
         kernel: Calibration kernel: pool observations are drawn in proportion to it.
         entropy: Ĥ at the start: the best held-out NLL of main and proxy so far.
+        npe_nll: V_NPE, plain NPE's held-out value, which no result may fall behind.
         proxy_trust: t ∈ (0, 1].
     """
 
@@ -82,6 +83,7 @@ class SymmetricStage:
         pool: tuple[Tensor | None, Tensor],
         kernel: Callable[[Tensor], Tensor] | None,
         entropy: float,
+        npe_nll: float,
         proxy_trust: float,
     ) -> None:
         self.main, self.proxy, self.options = main, proxy, options
@@ -89,7 +91,7 @@ class SymmetricStage:
         self.clip_max_norm = clip_max_norm
         self.pool_theta, self.pool_x = pool
         self.pool_weights = torch.ones(len(self.pool_x)) if kernel is None else kernel(self.pool_x)
-        self.entropy, self.trust = entropy, proxy_trust
+        self.entropy, self.npe_nll, self.trust = entropy, npe_nll, proxy_trust
         self.multipliers = ResilientMultipliers(
             price=options.slack_price,
             step_size=options.dual_step_size,

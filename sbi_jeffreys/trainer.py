@@ -143,7 +143,7 @@ class SymmetricTrainer(NPE_C):
             start = time.time()
             terms = stage.run_epoch(self._real_batches(train_loader, loss_args, held_out.atomic))
             value = held_out.main(self._neural_net, proxy)
-            self._keep_if_best(value)
+            self._keep(stage, value)
             self._record(stage, terms, value, held_out.reverse(self._neural_net, proxy), start)
             stage.update_multipliers(value)
             self._stage_epochs += 1
@@ -200,6 +200,7 @@ class SymmetricTrainer(NPE_C):
             prepared.pool,
             loss_args.calibration_kernel,
             entropy=min(prepared.proxy_nll, prepared.main_nll),
+            npe_nll=prepared.main_nll,
             proxy_trust=prepared.trust,
         )
 
@@ -244,10 +245,16 @@ class SymmetricTrainer(NPE_C):
 
     # ------------------------------------------------------------------ state
 
-    def _keep_if_best(self, value: float) -> None:
-        """Snapshot the main under sbi's own predicate."""
+    def _keep(self, stage: SymmetricStage, value: float) -> None:
+        """Snapshot the main under sbi's own predicate; at the end, prefer the annealed weights.
+
+        The minimum over an epoch-by-epoch trace of a hundred held-out pairs is a lucky epoch as
+        often as a good one. All iterates within the tolerance satisfy the constraint, and of those
+        the last one has the smallest R: it is kept, unless it falls behind plain NPE.
+        """
         self._val_loss = value
-        if value < self._best_val_loss:
+        bound = min(self._best_val_loss + self.options.tolerance, stage.npe_nll)
+        if value < self._best_val_loss or (stage.finished and value <= bound):
             self._best_val_loss = value
             self._best_model_state_dict = deepcopy(self._neural_net.state_dict())
 

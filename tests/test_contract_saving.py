@@ -142,13 +142,13 @@ def test_pickling_warns_of_what_is_lost_only():
 
 def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monkeypatch):
     """Pausing hands out the best weights; resuming goes on from the last ones."""
-    keep = SymmetricTrainer._keep_if_best
+    keep = SymmetricTrainer._keep
     options = replace(TINY, num_steps=8)
 
-    def never_better(self, value):
-        keep(self, float("inf"))
+    def never_better(self, stage, value):
+        keep(self, stage, float("inf"))
 
-    monkeypatch.setattr(SymmetricTrainer, "_keep_if_best", never_better)
+    monkeypatch.setattr(SymmetricTrainer, "_keep", never_better)
 
     def last_weights(pauses: tuple[int, ...]) -> dict:
         torch.manual_seed(2)
