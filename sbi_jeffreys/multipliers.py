@@ -130,7 +130,3 @@ class ResilientMultipliers(nn.Module):
         self.multipliers.copy_(torch.where(torch.isfinite(g), proposed, self.multipliers))
         self.slack.copy_(self.multipliers / self.price)
         return self.multipliers
-
-    def price_of_slack(self) -> Tensor:
-        """h(ε) = ½ ε² α summed over constraints (its Huber branch is never entered: λ ≤ λ_max)."""
-        return 0.5 * self.price * (self.slack**2).sum()

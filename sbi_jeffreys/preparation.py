@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,12 +116,11 @@ def prepare(
     pool = draw_pool(proxy, simulations, held_out.atomic, options.proxy_draws)
     if len(pool[1]) < max(1, _MIN_POOL * options.proxy_draws) and proxy.can_sample:
         return _refuse(verdict, "its draws of x are implausible")
-    return Prepared(proxy, note, True, proxy_nll, main_nll, t, pool)
+    return replace(verdict, usable=True, pool=pool)
 
 
 def _refuse(verdict: Prepared, reason: str) -> Prepared:
-    note = f"{verdict.note}; {reason}, plain NPE kept"
-    return Prepared(verdict.proxy, note, False, verdict.proxy_nll, verdict.main_nll, verdict.trust)
+    return replace(verdict, note=f"{verdict.note}; {reason}, plain NPE kept")
 
 
 def draw_pool(
