@@ -79,11 +79,11 @@ class JeffreysOptions:
     members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    num_steps: int = 800
-    steps_per_epoch: int = 40
+    num_steps: int = 600
+    steps_per_epoch: int = 30
     learning_rate_factor: float = 6.0
     proxy_draws: int = 20_000
-    proxy_batch_size: int = 256
+    proxy_batch_size: int = 512
     reverse_batch_size: int = 50
     reverse_samples: int = 4
     reverse_estimator: Literal["vargrad", "path"] = "vargrad"

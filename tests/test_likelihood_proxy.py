@@ -32,7 +32,8 @@ def fitted() -> tuple[LikelihoodProxy, torch.Tensor, torch.Tensor]:
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     theta = prior.sample((N,))
     x = theta + SCALE * torch.randn_like(theta)
-    proxy = LikelihoodProxy(prior, (MemberSpec("maf"), MemberSpec("maf", 1.0)), QUICK)
+    members = (MemberSpec("maf", learning_rate=2e-3), MemberSpec("maf", 1.0, learning_rate=2e-3))
+    proxy = LikelihoodProxy(prior, members, QUICK)
     return proxy.fit(theta, x, TRAIN, VAL), theta, x
 
 

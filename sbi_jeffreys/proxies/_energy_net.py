@@ -44,7 +44,9 @@ class EnergyConfig:
     share_embedding: bool = False
     num_contrasts: int = 32
     refresh_epochs: int = 10
-    fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=1e-3, weight_decay=0.1))
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(learning_rate=1e-3, weight_decay=0.1, max_epochs=100)
+    )
 
     def __post_init__(self) -> None:
         for name, known in (("classifier", _CLASSIFIERS), ("fit_with", _FITS)):

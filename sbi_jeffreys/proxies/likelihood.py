@@ -50,7 +50,7 @@ class MemberSpec:
 
     model: str = "maf"
     weight_decay: float = 0.0
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     num_transforms: int = 5
     marginal_transform: bool = True
 
@@ -64,7 +64,7 @@ DEFAULT_MEMBERS = (
     MemberSpec("maf"),
     MemberSpec("maf", weight_decay=3.0),
     MemberSpec("maf", weight_decay=0.3, marginal_transform=False),
-    MemberSpec("nsf", weight_decay=0.3, learning_rate=1e-3, num_transforms=3),
+    MemberSpec("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
 )
 
 
