@@ -1,4 +1,4 @@
-"""Command line: `python -m sbi_jeffreys [benchmark | report | tasks] [options]`.
+"""Command line: `python -m sbi_jeffreys [COMMAND] [options]`.
 
 Without a command, the main job: NPE against NPE_Jeffreys on one task, a table and two figures.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from sbi_jeffreys.benchmark import main_job, report, runner
+from sbi_jeffreys.benchmark import ablation, main_job, report, rounds, runner
 from sbi_jeffreys.benchmark.tasks import TASKS, get_task
 
 
@@ -19,8 +19,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sbi_jeffreys", description=main_job.__doc__)
     main_job.add_arguments(parser)
     parser.set_defaults(run=main_job.run)
-    commands = parser.add_subparsers(title="commands", metavar="{benchmark,report,tasks}")
-    for name, module in (("benchmark", runner), ("report", report)):
+    commands = parser.add_subparsers(
+        title="commands", metavar="{benchmark,report,ablation,rounds,tasks}"
+    )
+    for name, module in (
+        ("benchmark", runner),
+        ("report", report),
+        ("ablation", ablation),
+        ("rounds", rounds),
+    ):
         command = commands.add_parser(name, help=_first_line(module), description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cell", "CorruptResultError", "read_result", "read_results", "write_result"]
+__all__ = [
+    "Cell",
+    "CorruptResultError",
+    "check_settings",
+    "read_json",
+    "read_result",
+    "read_results",
+    "write_json",
+    "write_result",
+]
 
 FORMAT = 1  # raise it when the meaning of a field changes
 
@@ -36,14 +45,17 @@ class Cell:
 
 
 def write_result(folder: Path, cell: Cell, content: dict[str, Any]) -> Path:
-    """Write a result beside its place and rename it, so that nobody ever reads half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / cell.file_name
-    record = _plain({"format": FORMAT, "cell": asdict(cell), **content})
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.stem, suffix=".tmp")
+    """Write the result of a cell, whole or not at all."""
+    return write_json(folder / cell.file_name, {"format": FORMAT, "cell": asdict(cell), **content})
+
+
+def write_json(path: Path, record: dict[str, Any]) -> Path:
+    """Write a record beside its place and rename it, so that nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False, ensure_ascii=False)
+            json.dump(_plain(record), file, indent=1, allow_nan=False, ensure_ascii=False)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -57,14 +69,41 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         CorruptResultError: Naming the file and what is wrong with it.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptResultError(f"{path}: not readable as JSON ({error})") from error
+    record = read_json(path)
     problem = _problem(record, path)
     if problem:
         raise CorruptResultError(f"{path}: {problem}")
     return record
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds.
+
+    Raises:
+        CorruptResultError: If it is not readable as JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptResultError(f"{path}: not readable as JSON ({error})") from error
+
+
+def check_settings(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Results of different settings do not mix.
+
+    Raises:
+        ValueError: Naming the settings in which the result at `path` differs.
+    """
+    differing = [
+        f"{name}={found.get(name)!r} (now {value!r})"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"out: expected results of the same settings, but {path} has {', '.join(differing)}; "
+            "choose another folder, or the settings of this one."
+        )
 
 
 def read_results(folder: Path) -> Iterator[dict[str, Any] | CorruptResultError]:

@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationSettings",
     "evaluate",
     "observations_for",
+    "pair_metrics",
     "pairs_for",
     "references_for",
     "simulations_for",
@@ -147,12 +148,12 @@ def evaluate(
             per_observation.setdefault(name, []).append(value)
         samples.append(drawn)
     metrics = {name: _mean(values) for name, values in per_observation.items()}
-    metrics.update(_pair_metrics(task, fitted, settings, seed))
+    metrics.update(pair_metrics(task, fitted, settings, seed))
     seconds = {"sampling": sampling, "evaluation": time.perf_counter() - start}
     return EvaluationResult(metrics, per_observation, samples, seconds)
 
 
-def _pair_metrics(
+def pair_metrics(
     task: Task, fitted: FittedMethod, settings: EvaluationSettings, seed: int
 ) -> dict[str, float]:
     """Metrics on the test pairs; none where the method has no density."""

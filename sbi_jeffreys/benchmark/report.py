@@ -125,7 +125,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
-def _cell(summary: Summary | None, digits: int) -> str:
+def summary_text(summary: Summary | None, digits: int) -> str:
+    """Mean ± standard error, or – where there is nothing."""
     if summary is None:
         return "–"
     if math.isnan(summary.standard_error):
@@ -133,7 +134,8 @@ def _cell(summary: Summary | None, digits: int) -> str:
     return f"{summary.mean:.{digits}f} ± {summary.standard_error:.{digits}f}"
 
 
-def _interval(difference: Difference | None, digits: int = 3) -> str:
+def interval_text(difference: Difference | None, digits: int = 3) -> str:
+    """Mean difference and its 95 % interval."""
     if difference is None:
         return "–"
     if difference.count == 1:
@@ -149,7 +151,7 @@ def _group(table: Table, group: tuple[str, int], labels: Mapping[str, str]) -> s
     shown = [m for m in _COLUMNS if any(summarise(methods[name], m) for name in names)]
     rows = [["method", "seeds", *(_COLUMNS[m][0] for m in shown)]]
     for name in names:
-        cells = [_cell(summarise(methods[name], m), _COLUMNS[m][1]) for m in shown]
+        cells = [summary_text(summarise(methods[name], m), _COLUMNS[m][1]) for m in shown]
         rows.append([labels[name], str(len(methods[name])), *cells])
     text = f"### {group[0]}, {group[1]:,} simulations\n\n"
     text += "Mean ± standard error over seeds.\n\n" + markdown_table(rows)
@@ -160,7 +162,7 @@ def _group(table: Table, group: tuple[str, int], labels: Mapping[str, str]) -> s
     rows = [[f"minus {labels[BASELINE]}", *(SCORES[m] for m in scores)]]
     for name in others:
         found = differences({group: methods}, name, BASELINE)
-        rows.append([labels[name], *(_interval(found.get((group, m))) for m in scores)])
+        rows.append([labels[name], *(interval_text(found.get((group, m))) for m in scores)])
     return text + "\n\nPaired by seed, 95 % t-interval; less is better.\n\n" + markdown_table(rows)
 
 
@@ -217,7 +219,7 @@ def _losses(table: Table, labels: Mapping[str, str]) -> str:
         )
         for word, entries in (("loses", lost), ("worse, within noise", worse)):
             for ((task, budget), metric), d in sorted(entries.items()):
-                lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {_interval(d)}")
+                lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {interval_text(d)}")
         lines.append("")
     return "\n".join(lines).strip() or "No comparison: NPE_Jeffreys or its opponents are missing."
 

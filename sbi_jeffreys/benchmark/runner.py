@@ -25,7 +25,13 @@ from sbi_jeffreys.benchmark import _parallel, provenance
 from sbi_jeffreys.benchmark._arguments import add_common, int_list, method_list, positive_int
 from sbi_jeffreys.benchmark._arguments import task_list as _task_list
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
-from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, read_result, write_result
+from sbi_jeffreys.benchmark.cells import (
+    Cell,
+    CorruptResultError,
+    check_settings,
+    read_result,
+    write_result,
+)
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     evaluate,
@@ -88,23 +94,9 @@ def plan(
         if record["status"] == "failed":
             (result.pending if retry_failed else result.failed).append(cell)
             continue
-        _check_settings(record["settings"], settings, path)
+        check_settings(record["settings"], asdict(settings), path)
         result.done.append(cell)
     return result
-
-
-def _check_settings(found: dict[str, Any], settings: EvaluationSettings, path: Path) -> None:
-    expected = asdict(settings)
-    differing = [
-        f"{name}={found.get(name)!r} (now {value!r})"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"out: expected results of the same settings, but {path} has {', '.join(differing)}; "
-            "choose another folder, or the settings of this one."
-        )
 
 
 def run_job(job: Job) -> list[tuple[Cell, str | None]]:

@@ -1,0 +1,239 @@
+"""The ablation: variants that share their beginnings, a table that says what does not hold."""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import ablation
+from sbi_jeffreys.benchmark._running import NoTracker
+from sbi_jeffreys.benchmark.ablation import Row, row_list
+from sbi_jeffreys.benchmark.ablation_table import best_frozen, tabulate, verdict
+from sbi_jeffreys.benchmark.evaluation import simulations_for
+from sbi_jeffreys.benchmark.methods import FitContext
+from sbi_jeffreys.benchmark.tasks import get_task
+from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE
+
+CONTEXT = FitContext(fast=True)
+OPTIONS = CONTEXT.options()
+TASK = get_task("two_moons")
+
+
+def train(kind, options=None):
+    torch.manual_seed(1)
+    inference = kind(TASK.prior, show_progress_bars=False, tracker=NoTracker(), options=options)
+    inference.append_simulations(*simulations_for(TASK, 80, 0)).train(**CONTEXT.train_kwargs)
+    return inference
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return train(ForkableNPE)
+
+
+@pytest.fixture(scope="module")
+def options(trainer):
+    """With a proxy that the first fork fits."""
+    return replace(OPTIONS, proxy=CONDITIONS["good"].build(trainer, OPTIONS))
+
+
+def weights(inference):
+    return torch.cat([p.detach().flatten() for p in inference._neural_net.parameters()])
+
+
+def test_the_default_fork_is_what_the_library_trains(trainer, options):
+    before = weights(trainer)
+    trainer.fork(replace(options, num_steps=1))  # somebody else is first
+    fork, straight = trainer.fork(options), train(NPE_Jeffreys, OPTIONS)
+    assert torch.equal(weights(fork), weights(straight))
+    assert fork.summary["multiplier"] == straight.summary["multiplier"]
+    assert torch.equal(weights(trainer), before)
+
+
+def test_every_variant_differs_from_the_default(trainer, options):
+    default = trainer.fork(options)
+    for name, variant in VARIANTS.items():
+        fork = trainer.fork(replace(options, **variant.changes), variant.edit)
+        same = fork.summary["held_out_forward"] == default.summary["held_out_forward"]
+        assert same == (name == "adaptive"), name
+        if name.startswith("frozen"):
+            kept = float(name.removeprefix("frozen_"))
+            assert fork.summary["multiplier"] == pytest.approx([kept, kept])
+            assert set(fork.summary["trust"]) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["forward", "generated", "reverse"])
+def test_a_term_that_is_switched_off_has_no_weight(trainer, options, name):
+    seen = {}
+
+    def look(stage, owner):
+        VARIANTS[f"without_{name}"].edit(stage, owner)
+        terms = {key: torch.tensor(1.0) for key in ("forward", "generated", "reverse")}
+        for key in terms:
+            seen[key] = float(stage.weigh(terms)) - float(
+                stage.weigh({**terms, key: terms[key] * 2})
+            )
+
+    trainer.fork(replace(options, num_steps=1), look)
+    assert {key for key, effect in seen.items() if effect == 0} == {name}
+
+
+def test_r_at_real_x_reads_training_observations_and_only_there(trainer, options):
+    seen = []
+
+    def look(stage, owner):
+        vargrad = stage._samples
+        stage._samples = lambda x, num: (seen.append(x), vargrad(x, num))[1]
+        VARIANTS["real_x"].edit(stage, owner)
+        pool = stage.pool_x
+        terms = stage._terms(None, with_reverse=True)
+        assert set(terms) == {"generated", "reverse"}
+        assert stage.pool_x is pool
+
+    trainer.fork(replace(options, num_steps=1), look)
+    x = trainer.get_simulations()[1][trainer.train_indices]
+    assert all(bool((row == x).all(1).any()) for row in seen[0])
+
+
+def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
+    shuffled = CONDITIONS["shuffled"].build(trainer, OPTIONS)
+    fork = trainer.fork(replace(OPTIONS, proxy=shuffled))
+    results = shuffled.results
+    trainer.fork(replace(OPTIONS, proxy=shuffled))
+    assert shuffled.results is results
+    good = trainer.fork(OPTIONS).summary["proxy_held_out"][-1]
+    assert fork.summary["proxy_held_out"][-1] > good
+
+
+def test_raw_counts_are_neither_dequantised_nor_transformed():
+    task = get_task("sir")
+    theta, x = simulations_for(task, 60, 0)
+    trainer = argparse.Namespace(_prior=task.prior)
+    raw = CONDITIONS["raw"].build(trainer, OPTIONS)
+    raw.fit(theta, x, torch.arange(50), torch.arange(50, 60))
+    transform = raw.transforms[0]
+    assert set(transform.kinds) == {"identity"}
+    assert not bool(transform.integer.any())
+    assert raw.log_factor(theta[None, :5], x[:5]).shape == (1, 5)
+    draws, y = raw.sample_given(theta)
+    assert len(draws) == len(y)
+
+
+def test_rows_of_the_command_line():
+    assert row_list("slcp, two_moons:raw") == [Row("slcp"), Row("two_moons", "raw")]
+    assert [r.condition for r in row_list("two_moons")] == ["good", "shuffled", "undertrained"]
+    assert set(Row("sir", "raw").variants) == {"adaptive", "frozen_0.3", "frozen_1", "frozen_10"}
+    for text in ("moons", "sir:bad", "sir:", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"two_moons.*shuffled"):
+            row_list(text)
+
+
+def records(adaptive, frozen=(1.0, 1.1, 0.9), npe=(2.0, 2.1, 1.9)):
+    """Hand-made cells of one row: NLL per seed of adaptive, the better frozen one, and NPE."""
+    found = []
+    for seed, values in enumerate(zip(adaptive, frozen, npe)):
+        named = dict(zip(("adaptive", "frozen_1", "npe"), values))
+        named["frozen_10"] = named["frozen_1"] + 0.5
+        variants = {
+            name: {"metrics": {"nll": value, "c2st": None}, "training": {"cpu_seconds": 1.0}}
+            for name, value in named.items()
+        }
+        found.append(
+            {
+                "format": 1,
+                "study": "ablation",
+                "command": "by hand",
+                "settings": {"fast": True},
+                "key": {"row": "sir:raw", "simulations": "n100", "seed": f"s{seed}"},
+                "results": {
+                    "variants": variants,
+                    "proxy": {"held_out": None, "trust": 0.0},
+                },
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "against_frozen", "against_npe"),
+    [
+        ((0.9, 1.0, 0.8), "holds", "holds"),
+        ((1.2, 1.0, 0.9), "within noise", "holds"),
+        ((1.3, 1.41, 1.2), "BROKEN", "holds"),
+        ((2.3, 2.4, 2.21), "BROKEN", "BROKEN"),
+        ((2.0, 2.1, 1.9), "BROKEN", "holds"),  # fell back to NPE: not below it
+    ],
+)
+def test_a_broken_promise_is_said(tmp_path, adaptive, against_frozen, against_npe):
+    cells = records(adaptive)
+    row = tabulate(cells)["sir:raw", "n100"]
+    best = best_frozen(row, "nll")
+    assert best == "frozen_1"
+    assert verdict(row, best, "nll") == against_frozen
+    assert verdict(row, "npe", "nll") == against_npe
+    assert verdict(row, "npe", "c2st") == "–"
+    for seed, cell in enumerate(cells):
+        (tmp_path / f"sir_raw-n100-s{seed}.json").write_text(json.dumps(cell))
+    path = ablation.write_table(tmp_path)
+    assert path is not None
+    text = path.read_text()
+    assert f"| sir:raw, 100 | {against_frozen} / {against_npe} |" in text
+    assert "held-out NLL of the proxy not finite" in text
+
+
+def test_one_seed_decides_nothing():
+    row = tabulate(records((1.5,)))["sir:raw", "n100"]
+    assert verdict(row, "frozen_1", "nll") == "worse, one seed"
+    assert math.isclose(row["npe"][0]["nll"], 2.0)
+
+
+def run(folder, *more):
+    arguments = ("--tasks", "two_moons:shuffled", "--simulations", "60", "--seeds", "1", "--fast")
+    return main(["ablation", *arguments, "--quiet", "--out", str(folder), *more])
+
+
+def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "out"
+    assert run(folder) == 0
+    assert "1 measurements computed, 0 there already" in capsys.readouterr().out
+    file = folder / "two_moons_shuffled-n60-s0.json"
+    record = json.loads(file.read_text())
+    assert set(record["results"]["variants"]) == {"npe", *Row("two_moons", "shuffled").variants}
+    assert {"nll", "coverage_90", "kl_reverse"} <= set(
+        record["results"]["variants"]["adaptive"]["metrics"]
+    )
+    assert sorted(f.name for f in folder.iterdir()) == ["ablation.md", file.name]
+    assert run(folder) == 0
+    assert "0 measurements computed, 1 there already" in capsys.readouterr().out
+    assert run(folder, "--c2st") == 2
+    assert "c2st=False (now True)" in capsys.readouterr().err
+    file.write_text("{ half a fi")
+    with pytest.warns(UserWarning, match=file.name):
+        assert run(folder, "--c2st") == 0
+    assert "1 measurements computed" in capsys.readouterr().out
+    assert "C2ST" in (folder / "ablation.md").read_text()
+
+
+def test_a_failure_is_told_and_leaves_no_file(tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise ArithmeticError("no luck")
+
+    monkeypatch.setattr(ablation, "simulations_for", fail)
+    assert run(tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "no luck" in printed.err
+    assert "1 failed" in printed.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_rows_end_in_a_message(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["ablation", "--tasks", "nope"])
+    assert exit_.value.code == 2
+    assert "two_moons" in capsys.readouterr().err

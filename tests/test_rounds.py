@@ -1,0 +1,97 @@
+"""Leakage over rounds: measured per round, stalls told, resumable."""
+
+import json
+
+import pytest
+import torch
+
+from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import rounds
+from sbi_jeffreys.benchmark.rounds import METHODS, RoundsSettings, measure_rounds
+from sbi_jeffreys.benchmark.rounds_table import goal, tabulate, write_table
+from sbi_jeffreys.benchmark.tasks import get_task
+
+SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=50, fast=True)
+
+
+def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "out"
+    arguments = ["rounds", "--tasks", "two_moons", "--rounds", "2", "--seeds", "1", "--fast"]
+    arguments += ["--simulations-per-round", "60", "--quiet", "--out", str(folder)]
+    assert main(arguments) == 0
+    assert "3 measurements computed, 0 there already" in capsys.readouterr().out
+    for method in METHODS:
+        results = json.loads((folder / f"two_moons-s0-{method}.json").read_text())["results"]
+        assert len(results["rounds"]) == 2
+        assert 0 < results["c2st"] <= 1
+        for entry in results["rounds"]:
+            assert 0 <= entry["acceptance"] <= 1
+            assert entry["sampling_seconds"] > 0
+    text = (folder / "rounds.md").read_text()
+    assert all(method.label in text for method in METHODS.values())
+    assert main(arguments) == 0
+    assert "0 measurements computed, 3 there already" in capsys.readouterr().out
+    assert main([*arguments, "--rounds", "3"]) == 2
+    assert "rounds=2 (now 3)" in capsys.readouterr().err
+
+
+def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):
+    monkeypatch.setattr(rounds, "_samples", lambda posterior, num, max_seconds: None)
+    found = measure_rounds(get_task("two_moons"), METHODS["npe_nsf"], 0, SETTINGS)
+    assert found["c2st"] is None
+    assert [entry["sampling_seconds"] for entry in found["rounds"]] == [None]
+
+
+def test_samples_that_take_too_long_are_none():
+    class Leaking:
+        def sample(self, shape, **kwargs):
+            assert kwargs["return_partial_on_timeout"]
+            return torch.zeros(shape[0] - 1, 2)
+
+    assert rounds._samples(Leaking(), 5, 0.1) is None
+
+
+def record(method, seed, acceptance, seconds=1.0, c2st=0.6):
+    return {
+        "format": 1,
+        "study": "rounds",
+        "command": "by hand",
+        "settings": {"fast": True},
+        "key": {"task": "two_moons", "seed": f"s{seed}", "method": method},
+        "results": {
+            "rounds": [
+                {"acceptance": a, "sampling_seconds": seconds, "cpu_seconds": 2.0}
+                for a in acceptance
+            ],
+            "c2st": c2st,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "seconds", "expected"),
+    [
+        ([0.99, 0.96], 1.0, "met, worst 0.960"),
+        ([0.99, 0.94], 1.0, "MISSED, worst 0.940"),
+        ([0.99], None, "MISSED: 1 of 1 stalled"),
+    ],
+)
+def test_the_goal(tmp_path, acceptance, seconds, expected):
+    found = record("npe_jeffreys", 0, acceptance, seconds)
+    assert goal(tabulate([found])["two_moons"]["npe_jeffreys"]) == expected
+    (tmp_path / "two_moons-s0-npe_jeffreys.json").write_text(json.dumps(found))
+    path = write_table(tmp_path, {"npe_jeffreys": "ours"})
+    assert path is not None
+    assert expected in path.read_text()
+
+
+def test_c2st_is_paired_with_npe(tmp_path):
+    for seed in (0, 1, 2):
+        for method, score in (("npe_nsf", 0.7), ("npe_jeffreys", 0.6 + 0.01 * seed)):
+            found = record(method, seed, [1.0], c2st=score)
+            (tmp_path / f"{seed}{method}.json").write_text(json.dumps(found))
+    path = write_table(tmp_path, {"npe_nsf": "NPE", "npe_jeffreys": "ours"})
+    assert path is not None
+    assert "-0.090 [" in path.read_text()
+    assert write_table(tmp_path / "nothing", {}) is None
