@@ -12,6 +12,7 @@ from types import ModuleType
 
 from sbi_jeffreys.benchmark import ablation, main_job, report, rounds, runner
 from sbi_jeffreys.benchmark.tasks import TASKS, get_task
+from sbi_jeffreys.benchmark.tasks.structured import STRUCTURED_TASKS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def _first_line(module: ModuleType) -> str:
 def list_tasks(args: argparse.Namespace) -> int:
     """Print the tasks and their sizes."""
     rows = [("task", "θ", "x", "reference")]
-    for name in sorted(TASKS):
+    for name in (*sorted(TASKS), *sorted(STRUCTURED_TASKS)):
         task = get_task(name)
         kind = "exact" if task.exact_reference else "sampled"
         rows.append((name, str(task.dim_theta), str(task.dim_x), kind))

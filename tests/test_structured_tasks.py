@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from sbi_jeffreys.benchmark.tasks import TASKS
+from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, evaluate, simulations_for
+from sbi_jeffreys.benchmark.methods import FitContext, get_method
+from sbi_jeffreys.benchmark.tasks import TASKS, get_task
 from sbi_jeffreys.benchmark.tasks.structured import (
     STRUCTURED_TASKS,
     BlurredSource,
@@ -33,6 +35,7 @@ def test_shapes_and_embedding(task: StructuredTask):
     assert summary.shape[0] == 7
     assert summary.ndim == 2
     assert task.name not in TASKS  # which promises vector-valued x
+    assert type(get_task(task.name)) is type(task)
 
 
 def test_likelihood_broadcasts_and_vanishes_outside_the_box(task: StructuredTask):
@@ -135,3 +138,18 @@ def test_observations_are_checked(task: StructuredTask):
     x[0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="got 1 NaN or inf"):
         task.sample_reference(x[0], 10)
+
+
+def test_the_benchmark_runs_structured_tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    task = get_task("iid_trials")
+    settings = EvaluationSettings(observations=1).smoke()
+    theta, x = simulations_for(task, 100, seed=0)
+    fitted = get_method("npe_jeffreys").fit(task, theta, x, 0, FitContext(fast=True))
+    note = fitted.info["proxy"][-1]
+    assert "energy" in note
+    assert "shape" in note
+    result = evaluate(task, fitted, settings, seed=0)
+    assert 0.4 < result.metrics["c2st"] <= 1
+    assert result.metrics["leakage"] < 0.5
+    assert math.isfinite(result.metrics["jeffreys"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.benchmark.metrics import PairDraws
 from sbi_jeffreys.correction import CorrectedPosterior
+from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 
 __all__ = ["CorrectedFit", "EstimatorFit", "FittedMethod", "SamplerFit"]
@@ -92,7 +93,7 @@ class EstimatorFit(FittedMethod):
         """Log of the members' mean density, raw: `(S, B, D)`, `(B, dim_x)` → `(S, B)`."""
         step = max(1, _CHUNK // max(1, len(theta)))
         columns = [
-            torch.stack([net.log_prob(t, c) for net in self.estimators])
+            torch.stack([_log_prob(net, t, c) for net in self.estimators])
             for t, c in zip(theta.split(step, dim=1), x.split(step))
         ]
         return torch.logsumexp(torch.cat(columns, dim=-1), 0) - math.log(len(self.estimators))
@@ -110,6 +111,12 @@ class EstimatorFit(FittedMethod):
         theta = theta[torch.randperm(len(theta))]
         log_true = self.log_prob(theta_true[None], x)[0]
         return PairDraws(theta, self.log_prob(theta, x), log_true)
+
+
+def _log_prob(net: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
+    """log p_φ of θ `(S, B, D)` at x `(B, *x_shape)`: `(S, B)`."""
+    with embedded_once(net, x):
+        return net.log_prob(theta, x)
 
 
 def _draw(nets: list[ConditionalDensityEstimator], counts: list[int], x: Tensor) -> Tensor:

@@ -118,6 +118,17 @@ def train(
     return Trained(inference, posterior, dict(vars(cost)))
 
 
+def main_network(task: Task, name: str) -> Any:
+    """sbi's density estimator of that name: the name itself, or a builder with the task's
+    embedding net where x is not a vector."""
+    embedding_net = task.embedding_net()
+    if embedding_net is None:
+        return name
+    from sbi.neural_nets import posterior_nn
+
+    return posterior_nn(model=name, embedding_net=embedding_net)
+
+
 def _common(context: FitContext) -> dict[str, Any]:
     return {"show_progress_bars": context.show_progress, "tracker": NoTracker()}
 
@@ -154,7 +165,9 @@ class NPEMethod:
         if key not in context.shared:
             member_seed = seed if k == 0 else derive_seed("member", seed, k)
             context.shared[key] = train(
-                lambda: NPE(task.prior, self.density_estimator, **_common(context)),
+                lambda: NPE(
+                    task.prior, main_network(task, self.density_estimator), **_common(context)
+                ),
                 theta,
                 x,
                 member_seed,
@@ -182,7 +195,10 @@ class JeffreysMethod:
             options = context.options(**dict(self.changes))
             context.shared[self.training] = train(
                 lambda: NPE_Jeffreys(
-                    task.prior, self.density_estimator, options=options, **_common(context)
+                    task.prior,
+                    main_network(task, self.density_estimator),
+                    options=options,
+                    **_common(context),
                 ),
                 theta,
                 x,

@@ -44,14 +44,17 @@ def register_task(cls: TaskType) -> TaskType:
 
 
 def get_task(name: str) -> Task:
-    """A fresh instance of the task of that name.
+    """A fresh instance of the task of that name, of vector-valued x or structured.
 
     Raises:
         ValueError: If no task of that name is registered; the message lists the known ones.
     """
-    if name not in TASKS:
+    from .structured import STRUCTURED_TASKS  # which builds on this module's package
+
+    known = {**STRUCTURED_TASKS, **TASKS}
+    if name not in known:
         raise ValueError(
-            f"name: expected one of {', '.join(sorted(TASKS))}, got {name!r}; "
+            f"name: expected one of {', '.join(sorted(known))}, got {name!r}; "
             "add your own task with `register_task`."
         )
-    return TASKS[name]()
+    return known[name]()

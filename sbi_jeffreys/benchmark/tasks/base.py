@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 
@@ -73,6 +73,10 @@ class Task(ABC):
                 "drop failed simulations first."
             )
         return flat
+
+    def embedding_net(self) -> nn.Module | None:
+        """A fresh, untrained embedding net for x, or None where x is a vector."""
+        return None
 
     def modes(self, theta: Tensor, x: Tensor) -> Tensor | None:
         """Index of the posterior mode each θ `(N, D)` belongs to, or None for one mode."""

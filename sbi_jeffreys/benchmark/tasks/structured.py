@@ -1,7 +1,8 @@
 """Tasks whose x is not a vector: an image and a set of trials, both with a known likelihood.
 
-They are outside sbibm's ten and outside `TASKS`, whose users rely on vector x. Each comes with an
-embedding net of a fitting kind, small enough for a laptop.
+They are outside sbibm's ten and outside `TASKS`, whose users rely on vector x; `get_task` and the
+benchmark know them by name. Each comes with an embedding net of a fitting kind, small enough for a
+laptop.
 """
 
 from __future__ import annotations
