@@ -160,7 +160,7 @@ def plot_divergences(
         (math.nan if r.reverse is None else r.reverse, r.reverse_error or math.nan)
         for r in named.values()
     ]
-    bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL − {best:.2f}", "")
+    bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL above the best, {best:.2f}", "")
     label = "reverse KL to the proxy"
     if all(r.reverse is None for r in named.values()):
         label += " (no proxy)"

@@ -255,6 +255,16 @@ def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     assert len(list(path.parent.glob("*.png"))) == 4
 
 
+def test_times_of_another_commit_are_not_compared(results, tmp_path):
+    for path in results.glob("*npe_jeffreys.json"):
+        entry = json.loads(path.read_text())
+        entry["provenance"] = {**entry.get("provenance", {}), "git_commit": "an earlier one"}
+        path.write_text(json.dumps(entry))
+    text = write_report(results, tmp_path / "report", show_progress=False).read_text()
+    assert "| NPE_Jeffreys | 100 | – | – | – |" in text
+    assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text  # accuracy is
+
+
 def test_report_without_results_says_so(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path), "--quiet"]) == 2
     assert "run `benchmark` first" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
             f"results: expected finished cells in {results}, found none "
             f"({len(failed)} failed, {len(corrupt)} corrupt); run `benchmark` first."
         )
-    table = collect(done)
+    table = collect(_with_comparable_costs(done))
     labels = _labels(done)
     out.mkdir(parents=True, exist_ok=True)
     figures = write_figures(table, labels, out, show_progress)
@@ -95,6 +95,28 @@ def _load(
         else:
             (done if entry["status"] == "done" else failed).append(entry)
     return done, failed, corrupt
+
+
+def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, without times where NPE of the same simulations was timed by another commit.
+
+    Accuracy of a method whose code did not change may come from an earlier run on the same
+    simulations; its time may not: machines differ from day to day by more than methods do.
+    """
+
+    def commit(record: Mapping[str, Any]) -> Any:
+        return record.get("provenance", {}).get("git_commit")
+
+    def place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(record["cell"][key] for key in ("task", "simulations", "seed"))
+
+    timed = {place(r): commit(r) for r in records if r["cell"]["method"] == BASELINE}
+    kept = []
+    for record in records:
+        same = timed.get(place(record), commit(record)) == commit(record)
+        training = record["training"] if same else {}
+        kept.append({**record, "training": training})
+    return kept
 
 
 def _labels(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
