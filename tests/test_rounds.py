@@ -34,6 +34,11 @@ def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeyp
     assert "0 measurements computed, 3 there already" in capsys.readouterr().out
     assert main([*arguments, "--rounds", "3"]) == 2
     assert "rounds=2 (now 3)" in capsys.readouterr().err
+    assert main([*arguments, "--methods", "npe_nsf"]) == 0
+    assert "0 measurements computed, 1 there already" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--methods", "npe_nsf,unheard_of"])
+    assert "unheard_of" in capsys.readouterr().err
 
 
 def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):

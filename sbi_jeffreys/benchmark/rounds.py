@@ -186,6 +186,7 @@ def run_rounds(
     folder: Path,
     jobs: int = 1,
     show_progress: bool = True,
+    methods: Sequence[str] = tuple(METHODS),
 ) -> Outcome:
     """Measure what is not there yet; arguments as in `ablation.run_ablation`.
 
@@ -205,9 +206,19 @@ def run_rounds(
         )
         for seed in range(seeds)
         for name in tasks
-        for method in METHODS
+        for method in methods
     ]
     return run_study(STUDY, entries, asdict(settings), folder, jobs, show_progress)
+
+
+def _method_list(text: str) -> list[str]:
+    """Known sequential methods, comma-separated."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(METHODS)}, comma-separated; got {unknown[0]!r}"
+        )
+    return list(dict.fromkeys(names))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +230,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated (default: %(default)s)",
     )
     number = "(default: %(default)s)"
+    parser.add_argument(
+        "--methods",
+        type=_method_list,
+        default=",".join(METHODS),
+        help="comma-separated (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {number}")
     parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=number)
     add_study_arguments(parser, "benchmark_results/rounds", seeds=2)
@@ -230,7 +247,13 @@ def run(args: argparse.Namespace) -> int:
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
     try:
         outcome = run_rounds(
-            args.tasks, args.seeds, settings, args.out, args.jobs, show_progress=not args.quiet
+            args.tasks,
+            args.seeds,
+            settings,
+            args.out,
+            args.jobs,
+            show_progress=not args.quiet,
+            methods=args.methods,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,106 @@
+# ruff: noqa: E501 - one mutant, one line
+"""Mutation by hand: every mechanism of the method is switched off once, and a test must notice.
+
+    python tests/mutations.py            # a few minutes; exit status 1 if a mutant survives
+    python tests/mutations.py trust      # only those whose name contains "trust"
+
+Works on a copy of the package in a temporary folder; the checkout is not touched. Not part of CI,
+whose tests it tests: run it when you change the objective or the tests of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: `old` in `file` becomes `new`, and one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = "tests/test_symmetric.py"
+
+
+_OBJECTIVE, _MULTIPLIERS = "tests/test_objective.py", "tests/test_multipliers.py"
+MUTANTS = (
+    Mutant("G off", "symmetric.py", "loss = lam * t * terms", "loss = 0 * lam * t * terms"),
+    Mutant("F off", "symmetric.py", "_PERIOD * lam * (_REAL", "0 * _PERIOD * lam * (_REAL"),
+    Mutant("R off", "symmetric.py", "loss + _PERIOD * t * terms", "loss + 0 * t * terms"),
+    Mutant("R without trust", "symmetric.py", "_PERIOD * t * terms", "_PERIOD * terms"),
+    Mutant("G without trust", "symmetric.py", "loss = lam * t * terms", "loss = lam * terms"),
+    Mutant("F without distrust", "symmetric.py", "(_REAL_WEIGHT * t + (1 - t))", "_REAL_WEIGHT"),
+    Mutant("λ frozen", "symmetric.py", "if self.options.adaptive:", "if False:"),
+    Mutant("Ĥ frozen", "symmetric.py", "min(self.entropy, held_out_forward)", "self.entropy"),
+    Mutant("tolerance off", "symmetric.py", " - self.options.tolerance]", "]"),
+    Mutant("non-finite steps", "symmetric.py", "if bool(torch.isfinite(norm)):", "if True:"),
+    Mutant("G reweighted off", "objective.py", "(weights * log_p).sum(dim=0)", "log_p.sum(dim=0)"),
+    Mutant("slack off", "multipliers.py", "(g - self.slack)", "g", _MULTIPLIERS),
+    Mutant("cap off", "multipliers.py", "clamp(0.0, self.max_multiplier)", "clamp(0.0)", _MULTIPLIERS),
+    Mutant("trust constant", "multipliers.py", "torch.exp(-gap.clamp(min=0.0))", "torch.ones_like(gap)", _MULTIPLIERS),
+    Mutant("KL directions swapped", "objective.py", "return (log_p - log_q).mean(dim=0) + log_z", "return (log_q - log_p).mean(dim=0) + log_z", _OBJECTIVE),
+    Mutant("vargrad without proxy", "objective.py", "robust_log_ratio(log_p, log_q.detach(), barrier)", "log_p", _OBJECTIVE),
+    Mutant("path without proxy", "objective.py", "ratio = log_p_frozen - torch.where", "ratio = log_p_frozen - 0 * torch.where", _OBJECTIVE),
+    Mutant("barrier off", "objective.py", "finite & (log_q > log_q_floor)", "finite", _OBJECTIVE),
+    Mutant("outside not pushed", "objective.py", "ratio, barrier * log_p)", "ratio, 0 * log_p)", _OBJECTIVE),
+    Mutant("P not normalised", "objective.py", "return (log_z - log_q).mean()", "return -log_q.mean()", _OBJECTIVE),
+    Mutant("weights not truncated", "objective.py", "log_mean + 0.5 * math.log(num)", "log_mean + math.log(num)", _OBJECTIVE),
+    Mutant("contrasts off", "objective.py", "return torch.logsumexp(everything, dim=0) - log_ratio", "return -log_ratio", _OBJECTIVE),
+    Mutant("bad proxy followed", "preparation.py", "if t < options.min_trust:", "if False:", "tests/test_npe.py -k untrustworthy"),
+    Mutant("NPE not a floor", "trainer.py", "min(self._best_val_loss + self.options.tolerance, stage.npe_nll)", "float('inf')", "tests/test_npe.py -k annealed_weights"),
+)  # fmt: skip
+
+
+def killed(mutant: Mutant) -> bool:
+    """Whether a test fails on the mutant.
+
+    Raises:
+        SystemExit: If the code to change is not there, or not only once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in ("sbi_jeffreys", "tests"):
+            shutil.copytree(REPOSITORY / name, root / name)
+        shutil.copy(REPOSITORY / "pyproject.toml", root)
+        path = root / "sbi_jeffreys" / mutant.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutant.old) != 1:
+            found = source.count(mutant.old)
+            raise SystemExit(f"{mutant.name}: {mutant.old!r} occurs {found} times in {path.name}")
+        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.name}: pytest did not run:\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> int:
+    """Run the mutants asked for; the number of survivors, capped at 1."""
+    survivors = []
+    for mutant in MUTANTS:
+        if len(sys.argv) < 2 or sys.argv[1] in mutant.name:
+            verdict = killed(mutant)
+            print(f"{'killed  ' if verdict else 'SURVIVED'}  {mutant.name}", flush=True)
+            survivors += [] if verdict else [mutant.name]
+    print(f"{len(survivors)} survived{': ' if survivors else ''}{', '.join(survivors)}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
