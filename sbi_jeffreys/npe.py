@@ -38,6 +38,7 @@ from sbi_jeffreys.arguments import (
     check_constructor,
     check_dataloader_kwargs,
     check_rebuild,
+    check_simulations,
     check_train,
 )
 from sbi_jeffreys.correction import CorrectedPosterior
@@ -260,8 +261,10 @@ class NPE_Jeffreys(SymmetricTrainer):
         resume_training: bool = False,
         dataloader_kwargs: dict[str, Any] | None = None,
     ) -> tuple[DataLoader, DataLoader]:
-        """sbi's loaders of training and held-out simulations."""
+        """sbi's loaders of training and held-out simulations, after a look at those."""
         check_dataloader_kwargs(dataloader_kwargs)
+        theta = self.get_simulations(starting_round)[0].to(self._device)
+        check_simulations(theta, self._prior, validation_fraction)
         return super().get_dataloaders(
             starting_round,
             training_batch_size,

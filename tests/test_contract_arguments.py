@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_tools import PRIOR, TINY, fresh, simulate, train, trained
+from contract_tools import PRIOR, TINY, X_O, fresh, simulate, train, trained
 
 from sbi_jeffreys import NPE_Jeffreys
 
@@ -106,3 +106,24 @@ def test_corrected_posterior_arguments(num_candidates):
 def test_simulations_are_checked_by_sbi(theta, x):
     with pytest.raises((AssertionError, TypeError), match=r"[Tt]heta|parameter sets"):
         NPE_Jeffreys(PRIOR, options=TINY).append_simulations(theta, x)
+
+
+def test_parameters_outside_the_prior_are_named():
+    theta, x = simulate(40)
+    theta[7] = torch.tensor([0.5, 3.0])
+    inference = fresh().append_simulations(theta, x)
+    with pytest.raises(ValueError, match=r"theta: .*1 of 40 outside it, the first in row 7: \[0.5"):
+        train(inference)
+    inference = fresh().append_simulations(torch.randn(40, 3), x)
+    with pytest.raises(ValueError, match=r"theta: expected shape \(N, 2\) .* got \(40, 3\)"):
+        train(inference)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_too_few_simulations_are_named(num):
+    inference = fresh().append_simulations(*simulate(num))
+    with pytest.raises(ValueError, match=f"two to train on and one held out, got {num}"):
+        train(inference)
+    inference = fresh().append_simulations(*simulate(3))
+    train(inference)
+    assert inference.build_posterior().sample((3,), x=X_O, show_progress_bars=False).shape == (3, 2)
