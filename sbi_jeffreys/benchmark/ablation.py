@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sbi_jeffreys.benchmark._arguments import positive_int
-from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, seeded
+from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.ablation_table import NPE, STUDY, write_table
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
@@ -93,7 +93,7 @@ def measure_row(
     context = FitContext(fast=settings.fast)
     theta, x = simulations_for(task, simulations, seed)
     with seeded(derive_seed("training", task.name, simulations, seed)):
-        trainer = ForkableNPE(task.prior, show_progress_bars=False, tracker=NoTracker())
+        trainer = ForkableNPE(task.prior, **context.trainer_kwargs)
         with measured() as cost:
             trainer.append_simulations(theta, x).train(**context.train_kwargs)
     options = context.options()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbi_jeffreys.benchmark.report import interval_text, markdown_table, summary_text
-from sbi_jeffreys.benchmark.statistics import Summary, paired_difference, summarise
+from sbi_jeffreys.benchmark.statistics import Summary, paired_difference, paired_values, summarise
 from sbi_jeffreys.benchmark.studies import provenance_lines, read_study
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS
 
@@ -56,13 +56,8 @@ def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], RowT
 
 def _gap(row: RowTable, other: str, metric: str) -> Summary | None:
     """Adaptive minus another variant, paired by seed."""
-    ours, theirs = row.get(ADAPTIVE, {}), row.get(other, {})
-    found = {
-        seed: {metric: ours[seed][metric] - theirs[seed][metric]}
-        for seed in ours.keys() & theirs.keys()
-        if metric in ours[seed] and metric in theirs[seed]
-    }
-    return summarise(found, metric)
+    both = paired_values(row.get(ADAPTIVE, {}), row.get(other, {}), metric)
+    return summarise({k: {metric: a - b} for k, (a, b) in enumerate(both)}, metric)
 
 
 def best_frozen(row: RowTable, metric: str) -> str | None:

@@ -45,6 +45,11 @@ class FitContext:
         """Arguments of sbi's `train`: its defaults, but for smoke runs."""
         return {"max_num_epochs": 3} if self.fast else {}
 
+    @property
+    def trainer_kwargs(self) -> dict[str, Any]:
+        """Arguments of the constructors of sbi's trainers that have nothing to do with training."""
+        return {"show_progress_bars": self.show_progress, "tracker": NoTracker()}
+
     def options(self, **changes: Any) -> JeffreysOptions:
         """Options of `NPE_Jeffreys`: the defaults with `changes`, shrunk for smoke runs."""
         options = JeffreysOptions(**changes)
@@ -129,10 +134,6 @@ def main_network(task: Task, name: str) -> Any:
     return posterior_nn(model=name, embedding_net=embedding_net)
 
 
-def _common(context: FitContext) -> dict[str, Any]:
-    return {"show_progress_bars": context.show_progress, "tracker": NoTracker()}
-
-
 @dataclass(frozen=True)
 class NPEMethod:
     """sbi's NPE, or an ensemble of independently initialised ones on the same simulations."""
@@ -166,7 +167,7 @@ class NPEMethod:
             member_seed = seed if k == 0 else derive_seed("member", seed, k)
             context.shared[key] = train(
                 lambda: NPE(
-                    task.prior, main_network(task, self.density_estimator), **_common(context)
+                    task.prior, main_network(task, self.density_estimator), **context.trainer_kwargs
                 ),
                 theta,
                 x,
@@ -198,7 +199,7 @@ class JeffreysMethod:
                     task.prior,
                     main_network(task, self.density_estimator),
                     options=options,
-                    **_common(context),
+                    **context.trainer_kwargs,
                 ),
                 theta,
                 x,
@@ -237,7 +238,7 @@ class SamplerMethod:
         import sbi.inference
 
         make = getattr(sbi.inference, self.trainer)
-        trained = train(lambda: make(task.prior, **_common(context)), theta, x, seed, context)
+        trained = train(lambda: make(task.prior, **context.trainer_kwargs), theta, x, seed, context)
         return SamplerFit(info=trained.info, posterior=trained.posterior)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.benchmark._arguments import positive_int, task_list
-from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, seeded
+from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
-from sbi_jeffreys.benchmark.methods import FitContext
+from sbi_jeffreys.benchmark.methods import FitContext, main_network
 from sbi_jeffreys.benchmark.metrics import c2st, inside_prior
 from sbi_jeffreys.benchmark.references import reference_samples
 from sbi_jeffreys.benchmark.rounds_table import STUDY, write_table
@@ -59,10 +59,10 @@ class SequentialMethod:
 
     def build(self, task: Task, context: FitContext) -> Any:
         """The trainer."""
-        common: dict[str, Any] = {"show_progress_bars": False, "tracker": NoTracker()}
+        network, common = main_network(task, "nsf"), context.trainer_kwargs
         if self.jeffreys:
-            return NPE_Jeffreys(task.prior, "nsf", options=context.options(), **common)
-        return NPE(task.prior, "nsf", **common)
+            return NPE_Jeffreys(task.prior, network, options=context.options(), **common)
+        return NPE(task.prior, network, **common)
 
 
 METHODS = {

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-__all__ = ["Difference", "Group", "Summary", "collect", "paired_difference", "ratio", "summarise"]
+__all__ = [
+    "Difference",
+    "Group",
+    "Summary",
+    "collect",
+    "paired_difference",
+    "paired_values",
+    "ratio",
+    "summarise",
+]
 
 #: (task, simulations) → method → seed → metric → value
 Group = tuple[str, int]
@@ -95,7 +104,7 @@ def paired_difference(
     """Difference to the baseline over the seeds that both have, or None without any."""
     from scipy.stats import t
 
-    differences = [a - b for a, b in _pairs(seeds, baseline, metric)]
+    differences = [a - b for a, b in paired_values(seeds, baseline, metric)]
     if not differences:
         return None
     count, mean = len(differences), fmean(differences)
@@ -111,11 +120,11 @@ def ratio(
     metric: str,
 ) -> float | None:
     """Geometric mean over common seeds of the ratio to the baseline, or None."""
-    pairs = [(a, b) for a, b in _pairs(seeds, baseline, metric) if a > 0 and b > 0]
+    pairs = [(a, b) for a, b in paired_values(seeds, baseline, metric) if a > 0 and b > 0]
     return math.exp(fmean([math.log(a / b) for a, b in pairs])) if pairs else None
 
 
-def _pairs(
+def paired_values(
     seeds: Mapping[int, Mapping[str, float]],
     baseline: Mapping[int, Mapping[str, float]],
     metric: str,

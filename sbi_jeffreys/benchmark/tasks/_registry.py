@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from .base import Task
+from .structured import STRUCTURED_TASKS
 
 TASKS: dict[str, type[Task]] = {}
 
@@ -49,8 +50,6 @@ def get_task(name: str) -> Task:
     Raises:
         ValueError: If no task of that name is registered; the message lists the known ones.
     """
-    from .structured import STRUCTURED_TASKS  # which builds on this module's package
-
     known = {**STRUCTURED_TASKS, **TASKS}
     if name not in known:
         raise ValueError(
