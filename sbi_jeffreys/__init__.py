@@ -12,6 +12,7 @@ from sbi_jeffreys.proxies import (
     LikelihoodProxy,
     MemberSpec,
     Proxy,
+    RegressionSpec,
 )
 from sbi_jeffreys.registration import register
 
@@ -26,6 +27,7 @@ __all__ = [
     "MemberSpec",
     "NPE_Jeffreys",
     "Proxy",
+    "RegressionSpec",
     "diagnostics",
     "held_out_report",
     "multipliers",

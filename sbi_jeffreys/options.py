@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sbi_jeffreys.fitting import FitConfig
 from sbi_jeffreys.proxies._energy_net import EnergyConfig
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec
+from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
 
 __all__ = ["JeffreysOptions"]
 
@@ -40,7 +40,7 @@ class JeffreysOptions:
         proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
             structured x), "auto" (likelihood for vector x without embedding net, else energy), or
             a `Proxy` of your own, for instance `GivenProxy`.
-        members: Likelihood nets of the likelihood proxy.
+        members: Likelihood nets, and regressions, of the likelihood proxy.
         proxy_fit: How the likelihood nets are fitted.
         energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
@@ -76,7 +76,7 @@ class JeffreysOptions:
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
-    members: tuple[MemberSpec, ...] = DEFAULT_MEMBERS
+    members: tuple[MemberSpec | RegressionSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int = 600
@@ -104,9 +104,11 @@ class JeffreysOptions:
             raise ValueError(
                 f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
             )
-        if not self.members or not all(isinstance(m, MemberSpec) for m in self.members):
+        kinds = (MemberSpec, RegressionSpec)
+        if not self.members or not all(isinstance(m, kinds) for m in self.members):
             raise TypeError(
-                f"members must be a non-empty tuple of MemberSpec, got {self.members!r}."
+                "members must be a non-empty tuple of MemberSpec and RegressionSpec, "
+                f"got {self.members!r}."
             )
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")

@@ -13,7 +13,7 @@ from sbi_jeffreys.proxies._energy_net import EnergyConfig
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.given import GivenProxy
-from sbi_jeffreys.proxies.likelihood import LikelihoodProxy, MemberSpec
+from sbi_jeffreys.proxies.likelihood import LikelihoodProxy, MemberSpec, RegressionSpec
 
 if TYPE_CHECKING:
     from sbi_jeffreys.options import JeffreysOptions
@@ -26,6 +26,7 @@ __all__ = [
     "LikelihoodProxy",
     "MemberSpec",
     "Proxy",
+    "RegressionSpec",
     "build_proxy",
     "hand_back_embedding",
 ]

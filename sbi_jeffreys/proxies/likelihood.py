@@ -4,7 +4,8 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
 
     ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
-each fitted by maximum likelihood. Why this proxy: its fit needs no partition function and no
+each fitted by maximum likelihood, beside two regressions in closed form
+(`sbi_jeffreys.proxies._members`). Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
 generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimited.
 
@@ -17,55 +18,33 @@ identity (`sbi_jeffreys.transforms`); which scale a density is learned best on, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys.fitting import FitConfig, FitResult, fit_network
+from sbi_jeffreys.fitting import FitConfig, FitResult
+from sbi_jeffreys.proxies._members import (
+    DEFAULT_MEMBERS,
+    MemberSpec,
+    RegressionSpec,
+    fit_members,
+    log_likelihood,
+)
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.transforms import MarginalTransform
 
-__all__ = ["DEFAULT_MEMBERS", "LikelihoodProxy", "MemberSpec", "stacking_weights"]
+__all__ = [
+    "DEFAULT_MEMBERS",
+    "LikelihoodProxy",
+    "MemberSpec",
+    "RegressionSpec",
+    "stacking_weights",
+]
 
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
-
-
-@dataclass(frozen=True)
-class MemberSpec:
-    """One likelihood net of the mixture.
-
-    Attributes:
-        model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
-        weight_decay: Decoupled weight decay of its fit.
-        learning_rate: Its step size.
-        num_transforms: Transforms of a flow.
-        marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
-            anyway, members that differ in this alone are fitted once.
-    """
-
-    model: str = "maf"
-    weight_decay: float = 0.0
-    learning_rate: float = 4e-3
-    num_transforms: int = 5
-    marginal_transform: bool = True
-
-
-# Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
-# is simple, the free one where it is sharp, and the spline flow joins them on skewed or 1-D x.
-# Their stacked mixture beat the best single member by 0.0–0.35 nats of held-out likelihood.
-DEFAULT_MEMBERS = (
-    MemberSpec("maf", weight_decay=0.3),
-    MemberSpec("maf", weight_decay=1.0),
-    MemberSpec("maf"),
-    MemberSpec("maf", weight_decay=3.0),
-    MemberSpec("maf", weight_decay=0.3, marginal_transform=False),
-    MemberSpec("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
-)
 
 
 def stacking_weights(log_likelihoods: Tensor, num_iterations: int = 200) -> Tensor:
@@ -106,12 +85,12 @@ class LikelihoodProxy(Proxy):
 
     Args:
         prior: Prior p(θ).
-        members: The nets to fit.
-        config: How each is fitted; a member's own learning rate and decay take precedence.
+        members: What to fit: nets and regressions.
+        config: How each net is fitted; its own learning rate and decay take precedence.
 
     Attributes:
         weights: Stacking weights after `fit`, shape `(members,)`.
-        results: Held-out loss and epochs of each member's fit.
+        results: Held-out loss and epochs of each member fitted (a regression takes no epochs).
     """
 
     can_sample = True
@@ -122,7 +101,7 @@ class LikelihoodProxy(Proxy):
     def __init__(
         self,
         prior: Distribution,
-        members: Sequence[MemberSpec] = DEFAULT_MEMBERS,
+        members: Sequence[MemberSpec | RegressionSpec] = DEFAULT_MEMBERS,
         config: FitConfig | None = None,
     ) -> None:
         super().__init__(prior)
@@ -142,7 +121,7 @@ class LikelihoodProxy(Proxy):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> LikelihoodProxy:
-        """Fit every member on the training pairs, then stack them on the held-out ones.
+        """Fit the members on the training pairs, then stack them on the held-out ones.
 
         The likelihood does not care which proposal θ came from. See `Proxy.fit` for arguments; x
         must be vector-valued, shape `(N, dim_x)`.
@@ -153,54 +132,14 @@ class LikelihoodProxy(Proxy):
             patience=min(self.config.patience, patience or self.config.patience),
         )
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
-        chosen = MarginalTransform.fit(x[train_indices])
-        plain = MarginalTransform.fit(x[train_indices], choose=False)
-        same = chosen.kinds == plain.kinds
         z = self.theta_transform(theta)
-        self.nets, self.transforms, self.results = nn.ModuleList(), nn.ModuleList(), []
-        specs = self.members
-        if same:
-            specs = tuple(dict.fromkeys(replace(m, marginal_transform=True) for m in specs))
-        for spec in specs:
-            transform = chosen if spec.marginal_transform else plain
-            config = replace(base, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
-            net, result = self._fit_member(
-                spec, transform, config, z, x, train_indices, val_indices, on_epoch
-            )
-            self.nets.append(net)
-            self.transforms.append(transform)
-            self.results.append(result)
-        self._stack(x[val_indices], z[val_indices])
+        fitted = fit_members(self.members, base, z, x, train_indices, val_indices, on_epoch)
+        self.nets = nn.ModuleList([member.net for member in fitted])
+        self.transforms = nn.ModuleList([member.transform for member in fitted])
+        self.results = [member.result for member in fitted]
+        self._stack(torch.stack([member.held_out for member in fitted]))
         self._set_bounds(x)
         return self
-
-    def _fit_member(
-        self,
-        spec: MemberSpec,
-        transform: MarginalTransform,
-        config: FitConfig,
-        z: Tensor,
-        x: Tensor,
-        train_indices: Tensor,
-        val_indices: Tensor,
-        on_epoch: Callable[[int, float], object] | None,
-    ) -> tuple[nn.Module, FitResult]:
-        """One likelihood net, fitted unless it falls hopelessly behind those before it."""
-        y = transform(x)
-        # Held-out losses are those of x, so that members on different scales can race each other.
-        log_det = float(transform.log_det(x[val_indices]).mean())
-
-        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-            target = transform.dequantise(x[indices]) if training else y[indices]
-            losses = net.loss(target, z[indices])  # type: ignore[operator]
-            return losses if training else losses - log_det
-
-        net = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
-            z[train_indices].cpu(), y[train_indices].cpu()
-        ).to(x.device)
-        best = min((r.early for r in self.results), default=math.inf)
-        result = fit_network(net, loss, train_indices, val_indices, config, on_epoch, best)
-        return net, result
 
     def _set_bounds(self, x: Tensor) -> None:
         """The box of simulations seen, widened by a tenth on each member's own scale."""
@@ -214,10 +153,9 @@ class LikelihoodProxy(Proxy):
         """Each member's transform of x."""
         return [t for t in self.transforms if isinstance(t, MarginalTransform)]
 
-    @torch.no_grad()
-    def _stack(self, x: Tensor, z: Tensor) -> None:
-        """Stacking weights from held-out pairs; members without weight are dropped."""
-        weights = stacking_weights(self._member_log_likelihoods(x, z))
+    def _stack(self, held_out: Tensor) -> None:
+        """Stacking weights from held-out pairs `(members, M)`; those without weight are dropped."""
+        weights = stacking_weights(held_out)
         kept = [k for k in range(len(self.nets)) if weights[k] > 0.01]
         self.nets = nn.ModuleList([self.nets[k] for k in kept])
         self.transforms = nn.ModuleList([self.transforms[k] for k in kept])
@@ -231,7 +169,7 @@ class LikelihoodProxy(Proxy):
             rows.append(
                 torch.stack(
                     [
-                        net.log_prob(scale(x_part).unsqueeze(0), z_part)[0] + scale.log_det(x_part)  # type: ignore[operator]
+                        log_likelihood(net, scale, x_part, z_part)
                         for net, scale in zip(self.nets, self._scales())
                     ]
                 )
