@@ -2,13 +2,15 @@
 
 A network given by name is built by sbi's `posterior_nn`, with x through marginal transforms and θ
 in the prior's unconstrained space. Both are exact bijections: the posterior is unchanged, and mass
-outside a box or below zero is impossible by construction. A builder passed by the user is used as
-it comes.
+outside a box or below zero is impossible by construction. A builder made by `posterior_nn(...)`,
+with an embedding net perhaps, keeps its x and gets the unconstrained θ; any other is used as it
+comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,6 +24,7 @@ from sbi_jeffreys.transforms import MarginalTransform, PriorTransform
 
 __all__ = [
     "NamedBuilder",
+    "UnconstrainedBuilder",
     "UnconstrainedDensityEstimator",
     "frozen",
     "reparameterised_sample",
@@ -108,12 +111,44 @@ class NamedBuilder:
             if not transform.is_identity:
                 kwargs = {"embedding_net": _Standardised(transform, x), "z_score_x": "none"}
         builder = posterior_nn(model=self.model, **kwargs)
-        transform = None
-        if self.prior is not None and self.model != "mdn":
-            transform = PriorTransform.fit(self.prior)
-        if transform is None:
+        if self.prior is None or self.model == "mdn":
             return builder(theta, x)
-        return UnconstrainedDensityEstimator(builder(transform(theta)[0], x), transform)
+        return UnconstrainedBuilder(builder, self.prior)(theta, x)
+
+
+class UnconstrainedBuilder:
+    """A builder whose network models θ in the prior's unconstrained space, where that differs.
+
+    Args:
+        builder: Builds an estimator of u given x.
+        prior: The prior of θ.
+    """
+
+    def __init__(self, builder: Callable[[Tensor, Tensor], Any], prior: Distribution) -> None:
+        self.builder, self.prior = builder, prior
+
+    @classmethod
+    def wrap(cls, builder: Any, prior: Distribution) -> Any:
+        """`builder` in unconstrained space if sbi's `posterior_nn` made it, else as it is.
+
+        As it is also where θ was asked to be transformed or not scaled at all, and for a mixture
+        density network (see `NamedBuilder`).
+        """
+        if getattr(builder, "__module__", "") != posterior_nn.__module__:
+            return builder
+        made = inspect.getclosurevars(builder).nonlocals
+        kwargs = made.get("builder_kwargs", {})
+        scaled = kwargs.get("z_score_x") in ("independent", "structured", True)
+        if made.get("model", "mdn").startswith("mdn") or not scaled:
+            return builder
+        return cls(builder, prior)
+
+    def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:
+        """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
+        transform = PriorTransform.fit(self.prior)
+        if transform is None:
+            return self.builder(theta, x)
+        return UnconstrainedDensityEstimator(self.builder(transform(theta)[0], x), transform)
 
 
 @contextmanager

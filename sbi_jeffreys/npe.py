@@ -42,7 +42,7 @@ from sbi_jeffreys.arguments import (
     check_train,
 )
 from sbi_jeffreys.correction import CorrectedPosterior
-from sbi_jeffreys.estimators import NamedBuilder
+from sbi_jeffreys.estimators import NamedBuilder, UnconstrainedBuilder
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.persistence import is_picklable
 from sbi_jeffreys.proxies import Proxy
@@ -61,7 +61,8 @@ class NPE_Jeffreys(SymmetricTrainer):
     Args:
         prior: Prior distribution, as sbi takes it. None: the empirical prior of the simulations.
         density_estimator: The main model p_φ(θ|x): a name or builder of sbi's. A name is built in
-            transformed spaces (`JeffreysOptions.marginal_transforms`), a builder as it comes.
+            transformed spaces (`JeffreysOptions.marginal_transforms`), sbi's `posterior_nn(...)` in
+            the prior's unconstrained space, any other builder as it comes.
         device: Training device.
         logging_level: As in sbi.
         summary_writer: Deprecated by sbi; use `tracker`.
@@ -111,7 +112,7 @@ class NPE_Jeffreys(SymmetricTrainer):
         )
         self.options = JeffreysOptions() if options is None else options
         self._name = density_estimator if isinstance(density_estimator, str) else None
-        self._name_builder()
+        self._choose_builder()
         self._start_anew()
         self._summary.update({name: [] for name in (*TRACES, "proxy", "proxy_held_out")})
 
@@ -232,17 +233,18 @@ class NPE_Jeffreys(SymmetricTrainer):
 
     def __setstate__(self, state_dict: dict[str, Any]) -> None:
         super().__setstate__(state_dict)
-        self._name_builder()
+        self._choose_builder()
 
-    def _name_builder(self) -> None:
-        """The builder of a density estimator given by name; any other stays as it is."""
-        if self._name is None:
-            return
-        if not self.options.marginal_transforms:
-            self._build_neural_net = posterior_nn(model=self._name)
-            return
+    def _choose_builder(self) -> None:
+        """Where the main is built: in transformed spaces where that can be done unasked."""
         known = not isinstance(self._prior, ImproperEmpirical)  # sbi's stand-in for no prior
-        self._build_neural_net = NamedBuilder(self._name, self._prior if known else None)
+        transformed = self.options.marginal_transforms
+        if self._name is not None:
+            named = NamedBuilder(self._name, self._prior if known else None)
+            self._build_neural_net = named if transformed else posterior_nn(model=self._name)
+        elif transformed and known:
+            builder = UnconstrainedBuilder.wrap(self._build_neural_net, self._prior)
+            self._build_neural_net = builder
 
     # ------------------------------------------------------------------ what sbi does not check
 

@@ -47,7 +47,8 @@ class JeffreysOptions:
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
             `learning_rate` (which is plain NPE's, on few simulations).
-        proxy_draws: Size of the pool of pairs drawn from the proxy.
+        proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
+            again: too small a pool is overfitted like too few simulations.
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
@@ -65,7 +66,7 @@ class JeffreysOptions:
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
         marginal_transforms: Whether a network given *by name* sees x through marginal transforms
             (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
-            Builders are used as they come.
+            sbi's `posterior_nn(...)` gets the latter alone; other builders are used as they come.
 
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
@@ -79,10 +80,10 @@ class JeffreysOptions:
     members: tuple[MemberSpec | RegressionSpec, ...] = DEFAULT_MEMBERS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    num_steps: int = 600
+    num_steps: int = 900
     steps_per_epoch: int = 30
     learning_rate_factor: float = 6.0
-    proxy_draws: int = 20_000
+    proxy_draws: int = 60_000
     proxy_batch_size: int = 512
     reverse_batch_size: int = 50
     reverse_samples: int = 4

@@ -49,7 +49,7 @@ def test_a_line_does_not_fit_a_parabola():
 
 
 def test_regression_with_more_features_than_data_predicts_no_worse_than_the_marginal():
-    """Noise alone: the ridge has to shrink 66 coefficients fitted to 50 pairs to next to nothing."""
+    """Noise alone: the ridge has to shrink 66 coefficients of 50 pairs to next to nothing."""
     torch.manual_seed(0)
     z, y = torch.randn(50, 10), torch.randn(50, 8)
     net = GaussianRegression(10, 8, 2).fit(z, y)
