@@ -56,6 +56,13 @@ MUTANTS = (
     Mutant("P not normalised", "objective.py", "return (log_z - log_q).mean()", "return -log_q.mean()", _OBJECTIVE),
     Mutant("weights not truncated", "objective.py", "log_mean + 0.5 * math.log(num)", "log_mean + math.log(num)", _OBJECTIVE),
     Mutant("contrasts off", "objective.py", "return torch.logsumexp(everything, dim=0) - log_ratio", "return -log_ratio", _OBJECTIVE),
+    Mutant("regressions never win", "proxies/_members.py", "        if regression_won(fitted):", "        if False:", "tests/test_members.py -k left_out"),
+    Mutant("net around x itself", "proxies/_members.py", "    if regression is not None:\n        net", "    if False:\n        net", "tests/test_members.py -k is_what_a_net"),
+    Mutant("ridge off", "proxies/_regression.py", "torch.logspace(-3, 3, 13", "torch.logspace(-9, -8, 13", "tests/test_members.py -k more_features"),
+    Mutant("leave-one-out off", "proxies/_regression.py", "/ left_out[:, None]", "/ 1.0", "tests/test_members.py -k more_features"),
+    Mutant("no shrinkage", "proxies/_regression.py", "shrinkage = 1.0 if excess <= estimate else estimate / excess", "shrinkage = 0.0", "tests/test_members.py -k more_dimensions"),
+    Mutant("Jacobian of the whitening", "proxies/_regression.py", "- self.regression.log_det", "- 0 * self.regression.log_det", "tests/test_members.py -k around"),
+    Mutant("builders leak", "npe.py", "elif transformed and known:", "elif False:", "tests/test_builders.py -k cannot_leak"),
     Mutant("bad proxy followed", "preparation.py", "if t < options.min_trust:", "if False:", "tests/test_npe.py -k untrustworthy"),
     Mutant("NPE not a floor", "trainer.py", "min(self._best_val_loss + self.options.tolerance, stage.npe_nll)", "float('inf')", "tests/test_npe.py -k annealed_weights"),
 )  # fmt: skip

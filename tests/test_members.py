@@ -94,6 +94,20 @@ def test_a_net_around_a_regression_is_a_density_of_y():
     torch.testing.assert_close(ours, regression.sample(torch.Size((1,)), z))
 
 
+def test_the_regression_is_what_a_net_around_it_models():
+    """Whitened residuals of linear data are standard normal, and one epoch on them is enough."""
+    z, x = linear(300)
+    specs = (MemberSpec("maf", num_transforms=1, around_regression=True),)
+    (member,) = fit_members(
+        specs, FitConfig(max_epochs=1), z, x, torch.arange(250), torch.arange(250, 300)
+    )
+    assert isinstance(member.net, AroundRegression)
+    e = member.net.regression.whiten(x, z)
+    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.2, rtol=0)
+    exact = MultivariateNormal(z @ MATRIX + 10, scale_tril=NOISE).log_prob(x)[250:].mean()
+    assert member.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
+
+
 def fitted(held_out: torch.Tensor, spec: MemberSpec | RegressionSpec) -> FittedMember:
     transform = MarginalTransform.fit(torch.randn(5, 1))
     return FittedMember(torch.nn.Identity(), transform, FitResult(0.0, 1), held_out, spec)

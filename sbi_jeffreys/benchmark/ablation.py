@@ -203,6 +203,8 @@ def run(args: argparse.Namespace) -> int:
     settings = EvaluationSettings(
         observations=3,
         observation_seed=_OBSERVATION_SEED,
+        num_samples=1000,
+        classifier="rf",
         test_pairs=2000,
         draws_per_pair=50,
     )

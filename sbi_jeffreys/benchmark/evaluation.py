@@ -36,19 +36,21 @@ class EvaluationSettings:
     Attributes:
         observations: Observations with a reference posterior, drawn from the prior predictive.
         observation_seed: Of the observations; shared by all seeds and budgets.
-        num_samples: Posterior and reference samples per observation.
+        num_samples: Posterior and reference samples per observation. A classifier that sees few of
+            them finds less: with the mlp, 1,000 in place of 5,000 read NPE's C2ST on two_moons as
+            0.57 where it is 0.68; 10,000 change the third decimal.
         test_pairs: Fresh pairs (θ*, x) for NLL, coverage, leakage and divergences.
         draws_per_pair: Posterior draws at each of them.
-        classifier: Of the C2ST, "rf" or "mlp".
+        classifier: Of the C2ST: "mlp", as sbibm, or "rf".
         fast: Whether methods train for a few steps only.
     """
 
     observations: int = 5
     observation_seed: int = 2026
-    num_samples: int = 1000
+    num_samples: int = 5000
     test_pairs: int = 500
     draws_per_pair: int = 240
-    classifier: str = "rf"
+    classifier: str = "mlp"
     fast: bool = False
 
     def __post_init__(self) -> None:

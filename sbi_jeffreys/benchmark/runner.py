@@ -233,9 +233,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--observations", type=positive_int(), default=5, help=number)
     parser.add_argument("--observation-seed", type=int, default=2026, help=number)
     parser.add_argument(
-        "--num-samples", type=positive_int(10), default=1000, help=f"per observation {number}"
+        "--num-samples", type=positive_int(10), default=5000, help=f"per observation {number}"
     )
-    parser.add_argument("--classifier", choices=("rf", "mlp"), default="rf", help=number)
+    parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=number)
     parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {number}")
     parser.add_argument(
         "--backend",

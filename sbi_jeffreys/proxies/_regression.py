@@ -34,9 +34,8 @@ def _shrunk_covariance(residuals: Tensor) -> Tensor:
     correlation = (residuals / std).T @ (residuals / std) / num
     squares, ratio = float((correlation**2).sum()), 1.0 - 2.0 / dim
     excess = squares - dim  # how far the correlations are from the identity
-    shrinkage = (
-        1.0 if excess <= 0 else min(1.0, (ratio * squares + dim**2) / (num + ratio) / excess)
-    )
+    estimate = (ratio * squares + dim**2) / (num + ratio)
+    shrinkage = 1.0 if excess <= estimate else estimate / excess
     eye = torch.eye(dim).to(correlation)
     return ((1 - shrinkage) * correlation + shrinkage * eye) * std * std.unsqueeze(1)
 
