@@ -8,7 +8,15 @@ from collections.abc import Callable
 from sbi_jeffreys.benchmark.methods import get_method
 from sbi_jeffreys.benchmark.tasks import get_task
 
-__all__ = ["add_common", "int_list", "method_list", "positive_int", "task_list", "task_name"]
+__all__ = [
+    "add_common",
+    "int_list",
+    "items",
+    "method_list",
+    "positive_int",
+    "task_list",
+    "task_name",
+]
 
 
 def task_name(text: str) -> str:
@@ -46,27 +54,28 @@ def positive_int(minimum: int = 1) -> Callable[[str], int]:
     return parse
 
 
-def _items(text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
+def items(text: str) -> list[str]:
+    """The different entries of a comma-separated list, which must have one."""
+    found = [item.strip() for item in text.split(",") if item.strip()]
+    if not found:
         raise argparse.ArgumentTypeError(f"expected a comma-separated list, got {text!r}")
-    return list(dict.fromkeys(items))
+    return list(dict.fromkeys(found))
 
 
 def task_list(text: str) -> list[str]:
     """Known tasks, comma-separated."""
-    return [task_name(item) for item in _items(text)]
+    return [task_name(item) for item in items(text)]
 
 
 def method_list(text: str) -> list[str]:
     """Known methods, comma-separated."""
-    return [method_name(item) for item in _items(text)]
+    return [method_name(item) for item in items(text)]
 
 
 def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
     """Whole numbers of at least `minimum`, comma-separated."""
     parse = positive_int(minimum)
-    return lambda text: [parse(item) for item in _items(text)]
+    return lambda text: [parse(item) for item in items(text)]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

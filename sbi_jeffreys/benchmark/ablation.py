@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark._arguments import positive_int
+from sbi_jeffreys.benchmark._arguments import items, positive_int
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.ablation_table import NPE, STUDY, write_table
 from sbi_jeffreys.benchmark.evaluation import (
@@ -70,7 +70,7 @@ def row_list(text: str) -> list[Row]:
         argparse.ArgumentTypeError: If there is no such row; the message lists the known ones.
     """
     rows: list[Row] = []
-    for item in (part.strip() for part in text.split(",")):
+    for item in items(text):
         task, colon, condition = item.partition(":")
         if task not in TASKS or (colon and condition not in CONDITIONS):
             raise argparse.ArgumentTypeError(

@@ -21,7 +21,7 @@ from sbi.utils import RestrictedPrior, get_density_thresholder
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
-from sbi_jeffreys.benchmark._arguments import positive_int, task_list
+from sbi_jeffreys.benchmark._arguments import items, positive_int, task_list
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
 from sbi_jeffreys.benchmark.methods import FitContext, main_network
@@ -213,12 +213,12 @@ def run_rounds(
 
 def _method_list(text: str) -> list[str]:
     """Known sequential methods, comma-separated."""
-    names = [name.strip() for name in text.split(",")]
+    names = items(text)
     if unknown := [name for name in names if name not in METHODS]:
         raise argparse.ArgumentTypeError(
             f"expected some of {', '.join(METHODS)}, comma-separated; got {unknown[0]!r}"
         )
-    return list(dict.fromkeys(names))
+    return names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
