@@ -82,7 +82,7 @@ class JeffreysOptions:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int = 900
     steps_per_epoch: int = 30
-    learning_rate_factor: float = 6.0
+    learning_rate_factor: float = 20.0
     proxy_draws: int = 60_000
     proxy_batch_size: int = 512
     reverse_batch_size: int = 50
