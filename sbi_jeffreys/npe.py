@@ -243,8 +243,7 @@ class NPE_Jeffreys(SymmetricTrainer):
             named = NamedBuilder(self._name, self._prior if known else None)
             self._build_neural_net = named if transformed else posterior_nn(model=self._name)
         elif transformed and known:
-            builder = UnconstrainedBuilder.wrap(self._build_neural_net, self._prior)
-            self._build_neural_net = builder
+            self._build_neural_net = UnconstrainedBuilder.wrap(self._build_neural_net, self._prior)
 
     # ------------------------------------------------------------------ what sbi does not check
 

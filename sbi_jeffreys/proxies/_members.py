@@ -163,25 +163,39 @@ def fit_members(
 def regression_won(fitted: Sequence[FittedMember]) -> bool:
     """Whether a regression clearly beats every net of x itself, and no net clearly beats it.
 
-    Nets of both kinds must be there: of x, and of a regression's residuals.
+    Nets of both kinds must be there: of x, and of a regression's residuals. A failed fit, whose
+    gain is NaN, settles nothing.
     """
-    nets = [(m.held_out, m.spec) for m in fitted if isinstance(m.spec, MemberSpec)]
-    if len({spec.around_regression for _, spec in nets}) < 2:
+    nets: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether around a regression
+    for member in fitted:
+        if isinstance(member.spec, MemberSpec):
+            nets[member.spec.around_regression].append(member.held_out)
+    if not all(nets.values()):
         return False
-    for regression in (m.held_out for m in fitted if isinstance(m.spec, RegressionSpec)):
-        gains = [(regression - held_out, spec.around_regression) for held_out, spec in nets]
-        # In standard errors of the paired difference; NaN, from a failed fit, settles nothing.
-        scores = [
-            (float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain))), around)
-            for gain, around in gains
-        ]
-        if all(score > (-_CLEARLY if around else _CLEARLY) for score, around in scores):
-            return True
-    return False
+    return any(
+        all(_gain(member.held_out, net) > _CLEARLY for net in nets[False])
+        and all(_gain(member.held_out, net) > -_CLEARLY for net in nets[True])
+        for member in fitted
+        if isinstance(member.spec, RegressionSpec)
+    )
+
+
+def _gain(ours: Tensor, theirs: Tensor) -> float:
+    """Mean gain in standard errors of the paired difference; NaN where a fit failed."""
+    gain = ours - theirs
+    return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
 
 
 def _max_degree(z: Tensor, train: Tensor) -> int:
     return 2 if num_features(z.shape[1], 2) <= len(train) // 2 else 1
+
+
+def _regression(
+    degree: int, transform: MarginalTransform, z: Tensor, x: Tensor
+) -> GaussianRegression:
+    """The regression of T(x) on z, fitted to pairs `(N, ·)`."""
+    net = GaussianRegression(z.shape[1], transform.dim_out, degree).to(x.device)
+    return net.fit(z, transform.dequantise(x))
 
 
 def _fit_regression(
@@ -192,8 +206,7 @@ def _fit_regression(
     train: Tensor,
     val: Tensor,
 ) -> FittedMember:
-    y = transform.dequantise(x[train])
-    net = GaussianRegression(z.shape[1], y.shape[1], spec.degree).to(x.device).fit(z[train], y)
+    net = _regression(spec.degree, transform, z[train], x[train])
     with torch.no_grad():
         held_out = log_likelihood(net, transform, x[val], z[val])
     return FittedMember(net, transform, FitResult(-float(held_out.mean()), 0), held_out, spec)
@@ -216,8 +229,8 @@ def _fit_net(
     log_det = float(transform.log_det(x[val]).mean())
     regression, target = None, y[train]
     if spec.around_regression:
-        regression = GaussianRegression(z.shape[1], y.shape[1], _max_degree(z, train)).to(x.device)
-        target = regression.fit(z[train], transform.dequantise(x[train])).whiten(target, z[train])
+        regression = _regression(_max_degree(z, train), transform, z[train], x[train])
+        target = regression.whiten(target, z[train])
     net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
         z[train].cpu(), target.cpu()
     ).to(x.device)

@@ -72,16 +72,16 @@ class GaussianRegression(nn.Module):
         shift, spread = y.double().mean(dim=0), y.double().std(dim=0).clamp_min(1e-12)
         target = (y.double() - shift) / spread
         u, s, vt = torch.linalg.svd(self._features(z).double(), full_matrices=False)
-        best = math.inf
+        projection, best = u.T @ target, math.inf
         for ridge in _RIDGE_GRID.to(z.device):
             shrink = s**2 / (s**2 + ridge)
             # The residual of each pair under the fit to all others, from the leverages.
             left_out = 1.0 - ((u**2) @ shrink).clamp_max(1.0 - 1e-6)
-            residuals = (target - u @ (shrink.unsqueeze(1) * (u.T @ target))) / left_out[:, None]
+            residuals = (target - u @ (shrink.unsqueeze(1) * projection)) / left_out[:, None]
             covariance = _shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
                 best = value
-                weights = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * (u.T @ target)) * spread
+                weights = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * projection) * spread
                 weights[0] += shift
                 self.coefficients = weights.to(y)
                 factor = torch.linalg.cholesky(covariance)
