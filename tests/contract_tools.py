@@ -12,6 +12,7 @@ from sbi_jeffreys.fitting import FitConfig
 TINY = JeffreysOptions(
     members=(MemberSpec("maf", num_transforms=2),),
     proxy_fit=FitConfig(max_epochs=4),
+    proxy_folds=1,
     energy=EnergyConfig(hidden_features=10, num_contrasts=4, fit=FitConfig(max_epochs=2)),
     num_steps=4,
     steps_per_epoch=2,

@@ -19,6 +19,7 @@ from sbi_jeffreys.proxies import LikelihoodProxy
 TINY = JeffreysOptions(
     members=(MemberSpec("maf"),),
     proxy_fit=FitConfig(max_epochs=30, patience=5),
+    proxy_folds=1,
     num_steps=20,
     steps_per_epoch=5,
     proxy_draws=300,
@@ -384,6 +385,8 @@ def test_unknown_train_keyword_raises():
         ("members", (), TypeError),
         ("members", ("maf",), TypeError),
         ("proxy_fit", {}, TypeError),
+        ("proxy_folds", 0, ValueError),
+        ("proxy_folds", 2.5, TypeError),
         ("num_steps", -1, ValueError),
         ("num_steps", 1.5, TypeError),
         ("steps_per_epoch", 0, ValueError),

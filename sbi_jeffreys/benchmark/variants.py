@@ -144,7 +144,7 @@ class Condition:
     def build(self, trainer: NPE_Jeffreys, options: JeffreysOptions) -> KeptProxy:
         """The proxy, not fitted yet."""
         changed = self.change(options)
-        return self.kind(trainer._prior, changed.members, changed.proxy_fit)
+        return self.kind(trainer._prior, changed.members, changed.proxy_fit, changed.proxy_folds)
 
 
 CONDITIONS = {

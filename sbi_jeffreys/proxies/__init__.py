@@ -64,7 +64,8 @@ def build_proxy(
         reason = obstacle or "vector x"
     if options.proxy == "energy" or (options.proxy == "auto" and obstacle is not None):
         return EnergyProxy(prior, options.energy), f"energy: {reason}"
-    return LikelihoodProxy(prior, options.members, options.proxy_fit), f"likelihood: {reason}"
+    proxy = LikelihoodProxy(prior, options.members, options.proxy_fit, options.proxy_folds)
+    return proxy, f"likelihood: {reason}"
 
 
 _CONSTANT = "x is constant"

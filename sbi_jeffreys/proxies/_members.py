@@ -26,7 +26,9 @@ __all__ = [
     "MemberSpec",
     "RegressionSpec",
     "fit_members",
+    "fit_regression",
     "log_likelihood",
+    "scales_of",
 ]
 
 _CLEARLY = 2.0  # standard errors of the paired difference
@@ -122,6 +124,8 @@ def fit_members(
     train: Tensor,
     val: Tensor,
     on_epoch: Callable[[int, float], object] | None = None,
+    scales: tuple[MarginalTransform, MarginalTransform] | None = None,
+    stop: bool = True,
 ) -> list[FittedMember]:
     """Fit regressions, then nets until they are clearly beaten or none is left.
 
@@ -133,12 +137,13 @@ def fit_members(
         train: Indices of training pairs.
         val: Indices of held-out pairs.
         on_epoch: Called after every epoch of a net.
+        scales: As from `scales_of`; by default those of the training pairs.
+        stop: Whether to skip the nets that are left once a regression has won.
 
     Returns:
         The members fitted, at least one.
     """
-    chosen = MarginalTransform.fit(x[train])
-    plain = MarginalTransform.fit(x[train], choose=False)
+    chosen, plain = scales_of(x[train]) if scales is None else scales
     regressions = [s for s in specs if isinstance(s, RegressionSpec)]
     nets = [s for s in specs if isinstance(s, MemberSpec)]
     if chosen.kinds == plain.kinds:
@@ -146,7 +151,11 @@ def fit_members(
     fitted: list[FittedMember] = []
     for spec in regressions:
         if spec.degree <= _max_degree(z, train) or not nets:
-            fitted.append(_fit_regression(spec, chosen, z, x, train, val))
+            net = fit_regression(spec.degree, chosen, z[train], x[train])
+            with torch.no_grad():
+                held_out = log_likelihood(net, chosen, x[val], z[val])
+            result = FitResult(-float(held_out.mean()), 0)
+            fitted.append(FittedMember(net, chosen, result, held_out, spec))
     early = {True: math.inf, False: math.inf}
     for spec in nets:
         transform = chosen if spec.marginal_transform else plain
@@ -155,9 +164,14 @@ def fit_members(
         member = _fit_net(spec, transform, own, z, x, train, val, on_epoch, to_beat)
         early[spec.around_regression] = min(to_beat, member.result.early)
         fitted.append(member)
-        if regression_won(fitted):
+        if stop and regression_won(fitted):
             break
     return fitted
+
+
+def scales_of(x: Tensor) -> tuple[MarginalTransform, MarginalTransform]:
+    """The scale chosen for x `(N, dim_x)`, and x's own."""
+    return MarginalTransform.fit(x), MarginalTransform.fit(x, choose=False)
 
 
 def regression_won(fitted: Sequence[FittedMember]) -> bool:
@@ -190,26 +204,12 @@ def _max_degree(z: Tensor, train: Tensor) -> int:
     return 2 if num_features(z.shape[1], 2) <= len(train) // 2 else 1
 
 
-def _regression(
+def fit_regression(
     degree: int, transform: MarginalTransform, z: Tensor, x: Tensor
 ) -> GaussianRegression:
     """The regression of T(x) on z, fitted to pairs `(N, ·)`."""
     net = GaussianRegression(z.shape[1], transform.dim_out, degree).to(x.device)
     return net.fit(z, transform.dequantise(x))
-
-
-def _fit_regression(
-    spec: RegressionSpec,
-    transform: MarginalTransform,
-    z: Tensor,
-    x: Tensor,
-    train: Tensor,
-    val: Tensor,
-) -> FittedMember:
-    net = _regression(spec.degree, transform, z[train], x[train])
-    with torch.no_grad():
-        held_out = log_likelihood(net, transform, x[val], z[val])
-    return FittedMember(net, transform, FitResult(-float(held_out.mean()), 0), held_out, spec)
 
 
 def _fit_net(
@@ -229,7 +229,7 @@ def _fit_net(
     log_det = float(transform.log_det(x[val]).mean())
     regression, target = None, y[train]
     if spec.around_regression:
-        regression = _regression(_max_degree(z, train), transform, z[train], x[train])
+        regression = fit_regression(_max_degree(z, train), transform, z[train], x[train])
         target = regression.whiten(target, z[train])
     net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
         z[train].cpu(), target.cpu()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys.fitting import FitConfig, FitResult
+from sbi_jeffreys.proxies._folds import fit_folds
 from sbi_jeffreys.proxies._members import (
     DEFAULT_MEMBERS,
     MemberSpec,
@@ -44,6 +45,7 @@ __all__ = [
     "stacking_weights",
 ]
 
+_FOLDS, _FEW, _TOO_FEW = 5, 300, 20  # folds by default, between these numbers of training pairs
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 
 
@@ -87,6 +89,8 @@ class LikelihoodProxy(Proxy):
         prior: Prior p(θ).
         members: What to fit: nets and regressions.
         config: How each net is fitted; its own learning rate and decay take precedence.
+        num_folds: Fits of each member to parts of the training pairs, which are then averaged: 1 is
+            a single fit; None is 5 below 300 training pairs (and from 20 on), else 1.
 
     Attributes:
         weights: Stacking weights after `fit`, shape `(members,)`.
@@ -103,8 +107,10 @@ class LikelihoodProxy(Proxy):
         prior: Distribution,
         members: Sequence[MemberSpec | RegressionSpec] = DEFAULT_MEMBERS,
         config: FitConfig | None = None,
+        num_folds: int | None = None,
     ) -> None:
         super().__init__(prior)
+        self.num_folds = num_folds
         self.members = tuple(members)
         self.config = FitConfig() if config is None else config
         self.results: list[FitResult] = []
@@ -121,10 +127,13 @@ class LikelihoodProxy(Proxy):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> LikelihoodProxy:
-        """Fit the members on the training pairs, then stack them on the held-out ones.
+        """Fit the members on the training pairs, then stack them on pairs that they have not seen.
 
         The likelihood does not care which proposal θ came from. See `Proxy.fit` for arguments; x
         must be vector-valued, shape `(N, dim_x)`.
+
+        Raises:
+            ValueError: If there are fewer than two training pairs per fold.
         """
         base = replace(
             self.config,
@@ -133,13 +142,28 @@ class LikelihoodProxy(Proxy):
         )
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         z = self.theta_transform(theta)
-        fitted = fit_members(self.members, base, z, x, train_indices, val_indices, on_epoch)
+        folds = self._folds(len(train_indices))
+        if folds > 1:
+            fitted = fit_folds(self.members, base, z, x, train_indices, folds, on_epoch)
+        else:
+            fitted = fit_members(self.members, base, z, x, train_indices, val_indices, on_epoch)
         self.nets = nn.ModuleList([member.net for member in fitted])
         self.transforms = nn.ModuleList([member.transform for member in fitted])
         self.results = [member.result for member in fitted]
         self._stack(torch.stack([member.held_out for member in fitted]))
         self._set_bounds(x)
         return self
+
+    def _folds(self, num_pairs: int) -> int:
+        """Folds for this many training pairs."""
+        if self.num_folds is None:
+            return _FOLDS if _TOO_FEW <= num_pairs < _FEW else 1
+        if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
+            raise ValueError(
+                f"proxy_folds={self.num_folds} needs at least {2 * self.num_folds} training "
+                f"simulations, got {num_pairs}; use fewer folds."
+            )
+        return self.num_folds
 
     def _set_bounds(self, x: Tensor) -> None:
         """The box of simulations seen, widened by a tenth on each member's own scale."""

@@ -56,6 +56,7 @@ def test_sized_options() -> Any:
     return JeffreysOptions(
         members=(MemberSpec("maf", num_transforms=2),),
         proxy_fit=fit,
+        proxy_folds=1,
         energy=EnergyConfig(hidden_features=10, num_contrasts=4, fit=fit),
         num_steps=4,
         steps_per_epoch=2,
