@@ -354,7 +354,7 @@ def test_corrected_posterior_moves_a_wrong_main_to_the_proxy(inference):
     with torch.no_grad():
         for p in corrected.posterior_estimator.parameters():
             if p.requires_grad:
-                p.add_(0.03 * torch.randn_like(p))
+                p.add_(0.06 * torch.randn_like(p))
     x = torch.tensor([0.3, -0.2])
     theta, log_weights = corrected.weighted_sample(20_000, x)
     by_weight = (torch.softmax(log_weights, 0).unsqueeze(1) * theta).sum(0)
