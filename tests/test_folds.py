@@ -65,11 +65,11 @@ def test_a_pair_is_judged_by_the_fit_that_left_it_out():
     expected = []
     for k, left_out in enumerate(folds):
         rest = torch.cat([fold for j, fold in enumerate(folds) if j != k])
-        net = fit_regression(1, scale, z[rest], x[rest])
+        net = fit_regression(RegressionSpec(1), scale, z[rest], x[rest])
         expected.append(log_likelihood(net, scale, x[left_out], z[left_out]))
     torch.testing.assert_close(member.held_out, torch.cat(expected))
     # What is kept is fitted to all of them, once.
-    whole = fit_regression(1, scale, z[train], x[train])
+    whole = fit_regression(RegressionSpec(1), scale, z[train], x[train])
     torch.testing.assert_close(member.net.coefficients, whole.coefficients)
 
 

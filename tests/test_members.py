@@ -103,7 +103,7 @@ def test_the_regression_is_what_a_net_around_it_models():
     )
     assert isinstance(member.net, AroundRegression)
     e = member.net.regression.whiten(x, z)
-    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.2, rtol=0)
+    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.25, rtol=0)
     exact = MultivariateNormal(z @ MATRIX + 10, scale_tril=NOISE).log_prob(x)[250:].mean()
     assert member.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
 
@@ -131,8 +131,8 @@ def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing
 
 
 def test_nets_are_left_out_where_a_regression_has_won():
-    z, x = linear(700)
-    train, val = torch.arange(600), torch.arange(600, 700)
+    z, x = linear(300)
+    train, val = torch.arange(150), torch.arange(150, 300)
     specs = (
         MemberSpec("maf", 0.3, around_regression=True),
         MemberSpec("maf"),

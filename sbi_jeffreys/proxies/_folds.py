@@ -104,5 +104,5 @@ def _together(
     transform = fits[0].transform
     net: nn.Module = Bag([fit.net for fit in fits])
     if isinstance(spec, RegressionSpec):
-        net = fit_regression(spec.degree, transform, z[train], x[train])
+        net = fit_regression(spec, transform, z[train], x[train])
     return FittedMember(net, transform, result, held_out, spec)

@@ -17,7 +17,12 @@ from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 
 from sbi_jeffreys.fitting import FitConfig, FitResult, fit_network
-from sbi_jeffreys.proxies._regression import AroundRegression, GaussianRegression, num_features
+from sbi_jeffreys.proxies._regression import (
+    AroundRegression,
+    GaussianRegression,
+    KernelRegression,
+    num_features,
+)
 from sbi_jeffreys.transforms import MarginalTransform
 
 __all__ = [
@@ -36,21 +41,25 @@ _CLEARLY = 2.0  # standard errors of the paired difference
 
 @dataclass(frozen=True)
 class RegressionSpec:
-    """A Gaussian likelihood about a ridge polynomial of θ, fitted in closed form.
+    """A Gaussian likelihood about a smooth function of θ, fitted in closed form.
 
     Attributes:
         degree: 1 (linear) or 2 (with squares and products). A quadratic whose features are more
             than half of the training pairs is left out.
+        kernel: Whether the line (degree 1) has a kernel regression on top.
 
     Raises:
         ValueError: If the degree is another.
     """
 
     degree: int = 2
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         if self.degree not in (1, 2):
             raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
+        if self.kernel and self.degree != 1:
+            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ class MemberSpec:
         num_transforms: Transforms of a flow.
         marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
             anyway, members that differ in this alone are fitted once.
-        around_regression: Whether it models the whitened residuals of a regression on θ (quadratic,
-            or linear where training pairs are few) in place of x itself.
+        around_regression: Whether it models the whitened residuals of a regression on θ in place of
+            x itself: of the one whose leave-one-out likelihood is the best.
     """
 
     model: str = "maf"
@@ -83,6 +92,7 @@ class MemberSpec:
 DEFAULT_MEMBERS: tuple[MemberSpec | RegressionSpec, ...] = (
     RegressionSpec(1),
     RegressionSpec(2),
+    RegressionSpec(1, kernel=True),
     MemberSpec("maf", weight_decay=0.3, around_regression=True),
     MemberSpec("maf", weight_decay=0.3),
     MemberSpec("maf", weight_decay=1.0),
@@ -150,8 +160,8 @@ def fit_members(
         nets = list(dict.fromkeys(replace(s, marginal_transform=True) for s in nets))
     fitted: list[FittedMember] = []
     for spec in regressions:
-        if spec.degree <= _max_degree(z, train) or not nets:
-            net = fit_regression(spec.degree, chosen, z[train], x[train])
+        if spec.degree <= _max_degree(z[train]) or not nets:
+            net = fit_regression(spec, chosen, z[train], x[train])
             with torch.no_grad():
                 held_out = log_likelihood(net, chosen, x[val], z[val])
             result = FitResult(-float(held_out.mean()), 0)
@@ -200,16 +210,24 @@ def _gain(ours: Tensor, theirs: Tensor) -> float:
     return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
 
 
-def _max_degree(z: Tensor, train: Tensor) -> int:
-    return 2 if num_features(z.shape[1], 2) <= len(train) // 2 else 1
+def _max_degree(z: Tensor) -> int:
+    """The degree of the polynomial that training pairs z `(N, D)` are enough for."""
+    return 2 if num_features(z.shape[1], 2) <= len(z) // 2 else 1
 
 
 def fit_regression(
-    degree: int, transform: MarginalTransform, z: Tensor, x: Tensor
+    spec: RegressionSpec, transform: MarginalTransform, z: Tensor, x: Tensor
 ) -> GaussianRegression:
     """The regression of T(x) on z, fitted to pairs `(N, ·)`."""
-    net = GaussianRegression(z.shape[1], transform.dim_out, degree).to(x.device)
-    return net.fit(z, transform.dequantise(x))
+    dims = z.shape[1], transform.dim_out
+    net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
+    return net.to(x.device).fit(z, transform.dequantise(x))
+
+
+def _best_regression(transform: MarginalTransform, z: Tensor, x: Tensor) -> GaussianRegression:
+    """The regression of T(x) on z that predicts pairs left out best."""
+    specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
+    return min((fit_regression(s, transform, z, x) for s in specs), key=lambda net: net.score)
 
 
 def _fit_net(
@@ -229,18 +247,24 @@ def _fit_net(
     log_det = float(transform.log_det(x[val]).mean())
     regression, target = None, y[train]
     if spec.around_regression:
-        regression = fit_regression(_max_degree(z, train), transform, z[train], x[train])
-        target = regression.whiten(target, z[train])
+        regression = _best_regression(transform, z[train], x[train])
+        target = regression.whiten(target, z[train], regression.left_out)
     net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
         z[train].cpu(), target.cpu()
     ).to(x.device)
+    row = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    row[train] = torch.arange(len(train), device=z.device)
     if regression is not None:
         net = AroundRegression(net, regression)
 
     def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-        target = transform.dequantise(x[indices]) if training else y[indices]
-        losses = net.loss(target, z[indices])  # type: ignore[operator]
-        return losses if training else losses - log_det
+        if not training:
+            return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
+        target = transform.dequantise(x[indices])
+        if isinstance(net, AroundRegression):
+            left_out = net.regression.left_out[row[indices]]
+            return net.left_out_loss(target, z[indices], left_out)
+        return net.loss(target, z[indices])  # type: ignore[operator]
 
     result = fit_network(net, loss, train, val, config, on_epoch, to_beat)
     with torch.no_grad():

@@ -4,6 +4,10 @@ The oldest synthetic likelihood (Wood 2010) is the right one for many simulators
 noise, and then no network fitted to a thousand simulations comes near it. It costs milliseconds, so
 it is always tried; the stacking weights decide. Its residuals, whitened, are also what a network
 may model in place of y: the network then learns how the simulator *differs* from the regression.
+
+A polynomial is rarely the simulator's mean, but the mean is nearly always smooth. Kernel ridge
+regression finds it in a second where a flow of x spends its simulations on it: on the tuning
+tasks, 1,000 simulations, noise taken as constant, 1 to 6 nats above the polynomial on four of six.
 """
 
 from __future__ import annotations
@@ -14,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AroundRegression", "GaussianRegression", "num_features"]
+__all__ = ["AroundRegression", "GaussianRegression", "KernelRegression", "num_features"]
 
 _RIDGE_GRID = torch.logspace(-3, 3, 13, dtype=torch.float64)
+_KERNEL_RIDGES = torch.logspace(-6, 2, 17, dtype=torch.float64)
+_LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations of θ, per root of its dimensions
+_LINEAR = 10.0  # prior variance of the kernel's linear part, beside 1 of the smooth part
+_MOST = 2000  # pairs that a kernel regression is fitted to: its cost grows with their cube
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -56,6 +64,10 @@ class GaussianRegression(nn.Module):
     scale: Tensor
     coefficients: Tensor
     cholesky: Tensor
+    #: What the fits to all other pairs predict for each pair, `(N, dim_y)`, and their NLL in nats
+    #: per pair up to a constant of the data. In-sample residuals are smaller than those to come.
+    left_out: Tensor
+    score: float
 
     def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
         super().__init__()
@@ -81,6 +93,7 @@ class GaussianRegression(nn.Module):
             covariance = _shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
                 best = value
+                self.left_out, self.score = (y - residuals * spread).to(y), 0.5 * value
                 weights = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * projection) * spread
                 weights[0] += shift
                 self.coefficients = weights.to(y)
@@ -100,9 +113,15 @@ class GaussianRegression(nn.Module):
         """m(z), shape `(*B, dim_y)`."""
         return self._features(z) @ self.coefficients
 
-    def whiten(self, y: Tensor, z: Tensor) -> Tensor:
-        """Residuals L⁻¹(y − m(z)) with Σ = LL'; standard normal where the model is right."""
-        residuals = (y - self.mean(z)).unsqueeze(-1)
+    def whiten(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Residuals L⁻¹(y − m(z)) with Σ = LL'; standard normal where the model is right.
+
+        Args:
+            y: Shape `(*B, dim_y)`.
+            z: Shape `(*B, dim_z)`.
+            mean: In place of m(z): rows of `left_out` for the pairs of the fit.
+        """
+        residuals = (y - (self.mean(z) if mean is None else mean)).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.cholesky, residuals, upper=False).squeeze(-1)
 
     def colour(self, e: Tensor, z: Tensor) -> Tensor:
@@ -130,6 +149,93 @@ class GaussianRegression(nn.Module):
         return self.colour(torch.randn(shape).to(self.cholesky), z)
 
 
+class KernelRegression(GaussianRegression):
+    """ℓ(y|z) = N(y; m(z), Σ), m a kernel ridge regression: a straight line plus something smooth.
+
+    The kernel is k(z, z') = 10 φ(z)'φ(z') + exp(−|z − z'|² / 2ℓ²D), φ(z) = (1, z), of standardised
+    z. ℓ maximises the leave-one-out likelihood, and each output has a ridge of its own, by its
+    leave-one-out error; in closed form, from one eigendecomposition per ℓ. Fitted to at most 2,000
+    pairs.
+
+    Args:
+        dim_z: Dimensions of the condition.
+        dim_y: Dimensions of y.
+    """
+
+    points: Tensor
+    length: Tensor
+    shift: Tensor
+
+    def __init__(self, dim_z: int, dim_y: int) -> None:
+        super().__init__(dim_z, dim_y, 1)
+        self.register_buffer("points", torch.zeros(0, dim_z, dtype=torch.float64))
+        self.register_buffer("length", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(dim_y, dtype=torch.float64))
+
+    def fit(self, z: Tensor, y: Tensor) -> KernelRegression:
+        """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`, or to 2,000 of them."""
+        rows = torch.randperm(len(z))[:_MOST].to(z.device).sort().values
+        self.centre, self.scale = z.mean(dim=0), z.std(dim=0).clamp_min(1e-7)
+        self.shift, spread = y.double().mean(dim=0), y.double().std(dim=0).clamp_min(1e-12)
+        self.points = ((z - self.centre) / self.scale).double()[rows]
+        target, best = ((y.double() - self.shift) / spread)[rows], math.inf
+        for length in _LENGTHS:
+            gram = self._kernel(self.points, torch.tensor(length).to(self.points))
+            values, vectors = torch.linalg.eigh(gram)
+            values = values.clamp_min(0.0)
+            residuals, ridges = _left_out_residuals(values, vectors, target)
+            covariance = _shrunk_covariance(residuals)
+            if (value := float(torch.logdet(covariance))) < best:
+                best = value
+                weights = (vectors.T @ target) / (values.unsqueeze(1) + ridges)
+                self.coefficients = (vectors @ weights) * spread
+                self.length = torch.tensor(length).to(self.points)
+                self.cholesky = (torch.linalg.cholesky(covariance) * spread.unsqueeze(1)).to(y)
+                left_out, self.score = y[rows] - (residuals * spread).to(y), 0.5 * value
+        self.left_out = self.mean(z)
+        self.left_out[rows] = left_out
+        return self
+
+    def _kernel(self, points: Tensor, length: Tensor) -> Tensor:
+        """k of standardised points `(N, dim_z)` and those of the fit, shape `(N, K)`."""
+        inner = points @ self.points.T
+        norms = points.pow(2).sum(dim=1, keepdim=True) + self.points.pow(2).sum(dim=1)
+        squares = (norms - 2 * inner).clamp_min(0.0)
+        smooth = torch.exp(-0.5 * squares / (length**2 * points.shape[1]))
+        return smooth + _LINEAR * (1.0 + inner)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """m(z), shape `(*B, dim_y)`."""
+        points = ((z - self.centre) / self.scale).double()
+        kernel = self._kernel(points.reshape(-1, points.shape[-1]), self.length)
+        mean = kernel @ self.coefficients + self.shift
+        return mean.reshape(*z.shape[:-1], -1).to(z)
+
+
+def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual of each pair under the fit to all others, at the best ridge of each output.
+
+    Args:
+        values: Eigenvalues of the Gram matrix, `(N,)`.
+        vectors: Its eigenvectors, `(N, N)`.
+        target: Standardised outputs `(N, dim_y)`.
+
+    Returns:
+        Residuals `(N, dim_y)` and ridges `(dim_y,)`.
+    """
+    projection, grid = vectors.T @ target, _KERNEL_RIDGES.to(values)
+    residuals = []
+    for ridge in grid:
+        shrink = values / (values + ridge)
+        left_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)
+        fitted = vectors @ (shrink.unsqueeze(1) * projection)
+        residuals.append((target - fitted) / left_out.unsqueeze(1))
+    stacked = torch.stack(residuals)
+    best = stacked.pow(2).mean(dim=1).argmin(dim=0)
+    outputs = torch.arange(target.shape[1], device=target.device)
+    return stacked[best, :, outputs].T, grid[best]
+
+
 class AroundRegression(nn.Module):
     """A density estimator of the whitened residuals of a regression, as a density of y.
 
@@ -150,6 +256,17 @@ class AroundRegression(nn.Module):
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
         return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
+
+    def left_out_loss(self, y: Tensor, z: Tensor, left_out: Tensor) -> Tensor:
+        """As `loss`, of pairs that the regression was fitted to: about what the others predict.
+
+        Args:
+            y: Shape `(B, dim_y)`.
+            z: Shape `(B, dim_z)`.
+            left_out: Their rows of the regression's `left_out`, `(B, dim_y)`.
+        """
+        e = self.regression.whiten(y, z, left_out)
+        return self.net.loss(e, z) - self.regression.log_det
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
         """Draws of y, shape `(*sample_shape, B, dim_y)`."""
