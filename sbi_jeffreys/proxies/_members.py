@@ -87,8 +87,9 @@ class MemberSpec:
 
 # Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
 # is simple, the free one where it is sharp, the spline flow joins them on skewed or 1-D x, and a
-# regression wins outright where noise is additive. Their stacked mixture beat the best single
-# member by 0.0–0.35 nats of held-out likelihood.
+# regression wins outright where noise is additive; a net around it where the mean is smooth and the
+# noise is not constant. Their stacked mixture beat the best single member by 0.0–0.35 nats of
+# held-out likelihood.
 DEFAULT_MEMBERS: tuple[MemberSpec | RegressionSpec, ...] = (
     RegressionSpec(1),
     RegressionSpec(2),

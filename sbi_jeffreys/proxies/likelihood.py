@@ -4,7 +4,7 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
 
     ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
-each fitted by maximum likelihood, beside two regressions in closed form
+each fitted by maximum likelihood, beside three regressions in closed form
 (`sbi_jeffreys.proxies._members`). Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
 generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimited.
