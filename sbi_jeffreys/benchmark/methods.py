@@ -61,6 +61,7 @@ _FAST: dict[str, Any] = {
     "steps_per_epoch": 10,
     "members": (MemberSpec("maf"),),
     "proxy_fit": FitConfig(max_epochs=3),
+    "proxy_folds": 1,
     "proxy_draws": 200,
     "proxy_batch_size": 50,
     "reverse_batch_size": 20,
