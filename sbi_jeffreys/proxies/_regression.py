@@ -24,6 +24,7 @@ _RIDGE_GRID = torch.logspace(-3, 3, 13, dtype=torch.float64)
 _KERNEL_RIDGES = torch.logspace(-6, 2, 17, dtype=torch.float64)
 _LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations of θ, per root of its dimensions
 _LINEAR = 10.0  # prior variance of the kernel's linear part, beside 1 of the smooth part
+_ROWS = 500  # of the kernel matrix at once, for prediction: bounds memory
 _MOST = 2000  # pairs that a kernel regression is fitted to: its cost grows with their cube
 
 
@@ -207,9 +208,9 @@ class KernelRegression(GaussianRegression):
     def mean(self, z: Tensor) -> Tensor:
         """m(z), shape `(*B, dim_y)`."""
         points = ((z - self.centre) / self.scale).double()
-        kernel = self._kernel(points.reshape(-1, points.shape[-1]), self.length)
-        mean = kernel @ self.coefficients + self.shift
-        return mean.reshape(*z.shape[:-1], -1).to(z)
+        parts = points.reshape(-1, points.shape[-1]).split(_ROWS)
+        mean = torch.cat([self._kernel(part, self.length) @ self.coefficients for part in parts])
+        return (mean + self.shift).reshape(*z.shape[:-1], -1).to(z)
 
 
 def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
