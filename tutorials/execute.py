@@ -10,6 +10,7 @@ are not kept, so that a diff shows what changed. Needs the extra `tutorials`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -35,7 +36,10 @@ def execute(notebook: Any) -> None:
         if results.exists():
             (Path(folder) / results.name).symlink_to(results)
         where = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=1200, startup_timeout=180, resources=where).execute()
+        # A shell's MPLBACKEND=Agg, as tests want it, would leave the notebook without its figures.
+        env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+        client = NotebookClient(notebook, timeout=1200, startup_timeout=180, resources=where)
+        client.execute(env=env)
 
 
 def clean(notebook: Any) -> None:
