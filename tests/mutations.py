@@ -57,7 +57,7 @@ MUTANTS = (
     Mutant("weights not truncated", "objective.py", "log_mean + 0.5 * math.log(num)", "log_mean + math.log(num)", _OBJECTIVE),
     Mutant("contrasts off", "objective.py", "return torch.logsumexp(everything, dim=0) - log_ratio", "return -log_ratio", _OBJECTIVE),
     Mutant("regressions never win", "proxies/_members.py", "        if stop and regression_won(fitted):", "        if False:", "tests/test_members.py -k left_out"),
-    Mutant("nets of residuals seen", "proxies/_members.py", "left_out = net.regression.left_out[row[indices]]", "left_out = net.regression.mean(z[indices])", "tests/test_kernel_regression.py -k trains_on"),
+    Mutant("nets of residuals seen", "proxies/_members.py", "z[indices], left_out[indices])", "z[indices], net.regression.mean(z[indices]))", "tests/test_kernel_regression.py -k trains_on"),
     Mutant("kernel without smooth part", "proxies/_regression.py", "return smooth + _LINEAR", "return 0 * smooth + _LINEAR", "tests/test_kernel_regression.py -k polynomial_fails"),
     Mutant("kernel residuals in sample", "proxies/_regression.py", "left_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)", "left_out = torch.ones_like(values)", "tests/test_kernel_regression.py -k without_the_pair"),
     Mutant("one ridge for all outputs", "proxies/_regression.py", "stacked.pow(2).mean(dim=1).argmin(dim=0)", "stacked.pow(2).mean(dim=(1, 2)).argmin().expand(target.shape[1])", "tests/test_kernel_regression.py -k own_ridge"),

@@ -49,7 +49,7 @@ class RegressionSpec:
         kernel: Whether the line (degree 1) has a kernel regression on top.
 
     Raises:
-        ValueError: If the degree is another.
+        ValueError: If the degree is another, or a kernel goes with degree 2.
     """
 
     degree: int = 2
@@ -246,15 +246,14 @@ def _fit_net(
     y = transform(x)
     # Held-out losses are those of x, so that members on different scales can race each other.
     log_det = float(transform.log_det(x[val]).mean())
-    regression, target = None, y[train]
+    regression, target, left_out = None, y[train], torch.zeros_like(y)
     if spec.around_regression:
         regression = _best_regression(transform, z[train], x[train])
+        left_out[train] = regression.left_out
         target = regression.whiten(target, z[train], regression.left_out)
     net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
         z[train].cpu(), target.cpu()
     ).to(x.device)
-    row = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    row[train] = torch.arange(len(train), device=z.device)
     if regression is not None:
         net = AroundRegression(net, regression)
 
@@ -263,8 +262,7 @@ def _fit_net(
             return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
         target = transform.dequantise(x[indices])
         if isinstance(net, AroundRegression):
-            left_out = net.regression.left_out[row[indices]]
-            return net.left_out_loss(target, z[indices], left_out)
+            return net.left_out_loss(target, z[indices], left_out[indices])
         return net.loss(target, z[indices])  # type: ignore[operator]
 
     result = fit_network(net, loss, train, val, config, on_epoch, to_beat)
