@@ -98,12 +98,12 @@ def test_the_regression_is_what_a_net_around_it_models():
     """Whitened residuals of linear data are standard normal, and one epoch on them is enough."""
     z, x = linear(300)
     specs = (MemberSpec("maf", num_transforms=1, around_regression=True),)
-    (member,) = fit_members(
-        specs, FitConfig(max_epochs=1), z, x, torch.arange(250), torch.arange(250, 300)
-    )
+    train, val = torch.arange(250), torch.arange(250, 300)
+    (member,) = fit_members(specs, FitConfig(max_epochs=1), z, x, train, val)
     assert isinstance(member.net, AroundRegression)
-    e = member.net.regression.whiten(x, z)
-    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.25, rtol=0)
+    regression = member.net.regression
+    e = regression.whiten(x[train], z[train], regression.left_out)  # as the net was trained
+    torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.2, rtol=0)
     exact = MultivariateNormal(z @ MATRIX + 10, scale_tril=NOISE).log_prob(x)[250:].mean()
     assert member.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
 
