@@ -17,7 +17,7 @@ from sbi_jeffreys.calibration import PairDraws, inside_prior
 from sbi_jeffreys.correction import CorrectedPosterior
 from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.held_out import defensive_log_normaliser
-from sbi_jeffreys.objective import effective_sample_size, reverse_term
+from sbi_jeffreys.objective import effective_sample_size, log_normaliser, reverse_term
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["Reading", "read"]
@@ -51,7 +51,7 @@ class _Subject:
     weights: Tensor
     prior: Distribution
     proxy: Proxy | None
-    corrected: bool
+    corrected: CorrectedPosterior | None
     device: torch.device
 
 
@@ -79,13 +79,12 @@ def read(
         if found.proxy is None:
             draws.append(raw)
             continue
-        log_q = log_z = None
-        if found.corrected or start < _MAX_REVERSE_PAIRS:
+        if start < _MAX_REVERSE_PAIRS:
             log_q = found.proxy.log_potential(raw.theta, x[rows])
             log_z, _ = defensive_log_normaliser(found.proxy, found.mains[0], x[rows], num_samples)
             against.append(_against_proxy(found.prior, raw, log_q, log_z))
-        if found.corrected and log_q is not None and log_z is not None:
-            raw = _reweighted(found.proxy, raw, log_q, log_z, theta[rows], x[rows])
+        if found.corrected is not None:
+            raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
     reverse, sizes = map(torch.cat, zip(*against)) if against else (None, None)
     return Reading(found.prior, _joined(draws), reverse, sizes)
@@ -117,7 +116,7 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
             "of those. A density is needed: build with sample_with='direct'."
         )
     weights = given.weights if isinstance(given, EnsemblePosterior) else torch.ones(1)
-    corrected = isinstance(given, CorrectedPosterior)
+    corrected = given if isinstance(given, CorrectedPosterior) else None
     return _Subject(mains, weights, prior, proxy, corrected, torch.device(given._device))
 
 
@@ -178,11 +177,15 @@ def _against_proxy(
 
 
 def _reweighted(
-    proxy: Proxy, raw: PairDraws, log_q: Tensor, log_z: Tensor, theta: Tensor, x: Tensor
+    corrected: CorrectedPosterior, raw: PairDraws, theta: Tensor, x: Tensor
 ) -> PairDraws:
-    """The main's draws as weighted draws of the proxy, as a `CorrectedPosterior` takes them."""
-    log_q_true = proxy.log_potential(theta.unsqueeze(0), x)[0]
-    return PairDraws(raw.theta, log_q - log_z, log_q_true - log_z, log_q - raw.log_prob)
+    """The main's draws as the weighted draws of its corrected posterior."""
+    assert raw.log_prob_true is not None
+    target = corrected.log_potential(raw.theta, x, raw.log_prob)
+    target_true = corrected.log_potential(theta.unsqueeze(0), x, raw.log_prob_true[None])[0]
+    log_weights = target - raw.log_prob
+    log_z = log_normaliser(target, raw.log_prob)
+    return PairDraws(raw.theta, target - log_z, target_true - log_z, log_weights)
 
 
 def _joined(batches: Sequence[PairDraws]) -> PairDraws:

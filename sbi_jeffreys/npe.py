@@ -41,7 +41,7 @@ from sbi_jeffreys.arguments import (
     check_simulations,
     check_train,
 )
-from sbi_jeffreys.correction import CorrectedPosterior
+from sbi_jeffreys.correction import CorrectedPosterior, pooling_power
 from sbi_jeffreys.estimators import NamedBuilder, UnconstrainedBuilder
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.persistence import is_picklable
@@ -122,9 +122,12 @@ class NPE_Jeffreys(SymmetricTrainer):
         return self._proxy
 
     def build_corrected_posterior(
-        self, num_candidates: int = 20_000, device: str | None = None
+        self,
+        num_candidates: int = 20_000,
+        device: str | None = None,
+        power: float | None = None,
     ) -> CorrectedPosterior:
-        """The main's posterior with its draws resampled by the proxy's importance weights.
+        """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
 
         Not the default: it is as good as the proxy at the observation, which the effective sample
         size (`CorrectedPosterior.effective_sample_size`) and `summary["proxy_held_out"]` tell.
@@ -132,9 +135,13 @@ class NPE_Jeffreys(SymmetricTrainer):
         Args:
             num_candidates: Draws of the main that are weighted per observation.
             device: Device of the posterior; the trainer's if None.
+            power: β in (0, 1], how far to go from the main to the proxy. None: what scores best on
+                the held-out simulations of a first round; 1 after later rounds, whose held-out
+                simulations come from a proposal.
 
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.
+            ValueError: If `num_candidates` or `power` is out of range.
         """
         main, proxy = self._main_and_proxy()
         return CorrectedPosterior(
@@ -142,8 +149,16 @@ class NPE_Jeffreys(SymmetricTrainer):
             deepcopy(proxy),
             self._prior,
             num_candidates,
+            self._pooling_power() if power is None else power,
             device=device or self._device,
         )
+
+    def _pooling_power(self) -> float:
+        """β from the held-out simulations, which a later round draws from a proposal."""
+        if self._round > 0:
+            return 1.0
+        theta, x = (t[self.val_indices].to(self._device) for t in self.get_simulations(0)[:2])
+        return pooling_power(*self._main_and_proxy(), theta, x)
 
     def build_proxy_posterior(
         self,

@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import methods as methods_module
+from sbi_jeffreys.benchmark._running import measured
 from sbi_jeffreys.benchmark.cells import Cell, write_result
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
@@ -196,7 +198,12 @@ def record(folder, seed, method, c2st, seconds, **metrics):
         "status": "done",
         "label": {"npe_nsf": "NPE", "npe_jeffreys": "NPE_Jeffreys"}[method],
         "metrics": {"c2st": c2st, **metrics},
-        "training": {"seconds": seconds, "cpu_seconds": seconds, "peak_mib": 10.0},
+        "training": {
+            "seconds": seconds,
+            "cpu_seconds": seconds,
+            "peak_mib": 10.0 * seconds,
+            "resident_mib": 400.0 + 10.0 * seconds,
+        },
         "settings": {"observations": 1},
     }
     return write_result(folder, Cell("two_moons", 100, seed, method), content)
@@ -210,6 +217,15 @@ def results(tmp_path):
         record(folder, seed, "npe_nsf", npe, 2.0, nll=1.0 + seed, coverage_90=0.8)
         record(folder, seed, "npe_jeffreys", ours, 8.0, nll=2.0 + seed, coverage_90=0.92)
     return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_measured_sees_memory_that_was_given_back():
+    with measured() as cost:
+        block = bytearray(b"x") * (64 << 20)
+        del block
+    assert 60 < cost.peak_mib < 80
+    assert cost.resident_mib > cost.peak_mib + 100  # the interpreter and torch
 
 
 def test_paired_statistics_are_the_textbook_ones(results):
@@ -249,7 +265,7 @@ def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     assert "| NPE_Jeffreys | 0 / 1 / 0 | 0 / 0 / 1 | 1 / 0 / 0 |" in text
     assert "Against NPE: 1 losses in 3 comparisons" in text
     assert "- loses: two_moons, 100, NLL (nats): +1.000 [+1.000, +1.000]" in text
-    assert "| NPE_Jeffreys | 100 | 4.00 × | 4.00 × | 1.00 × |" in text
+    assert "| NPE_Jeffreys | 100 | 4.00 × | 4.00 × | 1.14 × | 4.00 × |" in text
     assert "no luck" in text
     assert "corrupt, left out" in text
     assert len(list(path.parent.glob("*.png"))) == 4

@@ -149,18 +149,18 @@ class CorrectedFit(FittedMethod):
 
     @torch.no_grad()
     def pair_draws(self, theta_true: Tensor, x: Tensor, num_draws: int) -> PairDraws:
-        """See `FittedMethod.pair_draws`: the main's draws, weighted, with log q̃ as density."""
+        """See `FittedMethod.pair_draws`: the main's draws, weighted to their target."""
         draws = self.main.pair_draws(theta_true, x, num_draws)
         if self.posterior is None:
             return draws
-        log_q = self._log_potential(draws.theta, x)
+        log_q = self._log_potential(draws.theta, x, draws.log_prob)
         log_weights = truncated_log_weights(log_q - draws.log_prob)
-        log_true = self._log_potential(theta_true[None], x)[0]
+        log_true = self._log_potential(theta_true[None], x, draws.log_prob_true[None])[0]
         return PairDraws(draws.theta, log_q, log_true, log_weights, normalised=False)
 
-    def _log_potential(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log q̃ in chunks over observations, `(S, B)`."""
+    def _log_potential(self, theta: Tensor, x: Tensor, log_p: Tensor) -> Tensor:
+        """The target in chunks over observations, `(S, B)`."""
         assert self.posterior is not None
         step = max(1, _CHUNK // len(theta))
-        pieces = zip(theta.split(step, dim=1), x.split(step))
-        return torch.cat([self.posterior.proxy.log_potential(t, c) for t, c in pieces], dim=1)
+        pieces = zip(theta.split(step, dim=1), x.split(step), log_p.split(step, dim=1))
+        return torch.cat([self.posterior.log_potential(*piece) for piece in pieces], dim=1)

@@ -154,7 +154,7 @@ class NPEMethod:
         if self.num_members > 1:
             infos = [member.info for member in members]
             info = {key: sum(i[key] for i in infos) for key in ("seconds", "cpu_seconds", "epochs")}
-            info["peak_mib"] = max(i["peak_mib"] for i in infos)
+            info |= {key: max(i[key] for i in infos) for key in ("peak_mib", "resident_mib")}
         return EstimatorFit(info=info, posteriors=[member.posterior for member in members])
 
     def _member(

@@ -83,6 +83,7 @@ def _values(record: Mapping[str, Any]) -> dict[str, float]:
     named["train_seconds"] = training.get("seconds")
     named["train_cpu_seconds"] = training.get("cpu_seconds")
     named["peak_mib"] = training.get("peak_mib")
+    named["resident_mib"] = training.get("resident_mib")
     named["sampling_seconds"] = record.get("evaluation_seconds", {}).get("sampling")
     return {name: float(value) for name, value in named.items() if value is not None}
 

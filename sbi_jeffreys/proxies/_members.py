@@ -172,7 +172,10 @@ def fit_members(
         transform = chosen if spec.marginal_transform else plain
         own = replace(config, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
         to_beat = early[spec.around_regression]
-        member = _fit_net(spec, transform, own, z, x, train, val, on_epoch, to_beat)
+        around = None
+        if spec.around_regression:
+            around = _best_regression(fitted, transform, z[train], x[train])
+        member = _fit_net(spec, transform, own, z, x, train, val, on_epoch, to_beat, around)
         early[spec.around_regression] = min(to_beat, member.result.early)
         fitted.append(member)
         if stop and regression_won(fitted):
@@ -225,10 +228,19 @@ def fit_regression(
     return net.to(x.device).fit(z, transform.dequantise(x))
 
 
-def _best_regression(transform: MarginalTransform, z: Tensor, x: Tensor) -> GaussianRegression:
-    """The regression of T(x) on z that predicts pairs left out best."""
-    specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
-    return min((fit_regression(s, transform, z, x) for s in specs), key=lambda net: net.score)
+def _best_regression(
+    fitted: Sequence[FittedMember], transform: MarginalTransform, z: Tensor, x: Tensor
+) -> GaussianRegression:
+    """The regression of T(x) on z that predicts pairs left out best.
+
+    Of the members fitted so far, or, where none is of T(x), of two fitted for the purpose.
+    """
+    own = [m.net for m in fitted if m.transform is transform]
+    regressions = [net for net in own if isinstance(net, GaussianRegression)]
+    if not regressions:
+        specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
+        regressions = [fit_regression(spec, transform, z, x) for spec in specs]
+    return min(regressions, key=lambda net: net.score)
 
 
 def _fit_net(
@@ -241,14 +253,14 @@ def _fit_net(
     val: Tensor,
     on_epoch: Callable[[int, float], object] | None,
     to_beat: float,
+    regression: GaussianRegression | None,
 ) -> FittedMember:
     """One likelihood net, fitted unless it falls hopelessly behind those before it."""
     y = transform(x)
     # Held-out losses are those of x, so that members on different scales can race each other.
     log_det = float(transform.log_det(x[val]).mean())
-    regression, target, left_out = None, y[train], torch.zeros_like(y)
-    if spec.around_regression:
-        regression = _best_regression(transform, z[train], x[train])
+    target, left_out = y[train], torch.zeros_like(y)
+    if regression is not None:
         left_out[train] = regression.left_out
         target = regression.whiten(target, z[train], regression.left_out)
     net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(

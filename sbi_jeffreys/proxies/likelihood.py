@@ -45,7 +45,7 @@ __all__ = [
     "stacking_weights",
 ]
 
-_FOLDS, _FEW, _TOO_FEW = 5, 300, 20  # folds by default, between these numbers of training pairs
+_FOLDS, _FEW, _TOO_FEW = 10, 300, 20  # folds by default, between these numbers of training pairs
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 
 
@@ -90,7 +90,7 @@ class LikelihoodProxy(Proxy):
         members: What to fit: nets and regressions.
         config: How each net is fitted; its own learning rate and decay take precedence.
         num_folds: Fits of each member to parts of the training pairs, which are then averaged: 1 is
-            a single fit; None is 5 below 300 training pairs (and from 20 on), else 1.
+            a single fit; None is 10 below 300 training pairs (and from 20 on), else 1.
 
     Attributes:
         weights: Stacking weights after `fit`, shape `(members,)`.
