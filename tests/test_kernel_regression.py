@@ -1,6 +1,7 @@
 """Kernel regressions: against truth, against brute-force leave-one-out, and in nets around them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,21 @@ def test_a_net_takes_the_better_regression_and_trains_on_pairs_left_out(monkeypa
     (member,) = fit_members(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
     assert not isinstance(member.net.regression, KernelRegression)
     assert math.isfinite(member.result.held_out)
+
+
+def test_a_net_takes_the_best_regression_that_is_fitted_already():
+    z, x = smooth(200)
+    around = MemberSpec("maf", num_transforms=1, around_regression=True)
+    regressions = (RegressionSpec(1), RegressionSpec(1, kernel=True), RegressionSpec(2))
+    train, val = torch.arange(20, 200), torch.arange(20)
+    members = fit_members((*regressions, around), FitConfig(max_epochs=1), z, x, train, val)
+    fitted = {member.spec: member.net for member in members}
+    assert fitted[around].regression is fitted[regressions[1]]
+    # On another scale of y none is fitted yet.
+    plain = replace(around, marginal_transform=False)
+    x = x.exp()  # positive and heavy-tailed: modelled on a log scale
+    members = fit_members((*regressions, plain), FitConfig(max_epochs=1), z, x, train, val)
+    assert all(members[-1].net.regression is not member.net for member in members)
 
 
 def test_a_kernel_goes_with_a_line():
