@@ -134,5 +134,8 @@ def test_the_option_reaches_the_proxy(folds):
 def test_too_many_folds_are_refused():
     theta, x = pairs(20)
     proxy = LikelihoodProxy(PRIOR, (RegressionSpec(1),), QUICK, num_folds=10)
-    with pytest.raises(ValueError, match=r"proxy_folds=10 needs at least 20 .* got 15"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_folds=10 \(proxy_folds of JeffreysOptions\) needs at least 20 .* got 15",
+    ):
         proxy.fit(theta, x, torch.arange(15), torch.arange(15, 20))

@@ -231,16 +231,23 @@ def fit_regression(
 def _best_regression(
     fitted: Sequence[FittedMember], transform: MarginalTransform, z: Tensor, x: Tensor
 ) -> GaussianRegression:
-    """The regression of T(x) on z that predicts pairs left out best.
+    """The simplest regression of T(x) on z that no other predicts pairs left out clearly better.
 
-    Of the members fitted so far, or, where none is of T(x), of two fitted for the purpose.
+    Of the members fitted so far, or, where none is of T(x), of two fitted for the purpose. The
+    simplest: residuals carry what a mean has overfitted, and narrow noise drowns in it.
     """
     own = [m.net for m in fitted if m.transform is transform]
     regressions = [net for net in own if isinstance(net, GaussianRegression)]
     if not regressions:
         specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
         regressions = [fit_regression(spec, transform, z, x) for spec in specs]
-    return min(regressions, key=lambda net: net.score)
+    regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
+    y = transform(x)
+    with torch.no_grad():
+        scores = [net.left_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
+    best = max(scores, key=lambda score: float(score.mean()))
+    clearly_beaten = [_gain(best, score) > _CLEARLY for score in scores]
+    return regressions[clearly_beaten.index(False)]
 
 
 def _fit_net(

@@ -65,10 +65,9 @@ class GaussianRegression(nn.Module):
     scale: Tensor
     coefficients: Tensor
     cholesky: Tensor
-    #: What the fits to all other pairs predict for each pair, `(N, dim_y)`, and their NLL in nats
-    #: per pair up to a constant of the data. In-sample residuals are smaller than those to come.
+    #: What the fits to all other pairs predict for each pair, `(N, dim_y)`. In-sample residuals are
+    #: smaller than those to come.
     left_out: Tensor
-    score: float
 
     def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class GaussianRegression(nn.Module):
             covariance = _shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
                 best = value
-                self.left_out, self.score = (y - residuals * spread).to(y), 0.5 * value
+                self.left_out = (y - residuals * spread).to(y)
                 weights = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * projection) * spread
                 weights[0] += shift
                 self.coefficients = weights.to(y)
@@ -128,6 +127,11 @@ class GaussianRegression(nn.Module):
     def colour(self, e: Tensor, z: Tensor) -> Tensor:
         """The inverse of `whiten`: y = m(z) + L e."""
         return self.mean(z) + e @ self.cholesky.T
+
+    def left_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
+        """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
+        e = self.whiten(y, z, self.left_out)
+        return self.log_det - 0.5 * (e**2).sum(dim=-1) - 0.5 * e.shape[-1] * math.log(2 * math.pi)
 
     @property
     def log_det(self) -> Tensor:
@@ -192,7 +196,7 @@ class KernelRegression(GaussianRegression):
                 self.coefficients = (vectors @ weights) * spread
                 self.length = torch.tensor(length).to(self.points)
                 self.cholesky = (torch.linalg.cholesky(covariance) * spread.unsqueeze(1)).to(y)
-                left_out, self.score = y[rows] - (residuals * spread).to(y), 0.5 * value
+                left_out = y[rows] - (residuals * spread).to(y)
         self.left_out = self.mean(z)
         self.left_out[rows] = left_out
         return self

@@ -160,8 +160,8 @@ class LikelihoodProxy(Proxy):
             return _FOLDS if _TOO_FEW <= num_pairs < _FEW else 1
         if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
             raise ValueError(
-                f"proxy_folds={self.num_folds} needs at least {2 * self.num_folds} training "
-                f"simulations, got {num_pairs}; use fewer folds."
+                f"num_folds={self.num_folds} (proxy_folds of JeffreysOptions) needs at least "
+                f"{2 * self.num_folds} training simulations, got {num_pairs}; use fewer folds."
             )
         return self.num_folds
 
