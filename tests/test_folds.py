@@ -109,7 +109,9 @@ def test_the_exact_model_gets_the_weight():
     assert float(proxy.weights[0]) > 0.95
 
 
-@pytest.mark.parametrize(("num", "folds"), [(19, 1), (20, 10), (299, 10), (300, 1)])
+@pytest.mark.parametrize(
+    ("num", "folds"), [(19, 1), (20, 10), (149, 10), (150, 5), (299, 5), (300, 1)]
+)
 def test_folds_are_for_few_simulations(num, folds):
     assert LikelihoodProxy(PRIOR)._folds(num) == folds
 

@@ -45,7 +45,9 @@ __all__ = [
     "stacking_weights",
 ]
 
-_FOLDS, _FEW, _TOO_FEW = 10, 300, 20  # folds by default, between these numbers of training pairs
+#: Training pairs from which on there are so many folds by default: the fewer pairs, the more they
+#: gain, and the less they cost.
+_FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 
 
@@ -90,7 +92,7 @@ class LikelihoodProxy(Proxy):
         members: What to fit: nets and regressions.
         config: How each net is fitted; its own learning rate and decay take precedence.
         num_folds: Fits of each member to parts of the training pairs, which are then averaged: 1 is
-            a single fit; None is 10 below 300 training pairs (and from 20 on), else 1.
+            a single fit; None is 10 from 20 training pairs on, 5 from 150, else 1.
 
     Attributes:
         weights: Stacking weights after `fit`, shape `(members,)`.
@@ -157,7 +159,7 @@ class LikelihoodProxy(Proxy):
     def _folds(self, num_pairs: int) -> int:
         """Folds for this many training pairs."""
         if self.num_folds is None:
-            return _FOLDS if _TOO_FEW <= num_pairs < _FEW else 1
+            return next(folds for least, folds in _FOLDS if num_pairs >= least)
         if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
             raise ValueError(
                 f"num_folds={self.num_folds} (proxy_folds of JeffreysOptions) needs at least "
