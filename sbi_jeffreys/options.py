@@ -49,7 +49,8 @@ class JeffreysOptions:
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
-            `learning_rate` (which is plain NPE's, on few simulations).
+            `learning_rate` (which is plain NPE's, on few simulations). None: 30; 20 where the proxy
+            has no samples of x, as an energy, and embedding nets diverge at larger steps.
         proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
             again: too small a pool is overfitted like too few simulations.
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
@@ -86,7 +87,7 @@ class JeffreysOptions:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int = 600
     steps_per_epoch: int = 30
-    learning_rate_factor: float = 30.0
+    learning_rate_factor: float | None = None
     proxy_draws: int = 60_000
     proxy_batch_size: int = 512
     reverse_batch_size: int = 50
@@ -127,7 +128,8 @@ class JeffreysOptions:
         for name, minimum in _INT_MINIMA.items():
             _check_int(name, getattr(self, name), minimum)
         for name, (low, high) in _FLOAT_RANGES.items():
-            _check_float(name, getattr(self, name), low, high)
+            if not (name in _NONE_ALLOWED and getattr(self, name) is None):
+                _check_float(name, getattr(self, name), low, high)
         if self.initial_multiplier > self.max_multiplier:
             raise ValueError(
                 f"initial_multiplier must not exceed max_multiplier ({self.max_multiplier}), "
@@ -144,6 +146,7 @@ _INT_MINIMA = {
     "reverse_samples": 2,
 }
 _TINY = 1e-12
+_NONE_ALLOWED = ("learning_rate_factor",)
 _FLOAT_RANGES = {
     "learning_rate_factor": (_TINY, float("inf")),
     "reverse_barrier": (_TINY, float("inf")),

@@ -45,6 +45,7 @@ RealBatch = tuple[Tensor, Tensor, Tensor] | Tensor
 _REAL_WEIGHT = 0.1  # w_F at full trust: what real simulations add to unlimited proxy pairs
 _PERIOD = 4  # steps between two turns of R, and of F
 _WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
+_FACTOR, _FACTOR_WITHOUT_PAIRS = 30.0, 20.0  # peak learning rate over plain NPE's
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 
 
@@ -63,7 +64,7 @@ class SymmetricStage:
         main: The density estimator, on its device.
         proxy: A fitted proxy.
         options: Weights, sizes, schedule.
-        learning_rate: `train`'s learning rate; the peak here is `learning_rate_factor` times that.
+        learning_rate: `train`'s learning rate; the peak is `learning_rate_factor` times that.
         clip_max_norm: Gradient norm bound or None.
         pool: Observations for the reverse term, shape `(N, *x_shape)`, and, where they were drawn
             from the proxy's joint, their θ `(N, D)`; θ None means "reweight the main's samples".
@@ -87,9 +88,10 @@ class SymmetricStage:
         proxy_trust: float,
     ) -> None:
         self.main, self.proxy, self.options = main, proxy, options
-        self.peak_learning_rate = learning_rate * options.learning_rate_factor
         self.clip_max_norm = clip_max_norm
         self.pool_theta, self.pool_x = pool
+        by_default = _FACTOR if self.pool_theta is not None else _FACTOR_WITHOUT_PAIRS
+        self.peak_learning_rate = learning_rate * (options.learning_rate_factor or by_default)
         self.pool_weights = torch.ones(len(self.pool_x)) if kernel is None else kernel(self.pool_x)
         self.entropy, self.npe_nll, self.trust = entropy, npe_nll, proxy_trust
         self.multipliers = ResilientMultipliers(

@@ -82,6 +82,17 @@ def stage(
     )
 
 
+def test_steps_are_smaller_where_the_proxy_has_no_pairs():
+    """At 30 times NPE's learning rate an embedding net trained through an energy diverged."""
+    peaks = {
+        (factor, pairs): stage(with_theta=pairs, learning_rate_factor=factor).peak_learning_rate
+        for factor in (None, 60.0)
+        for pairs in (True, False)
+    }
+    expected = {(None, True): 30, (None, False): 20, (60.0, True): 60, (60.0, False): 60}
+    assert peaks == {key: pytest.approx(5e-4 * value) for key, value in expected.items()}
+
+
 def real() -> tuple[Tensor, Tensor, Tensor]:
     theta = torch.randn(200, 1)
     return theta, -theta + SCALE * torch.randn(200, 1), torch.ones(200)
