@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import ablation
 from sbi_jeffreys.benchmark._running import NoTracker
@@ -108,6 +108,13 @@ def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
     assert shuffled.results is results
     good = trainer.fork(OPTIONS).summary["proxy_held_out"][-1]
     assert fork.summary["proxy_held_out"][-1] > good
+
+
+@pytest.mark.parametrize("name", sorted(CONDITIONS))
+def test_every_condition_can_be_had_with_the_default_members(name):
+    trainer = argparse.Namespace(_prior=get_task("sir").prior)
+    proxy = CONDITIONS[name].build(trainer, JeffreysOptions())
+    assert proxy.members
 
 
 def test_raw_counts_are_neither_dequantised_nor_transformed():

@@ -26,6 +26,7 @@ from sbi_jeffreys.plots import (
 
 @pytest.fixture(autouse=True)
 def _nothing_global_changes():
+    plt.close("all")  # what tests of other files have left open
     before = copy.deepcopy(dict(mpl.rcParams))
     yield
     assert dict(mpl.rcParams) == before

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker
-from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.proxies import LikelihoodProxy, MemberSpec
 from sbi_jeffreys.symmetric import SymmetricStage
 
 __all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "Variant"]
@@ -123,7 +123,9 @@ def _undertrained(options: JeffreysOptions) -> JeffreysOptions:
 
 
 def _raw_members(options: JeffreysOptions) -> JeffreysOptions:
-    raw = dict.fromkeys(replace(m, marginal_transform=False) for m in options.members)
+    """The nets alone, on x as it is: a regression's scale would be chosen by the proxy."""
+    nets = [m for m in options.members if isinstance(m, MemberSpec)]
+    raw = dict.fromkeys(replace(net, marginal_transform=False) for net in nets)
     return replace(options, members=tuple(raw))
 
 
