@@ -47,12 +47,14 @@ def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:
     Returns:
         The best of 0.05, 0.1, …, 1.
     """
-    scores = [
-        float((beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean())
-        for beta in _POWERS
-    ]
-    scores = [score if math.isfinite(score) else -math.inf for score in scores]
-    return float(_POWERS[max(range(len(scores)), key=scores.__getitem__)])
+    scores = torch.stack(
+        [
+            (beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean()
+            for beta in _POWERS
+        ]
+    )
+    scores = torch.where(torch.isfinite(scores), scores, -torch.inf)
+    return float(_POWERS[int(scores.argmax())])
 
 
 @torch.no_grad()

@@ -123,12 +123,12 @@ class JeffreysOptions:
         for name in ("adaptive", "marginal_transforms"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
-        if self.proxy_folds is not None:
-            _check_int("proxy_folds", self.proxy_folds, 1)
+        by_default = [name for name in _NONE_ALLOWED if getattr(self, name) is None]
         for name, minimum in _INT_MINIMA.items():
-            _check_int(name, getattr(self, name), minimum)
+            if name not in by_default:
+                _check_int(name, getattr(self, name), minimum)
         for name, (low, high) in _FLOAT_RANGES.items():
-            if not (name in _NONE_ALLOWED and getattr(self, name) is None):
+            if name not in by_default:
                 _check_float(name, getattr(self, name), low, high)
         if self.initial_multiplier > self.max_multiplier:
             raise ValueError(
@@ -137,7 +137,9 @@ class JeffreysOptions:
             )
 
 
+_NONE_ALLOWED = ("proxy_folds", "learning_rate_factor")  # None: chosen by the data
 _INT_MINIMA = {
+    "proxy_folds": 1,
     "num_steps": 0,
     "steps_per_epoch": 1,
     "proxy_draws": 1,
@@ -146,7 +148,6 @@ _INT_MINIMA = {
     "reverse_samples": 2,
 }
 _TINY = 1e-12
-_NONE_ALLOWED = ("learning_rate_factor",)
 _FLOAT_RANGES = {
     "learning_rate_factor": (_TINY, float("inf")),
     "reverse_barrier": (_TINY, float("inf")),

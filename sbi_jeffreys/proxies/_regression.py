@@ -128,21 +128,23 @@ class GaussianRegression(nn.Module):
         """The inverse of `whiten`: y = m(z) + L e."""
         return self.mean(z) + e @ self.cholesky.T
 
-    def left_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
-        e = self.whiten(y, z, self.left_out)
-        return self.log_det - 0.5 * (e**2).sum(dim=-1) - 0.5 * e.shape[-1] * math.log(2 * math.pi)
-
     @property
     def log_det(self) -> Tensor:
         """log |det ∂ whiten / ∂y|, the same everywhere."""
         return -self.cholesky.diagonal().log().sum()
 
-    def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension."""
-        e = self.whiten(y, z)
+    def log_prob(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
+        """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension.
+
+        `mean` as in `whiten`.
+        """
+        e = self.whiten(y, z, mean)
         normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
         return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det
+
+    def left_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
+        """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
+        return self.log_prob(y, z, self.left_out)
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
