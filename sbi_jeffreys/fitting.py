@@ -23,7 +23,9 @@ from torch.optim import AdamW
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
-_RACE_EPOCHS, _RACE_MARGIN = 20, 0.4  # when, and how many nats behind, a fit is given up
+# When, and how many nats behind, a fit is given up, or what share of what its rival gained later:
+# where fits are slow, the last at twenty epochs may be the first in the end.
+_RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]
 
@@ -63,6 +65,12 @@ class FitResult:
     held_out: float
     epochs: int
     early: float = math.inf
+
+    @property
+    def hopeless(self) -> float:
+        """The loss after twenty epochs above which a rival is given up; inf if none was reached."""
+        gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
+        return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
 
 
 def can_fuse(net: nn.Module) -> bool:
@@ -104,7 +112,7 @@ def fit_network(
     val_indices: Tensor,
     config: FitConfig,
     on_epoch: Callable[[int, float], object] | None = None,
-    to_beat: float = math.inf,
+    give_up_above: float = math.inf,
 ) -> FitResult:
     """Fit `net` in place and leave it with the averaged weights that were best on held-out data.
 
@@ -115,8 +123,8 @@ def fit_network(
         val_indices: Held-out pairs, shape `(M,)`.
         config: Optimiser and stopping.
         on_epoch: Called with the epoch and its held-out loss, for progress bars.
-        to_beat: A rival's held-out loss after twenty epochs; a fit that is then more than 0.4
-            nats behind is given up, since it would get no weight beside it.
+        give_up_above: A fit whose held-out loss after twenty epochs is larger is given up: a
+            rival's `hopeless`, beside which it would get no weight.
 
     Returns:
         The held-out loss of the weights kept and the epochs run.
@@ -154,7 +162,7 @@ def fit_network(
                 on_epoch(epoch, value)
             if epoch == _RACE_EPOCHS:
                 early = best
-                if best > to_beat + _RACE_MARGIN:
+                if best > give_up_above:
                     break
     finally:
         net.load_state_dict(best_state)

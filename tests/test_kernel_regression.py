@@ -9,13 +9,10 @@ from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import MemberSpec, RegressionSpec
 from sbi_jeffreys.fitting import FitConfig
-from sbi_jeffreys.proxies import _regression
+from sbi_jeffreys.proxies import _kernel
+from sbi_jeffreys.proxies._kernel import KernelRegression
 from sbi_jeffreys.proxies._members import fit_members
-from sbi_jeffreys.proxies._regression import (
-    AroundRegression,
-    GaussianRegression,
-    KernelRegression,
-)
+from sbi_jeffreys.proxies._regression import AroundRegression, GaussianRegression
 
 NOISE = torch.tensor([[0.2, 0.0], [0.1, 0.1]])  # Cholesky factor
 
@@ -55,12 +52,12 @@ def test_its_draws_have_its_mean_and_covariance():
 
 
 def test_left_out_residuals_are_those_of_fits_without_the_pair(monkeypatch):
-    monkeypatch.setattr(_regression, "_KERNEL_RIDGES", torch.tensor([0.1], dtype=torch.float64))
+    monkeypatch.setattr(_kernel, "_KERNEL_RIDGES", torch.tensor([0.1], dtype=torch.float64))
     torch.manual_seed(0)
     points, target = torch.randn(30, 2).double(), torch.randn(30, 3).double()
     gram = torch.exp(-0.5 * torch.cdist(points, points) ** 2)
     values, vectors = torch.linalg.eigh(gram)
-    found, ridges = _regression._left_out_residuals(values, vectors, target)
+    found, ridges = _kernel._left_out_residuals(values, vectors, target)
     assert ridges.tolist() == [0.1] * 3
     for i in (0, 13, 29):
         rest = [j for j in range(30) if j != i]
@@ -94,7 +91,7 @@ def test_each_output_has_its_own_ridge():
 
 
 def test_many_pairs_are_thinned_and_the_others_predicted(monkeypatch):
-    monkeypatch.setattr(_regression, "_MOST", 60)
+    monkeypatch.setattr(_kernel, "_MOST", 60)
     torch.manual_seed(0)
     z, y = smooth(200)
     net = KernelRegression(2, 2).fit(z, y)

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from sbi_jeffreys.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies._members import (
     FittedMember,
-    MemberSpec,
-    RegressionSpec,
     fit_members,
     fit_regression,
     scales_of,
 )
+from sbi_jeffreys.proxies._specs import MemberSpec, RegressionSpec
 
 __all__ = ["Bag", "fit_folds"]
 

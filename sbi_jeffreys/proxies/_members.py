@@ -9,7 +9,7 @@ cost time and would get no weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,19 +17,14 @@ from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 
 from sbi_jeffreys.fitting import FitConfig, FitResult, fit_network
-from sbi_jeffreys.proxies._regression import (
-    AroundRegression,
-    GaussianRegression,
-    KernelRegression,
-    num_features,
-)
+from sbi_jeffreys.proxies._kernel import KernelRegression
+from sbi_jeffreys.proxies._noise import fit_noise
+from sbi_jeffreys.proxies._regression import AroundRegression, GaussianRegression, num_features
+from sbi_jeffreys.proxies._specs import MemberSpec, RegressionSpec
 from sbi_jeffreys.transforms import MarginalTransform
 
 __all__ = [
-    "DEFAULT_MEMBERS",
     "FittedMember",
-    "MemberSpec",
-    "RegressionSpec",
     "fit_members",
     "fit_regression",
     "log_likelihood",
@@ -37,70 +32,6 @@ __all__ = [
 ]
 
 _CLEARLY = 2.0  # standard errors of the paired difference
-
-
-@dataclass(frozen=True)
-class RegressionSpec:
-    """A Gaussian likelihood about a smooth function of θ, fitted in closed form.
-
-    Attributes:
-        degree: 1 (linear) or 2 (with squares and products). A quadratic whose features are more
-            than half of the training pairs is left out.
-        kernel: Whether the line (degree 1) has a kernel regression on top.
-
-    Raises:
-        ValueError: If the degree is another, or a kernel goes with degree 2.
-    """
-
-    degree: int = 2
-    kernel: bool = False
-
-    def __post_init__(self) -> None:
-        if self.degree not in (1, 2):
-            raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
-        if self.kernel and self.degree != 1:
-            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
-
-
-@dataclass(frozen=True)
-class MemberSpec:
-    """One likelihood net of the mixture.
-
-    Attributes:
-        model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
-        weight_decay: Decoupled weight decay of its fit.
-        learning_rate: Its step size.
-        num_transforms: Transforms of a flow.
-        marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
-            anyway, members that differ in this alone are fitted once.
-        around_regression: Whether it models the whitened residuals of a regression on θ in place of
-            x itself: of the one whose leave-one-out likelihood is the best.
-    """
-
-    model: str = "maf"
-    weight_decay: float = 0.0
-    learning_rate: float = 4e-3
-    num_transforms: int = 5
-    marginal_transform: bool = True
-    around_regression: bool = False
-
-
-# Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
-# is simple, the free one where it is sharp, the spline flow joins them on skewed or 1-D x, and a
-# regression wins outright where noise is additive; a net around it where the mean is smooth and the
-# noise is not constant. Their stacked mixture beat the best single member by 0.0–0.35 nats of
-# held-out likelihood.
-DEFAULT_MEMBERS: tuple[MemberSpec | RegressionSpec, ...] = (
-    RegressionSpec(1),
-    RegressionSpec(2),
-    RegressionSpec(1, kernel=True),
-    MemberSpec("maf", weight_decay=0.3, around_regression=True),
-    MemberSpec("maf", weight_decay=0.3),
-    MemberSpec("maf", weight_decay=1.0),
-    MemberSpec("maf"),
-    MemberSpec("maf", weight_decay=0.3, marginal_transform=False),
-    MemberSpec("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
-)
 
 
 @dataclass(frozen=True)
@@ -162,21 +93,23 @@ def fit_members(
     fitted: list[FittedMember] = []
     for spec in regressions:
         if spec.degree <= _max_degree(z[train]) or not nets:
-            net = fit_regression(spec, chosen, z[train], x[train])
+            known = {m.spec: m.net for m in fitted}
+            net = fit_regression(spec, chosen, z[train], x[train], known)
             with torch.no_grad():
                 held_out = log_likelihood(net, chosen, x[val], z[val])
             result = FitResult(-float(held_out.mean()), 0)
             fitted.append(FittedMember(net, chosen, result, held_out, spec))
-    early = {True: math.inf, False: math.inf}
+    rivals = {True: FitResult(math.inf, 0), False: FitResult(math.inf, 0)}
     for spec in nets:
         transform = chosen if spec.marginal_transform else plain
         own = replace(config, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay)
-        to_beat = early[spec.around_regression]
+        rival = rivals[spec.around_regression]
         around = None
         if spec.around_regression:
             around = _best_regression(fitted, transform, z[train], x[train])
-        member = _fit_net(spec, transform, own, z, x, train, val, on_epoch, to_beat, around)
-        early[spec.around_regression] = min(to_beat, member.result.early)
+        member = _fit_net(spec, transform, own, z, x, train, val, on_epoch, rival, around)
+        if member.result.early < rival.early:
+            rivals[spec.around_regression] = member.result
         fitted.append(member)
         if stop and regression_won(fitted):
             break
@@ -220,12 +153,22 @@ def _max_degree(z: Tensor) -> int:
 
 
 def fit_regression(
-    spec: RegressionSpec, transform: MarginalTransform, z: Tensor, x: Tensor
-) -> GaussianRegression:
-    """The regression of T(x) on z, fitted to pairs `(N, ·)`."""
-    dims = z.shape[1], transform.dim_out
-    net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
-    return net.to(x.device).fit(z, transform.dequantise(x))
+    spec: RegressionSpec,
+    transform: MarginalTransform,
+    z: Tensor,
+    x: Tensor,
+    known: Mapping[MemberSpec | RegressionSpec, nn.Module] | None = None,
+) -> GaussianRegression | AroundRegression:
+    """The regression of T(x) on z, fitted to pairs `(N, ·)`.
+
+    `known` are fits to the same pairs: one with Gaussian noise is where a mixture starts from.
+    """
+    dims, y = (z.shape[1], transform.dim_out), transform.dequantise(x)
+    net = (known or {}).get(replace(spec, mixture=False))
+    if not isinstance(net, GaussianRegression):
+        net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
+        net = net.to(x.device).fit(z, y)
+    return fit_noise(net, z, y) if spec.mixture else net
 
 
 def _best_regression(
@@ -240,7 +183,8 @@ def _best_regression(
     regressions = [net for net in own if isinstance(net, GaussianRegression)]
     if not regressions:
         specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
-        regressions = [fit_regression(spec, transform, z, x) for spec in specs]
+        nets = [fit_regression(spec, transform, z, x) for spec in specs]
+        regressions = [net for net in nets if isinstance(net, GaussianRegression)]
     regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
     y = transform(x)
     with torch.no_grad():
@@ -259,7 +203,7 @@ def _fit_net(
     train: Tensor,
     val: Tensor,
     on_epoch: Callable[[int, float], object] | None,
-    to_beat: float,
+    rival: FitResult,
     regression: GaussianRegression | None,
 ) -> FittedMember:
     """One likelihood net, fitted unless it falls hopelessly behind those before it."""
@@ -284,7 +228,7 @@ def _fit_net(
             return net.left_out_loss(target, z[indices], left_out[indices])
         return net.loss(target, z[indices])  # type: ignore[operator]
 
-    result = fit_network(net, loss, train, val, config, on_epoch, to_beat)
+    result = fit_network(net, loss, train, val, config, on_epoch, rival.hopeless)
     with torch.no_grad():
         held_out = log_likelihood(net, transform, x[val], z[val])
     return FittedMember(net, transform, result, held_out, spec)

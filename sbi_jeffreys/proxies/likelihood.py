@@ -4,7 +4,7 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
 
     ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
-each fitted by maximum likelihood, beside three regressions in closed form
+each fitted by maximum likelihood, beside regressions in closed form
 (`sbi_jeffreys.proxies._members`). Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
 generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimited.
@@ -27,13 +27,8 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies._folds import fit_folds
-from sbi_jeffreys.proxies._members import (
-    DEFAULT_MEMBERS,
-    MemberSpec,
-    RegressionSpec,
-    fit_members,
-    log_likelihood,
-)
+from sbi_jeffreys.proxies._members import fit_members, log_likelihood
+from sbi_jeffreys.proxies._specs import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.transforms import MarginalTransform
 

@@ -2,8 +2,8 @@
 
 Each one resembles a family of benchmark tasks (two narrow modes, a linear Gaussian, few i.i.d.
 draws with sign symmetries, a generalised linear model, counts from a dynamical system, positive
-heavy-tailed output) without being any of them. Their likelihoods are exact; a reference is not
-needed, because tuning reads the held-out NLL, coverage and leakage.
+heavy-tailed output, noise that is not Gaussian) without being any of them. Their likelihoods are
+exact; a reference is not needed, because tuning reads the held-out NLL, coverage and leakage.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 from torch.distributions import (
     Binomial,
+    Categorical,
     Distribution,
     Independent,
     LogNormal,
+    MixtureSameFamily,
     MultivariateNormal,
     Normal,
     Poisson,
+    StudentT,
 )
 
 from sbi_jeffreys.benchmark.tasks.base import Task
@@ -134,6 +137,49 @@ class TuneGrowth(TuningTask):
         return Independent(LogNormal(torch.cat([first, second], -1), 0.15), 1)
 
 
+class TuneOutliers(TuningTask):
+    """A smooth mean under Student's t with two degrees of freedom: no variance."""
+
+    name, dim_theta, dim_x = "tune_outliers", 3, 4
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.mixing = torch.randn(3, 4, generator=generator) / 3**0.5
+        self.prior = BoxUniform(-2 * torch.ones(3), 2 * torch.ones(3))
+
+    def observation_model(self, theta: Tensor) -> Distribution:
+        mean = torch.sin(theta) @ self.mixing + 0.5 * theta @ self.mixing.flip(0)
+        return Independent(StudentT(2.0, mean, 0.1), 1)
+
+
+class TuneGlitch(TuningTask):
+    """A quadratic mean; three observations in ten are seven times as noisy, all of x at once."""
+
+    name, dim_theta, dim_x = "tune_glitch", 3, 3
+
+    def __init__(self) -> None:
+        self.prior = BoxUniform(-2 * torch.ones(3), 2 * torch.ones(3))
+
+    def observation_model(self, theta: Tensor) -> Distribution:
+        a, b, c = theta.unbind(-1)
+        mean = torch.stack([a + 0.3 * b**2, b - c, 1.5 * c], -1).unsqueeze(-2)
+        scale = torch.tensor([1.0, 0.15]).unsqueeze(-1)
+        levels = Independent(Normal(mean, scale), 1)
+        return MixtureSameFamily(
+            Categorical(torch.tensor([0.3, 0.7]).expand(levels.batch_shape)), levels
+        )
+
+
 TUNING_TASKS: dict[str, type[TuningTask]] = {
-    cls.name: cls for cls in (TuneFold, TuneLinear, TuneIID, TunePoisson, TuneDecay, TuneGrowth)
+    cls.name: cls
+    for cls in (
+        TuneFold,
+        TuneLinear,
+        TuneIID,
+        TunePoisson,
+        TuneDecay,
+        TuneGrowth,
+        TuneOutliers,
+        TuneGlitch,
+    )
 }
