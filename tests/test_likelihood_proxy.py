@@ -148,6 +148,24 @@ def test_fit_keeps_the_best_held_out_weights():
     )
 
 
+@pytest.mark.parametrize(("held_out", "margin"), [(2.9, 0.4), (1.0, 1.0)])
+def test_a_fit_is_given_up_where_it_is_hopelessly_behind(held_out, margin):
+    """0.4 nats behind at epoch 20, or half of what the rival gained after it, if that is more."""
+    rival = FitResult(held_out, 60, early=3.0)
+    assert rival.hopeless == pytest.approx(3.0 + margin)
+    assert FitResult(float("inf"), 0).hopeless == float("inf")  # no rival yet
+    for excess, epochs in ((0.01, 20), (-0.01, 30)):
+        result = fit_network(
+            torch.nn.Linear(1, 1),
+            lambda n, i, training, e=excess: 0 * n(torch.ones(len(i), 1))[:, 0] + 3 + margin + e,
+            torch.arange(20),
+            torch.arange(5),
+            FitConfig(max_epochs=30, patience=40),
+            give_up_above=rival.hopeless,
+        )
+        assert result.epochs == epochs
+
+
 def test_fit_survives_non_finite_losses():
     net = torch.nn.Linear(1, 1)
     before = net.weight.detach().clone()

@@ -8,7 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysOptions, MemberSpec, RegressionSpec
 from sbi_jeffreys.fitting import FitConfig, FitResult
-from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.proxies import LikelihoodProxy, _members
 from sbi_jeffreys.proxies._members import FittedMember, fit_members, regression_won
 from sbi_jeffreys.proxies._regression import AroundRegression, GaussianRegression
 from sbi_jeffreys.transforms import MarginalTransform
@@ -144,6 +144,22 @@ def test_nets_are_left_out_where_a_regression_has_won():
     assert [m.spec for m in members] == [RegressionSpec(1), *specs[:2]]
     torch.manual_seed(0)
     assert len(fit_members(specs, QUICK, z, x, train, val)) == 4
+
+
+def test_a_net_races_the_best_of_its_like(monkeypatch):
+    """The bar is that of the net which was best after twenty epochs, of x or of residuals."""
+    early, bars = iter([5.0, 2.0, 9.0, 3.0]), []
+
+    def fit(net, loss, train, val, config, on_epoch, give_up_above):
+        bars.append(give_up_above)
+        return FitResult(1.0, 150, next(early))
+
+    monkeypatch.setattr(_members, "fit_network", fit)
+    z, x = linear(60)
+    around = MemberSpec("maf", 0.3, around_regression=True)
+    specs = (around, MemberSpec("maf"), MemberSpec("maf", 0.3), MemberSpec("maf", 1.0))
+    fit_members(specs, QUICK, z, x, torch.arange(40), torch.arange(40, 60))
+    assert bars == [math.inf, math.inf, 2.5, 2.5]  # 2 + half of 2 − 1
 
 
 def test_the_proxy_follows_the_regression_where_that_is_the_simulator():
