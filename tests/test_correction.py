@@ -104,12 +104,13 @@ def test_held_out_report_reads_the_pool():
 
 def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
     theta, x = pairs(300)
-    options = JeffreysOptions(num_steps=20, proxy=GivenProxy(PRIOR, log_likelihood))
+    too_sure = GivenProxy(PRIOR, lambda theta, x: 2 * log_likelihood(theta, x))
+    options = JeffreysOptions(num_steps=20, proxy=too_sure)
     inference = NPE_Jeffreys(PRIOR, "mdn", show_progress_bars=False, options=options)
     inference.append_simulations(theta, x).train(max_num_epochs=2)
     rows = inference.val_indices
     power = pooling_power(inference._neural_net, inference.proxy, theta[rows], x[rows])
-    assert power > 0.5  # the exact likelihood against two epochs
+    assert 0.1 < power < 0.9  # a posterior of half the variance against two epochs
     assert inference.build_corrected_posterior().power == power
     assert inference.build_corrected_posterior(power=0.2).power == 0.2
     monkeypatch.setattr(inference, "_round", 1)  # held-out pairs from a proposal
