@@ -27,6 +27,7 @@ __all__ = ["NoiseMixture", "fit_noise"]
 
 _SIZES = (2, 4, 8)  # components tried, beside one
 _REFITS = 2  # of the mean, at most
+_PARTS = "log_weights", "means", "precision_factors"
 _FLOOR = 1e-4  # added to each component's variances; those of e are about 1
 
 
@@ -45,23 +46,22 @@ class NoiseMixture(nn.Module):
 
     def __init__(self, residuals: Tensor) -> None:
         super().__init__()
-        dim = residuals.shape[1]
-        parts = math.log(1.0) * torch.ones(1), torch.zeros(1, dim), torch.eye(dim).unsqueeze(0)
-        normal = 0.5 * (residuals.double() ** 2).sum() + 0.5 * residuals.numel() * math.log(
-            2 * math.pi
-        )
-        best = 2 * float(normal) + (dim + dim * (dim + 1) // 2) * math.log(len(residuals))
-        for fit in _mixtures(residuals):
-            score = float(fit.bic(residuals.double().cpu().numpy()))
+        dim, values = residuals.shape[1], residuals.double()
+        for name, part in zip(_PARTS, (torch.zeros(1), torch.zeros(1, dim), torch.eye(dim)[None])):
+            self.register_buffer(name, part.to(values))
+        # Those of the whitening, which a mixture has beside one mean and covariance too.
+        parameters = dim + dim * (dim + 1) // 2
+        best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
+        for fit in _mixtures(values):
+            score = float(fit.bic(values.cpu().numpy()))
             if score < best:
                 best = score
-                parts = (
-                    torch.as_tensor(fit.weights_).log(),
-                    torch.as_tensor(fit.means_),
-                    torch.as_tensor(fit.precisions_cholesky_),
+                found = fit.weights_, fit.means_, fit.precisions_cholesky_
+                self.log_weights, self.means, self.precision_factors = (
+                    torch.as_tensor(part).to(values) for part in found
                 )
-        for name, part in zip(("log_weights", "means", "precision_factors"), parts):
-            self.register_buffer(name, part.to(residuals))
+                self.log_weights = self.log_weights.log()
+        self.to(residuals)
 
     def _log_joint(self, e: Tensor) -> Tensor:
         """log π_c N(e; μ_c, Σ_c), shape `(*B, components)`."""
@@ -114,8 +114,7 @@ def _mixtures(residuals: Tensor) -> list[GaussianMixture]:
     num, dim = residuals.shape
     if not bool(torch.isfinite(residuals).all()):
         return []
-    values = residuals.double().cpu().numpy()
-    fits = []
+    values, fits = residuals.cpu().numpy(), []
     for size in (s for s in _SIZES if s * (dim + 1) < num // 2):
         seed = int(torch.randint(2**31 - 1, ()))  # torch's generator, so that one seed rules all
         with warnings.catch_warnings():
