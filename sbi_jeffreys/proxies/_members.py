@@ -163,12 +163,18 @@ def fit_regression(
 
     `known` are fits to the same pairs: one with Gaussian noise is where a mixture starts from.
     """
-    dims, y = (z.shape[1], transform.dim_out), transform.dequantise(x)
+    y = transform.dequantise(x)
     net = (known or {}).get(replace(spec, mixture=False))
     if not isinstance(net, GaussianRegression):
-        net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
-        net = net.to(x.device).fit(z, y)
+        net = _fit_gaussian(spec, z, y)
     return fit_noise(net, z, y) if spec.mixture else net
+
+
+def _fit_gaussian(spec: RegressionSpec, z: Tensor, y: Tensor) -> GaussianRegression:
+    """The regression of y on z, with Gaussian noise, fitted to pairs `(N, ·)`."""
+    dims = z.shape[1], y.shape[1]
+    net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
+    return net.to(y.device).fit(z, y)
 
 
 def _best_regression(
@@ -183,8 +189,7 @@ def _best_regression(
     regressions = [net for net in own if isinstance(net, GaussianRegression)]
     if not regressions:
         specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
-        nets = [fit_regression(spec, transform, z, x) for spec in specs]
-        regressions = [net for net in nets if isinstance(net, GaussianRegression)]
+        regressions = [_fit_gaussian(spec, z, transform.dequantise(x)) for spec in specs]
     regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
     y = transform(x)
     with torch.no_grad():
