@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import AdamW
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
@@ -95,9 +96,9 @@ def _step(net: nn.Module, loss: Tensor, optimizer: AdamW, clip: float | None) ->
 @torch.no_grad()
 def _average(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
     """ema ← d·ema + (1 − d)·net, d warming up so that early averages forget the initial weights."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for a, b in zip(ema.parameters(), net.parameters()):
-        a.lerp_(b, 1.0 - decay)
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    # All tensors in one call: one by one they cost six per cent of a step.
+    average(tuple(ema.parameters()), tuple(net.parameters()), step)
 
 
 def _annealed(epoch: int, max_epochs: int) -> float:
