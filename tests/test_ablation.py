@@ -18,6 +18,7 @@ from sbi_jeffreys.benchmark.evaluation import simulations_for
 from sbi_jeffreys.benchmark.methods import FitContext
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE
+from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec
 
 CONTEXT = FitContext(fast=True)
 OPTIONS = CONTEXT.options()
@@ -115,6 +116,13 @@ def test_every_condition_can_be_had_with_the_default_members(name):
     trainer = argparse.Namespace(_prior=get_task("sir").prior)
     proxy = CONDITIONS[name].build(trainer, JeffreysOptions())
     assert proxy.members
+
+
+def test_an_undertrained_proxy_has_nothing_but_nets_of_two_epochs():
+    trainer = argparse.Namespace(_prior=TASK.prior)
+    proxy = CONDITIONS["undertrained"].build(trainer, JeffreysOptions())
+    assert proxy.config.max_epochs == 2
+    assert proxy.members == tuple(m for m in DEFAULT_MEMBERS if isinstance(m, MemberSpec))
 
 
 def test_raw_counts_are_neither_dequantised_nor_transformed():

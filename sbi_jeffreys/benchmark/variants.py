@@ -118,14 +118,19 @@ class RawCountsProxy(KeptProxy):
         return kept, x - self._OFF
 
 
+def _nets(options: JeffreysOptions) -> list[MemberSpec]:
+    return [member for member in options.members if isinstance(member, MemberSpec)]
+
+
 def _undertrained(options: JeffreysOptions) -> JeffreysOptions:
-    return replace(options, proxy_fit=replace(options.proxy_fit, max_epochs=2))
+    """Two epochs, and the nets alone: regressions in closed form would carry the proxy."""
+    config = replace(options.proxy_fit, max_epochs=2)
+    return replace(options, proxy_fit=config, members=tuple(_nets(options)))
 
 
 def _raw_members(options: JeffreysOptions) -> JeffreysOptions:
     """The nets alone, on x as it is: a regression's scale would be chosen by the proxy."""
-    nets = [m for m in options.members if isinstance(m, MemberSpec)]
-    raw = dict.fromkeys(replace(net, marginal_transform=False) for net in nets)
+    raw = dict.fromkeys(replace(net, marginal_transform=False) for net in _nets(options))
     return replace(options, members=tuple(raw))
 
 
@@ -152,7 +157,7 @@ class Condition:
 CONDITIONS = {
     "good": Condition("as fitted"),
     "shuffled": Condition("broken: fitted to shuffled θ", ShuffledProxy),
-    "undertrained": Condition("broken: two epochs", change=_undertrained),
+    "undertrained": Condition("broken: nets of two epochs", change=_undertrained),
     "raw": Condition("broken: raw counts", RawCountsProxy, _raw_members),
 }
 
