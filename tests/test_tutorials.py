@@ -36,7 +36,7 @@ def test_it_runs_in_tiny_budgets(path, tmp_path, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_TUTORIAL_FAST", "1")
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
     execute = runpy.run_path(str(_FOLDER / "execute.py"))["execute"]  # as they are committed
-    execute(nbformat.read(path, as_version=4))
+    execute(nbformat.read(path, as_version=4), timeout=600)
 
 
 @_EACH

@@ -25,8 +25,8 @@ FOLDER = Path(__file__).resolve().parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def execute(notebook: Any) -> None:
-    """Run it in a folder that holds nothing but a link to the results, as the tests do.
+def execute(notebook: Any, timeout: int = 1200) -> None:
+    """Run it in a folder that holds nothing but a link to the results; `timeout` in s per cell.
 
     Raises:
         CellExecutionError: If a cell fails.
@@ -38,7 +38,7 @@ def execute(notebook: Any) -> None:
         where = {"metadata": {"path": folder}}
         # A shell's MPLBACKEND=Agg, as tests want it, would leave the notebook without its figures.
         env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-        client = NotebookClient(notebook, timeout=1200, startup_timeout=180, resources=where)
+        client = NotebookClient(notebook, timeout=timeout, startup_timeout=180, resources=where)
         client.execute(env=env)
 
 
