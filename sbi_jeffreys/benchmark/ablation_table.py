@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.report import interval_text, markdown_table, summary_text
 from sbi_jeffreys.benchmark.statistics import Summary, paired_difference, paired_values, summarise
-from sbi_jeffreys.benchmark.studies import provenance_lines, read_study
+from sbi_jeffreys.benchmark.studies import read_study
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS
 
 __all__ = ["NPE", "STUDY", "tabulate", "verdict", "write_table"]
@@ -151,7 +152,7 @@ def write_table(folder: Path) -> Path | None:
         + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "
         "BROKEN: by more.",
         *(_row_text(*key, row, notes[key]) for key, row in sorted(table.items())),
-        "## Where this comes from\n\n" + provenance_lines(records),
+        "## Where this comes from\n\n" + summary_lines(records),
     ]
     path = folder / "ablation.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

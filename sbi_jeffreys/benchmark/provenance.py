@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, command."""
+"""Where results come from: versions, machine, settings, commands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "versions"]
+__all__ = ["command", "machine", "summary_lines", "versions"]
 
+_SHOWN = ("python", "torch", "sbi", "sbi_jeffreys", "git_commit", "cpu", "cores", "threads")
 _PACKAGES = ("torch", "sbi", "sbi_jeffreys", "numpy", "scikit-learn")
 
 
@@ -48,6 +50,25 @@ def machine() -> dict[str, Any]:
 def command() -> str:
     """The command line of this process."""
     return " ".join(["python", *sys.argv])
+
+
+def summary_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """Versions, machine, settings and commands of records, as a Markdown list.
+
+    More than one value of anything is shown: results of several commits say so. Commands, of which
+    a run in pieces has many, are folded away.
+    """
+    found: dict[str, set[str]] = {}
+    commands: set[str] = set()
+    for record in records:
+        origin = record.get("provenance", {})
+        for key, value in {**{k: origin.get(k) for k in _SHOWN}, **record["settings"]}.items():
+            found.setdefault(key, set()).add(str(value))
+        commands.add(str(record.get("command", origin.get("command"))))
+    lines = [f"- {key}: {', '.join(sorted(values))}" for key, values in found.items()]
+    listed = "\n".join(sorted(commands))
+    folded = f"<details><summary>Commands ({len(commands)})</summary>"
+    return "\n".join([*lines, "", folded, "", f"```\n{listed}\n```", "", "</details>"])
 
 
 def _cpu_model() -> str:

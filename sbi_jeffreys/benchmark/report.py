@@ -18,6 +18,7 @@ from typing import Any
 from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, read_results
 from sbi_jeffreys.benchmark.figures import write_figures
 from sbi_jeffreys.benchmark.methods import METHODS
+from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.statistics import (
     SCORES,
     Difference,
@@ -66,7 +67,7 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     figures = write_figures(table, labels, out, show_progress)
     parts = [
         "# Benchmark of NPE_Jeffreys",
-        _provenance(done),
+        f"{len(done)} cells.\n\n" + summary_lines(done),
         "## Over all tasks\n\n" + _overall(table, labels),
         f"## Wins, ties, losses against {labels.get(BASELINE, BASELINE)}\n\n"
         + _verdicts(table, labels),
@@ -125,19 +126,6 @@ def _labels(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     found = {r["cell"]["method"]: r.get("label", r["cell"]["method"]) for r in records}
     order = [name for name in known if name in found] + sorted(found.keys() - known.keys())
     return {name: found[name] for name in order}
-
-
-def _provenance(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the results were computed with; more than one value of anything is shown."""
-    lines = [f"{len(records)} cells."]
-    for key in ("python", "torch", "sbi", "sbi_jeffreys", "git_commit", "cpu", "cores", "threads"):
-        values = sorted({str(r.get("provenance", {}).get(key)) for r in records})
-        lines.append(f"{key}: {', '.join(values)}.")
-    for key in ("observations", "num_samples", "test_pairs", "classifier", "fast"):
-        values = sorted({str(r["settings"].get(key)) for r in records})
-        lines.append(f"{key}: {', '.join(values)}.")
-    commands = sorted({str(r.get("provenance", {}).get("command")) for r in records})
-    return "\n".join(f"- {line}" for line in lines + [f"command: `{c}`" for c in commands])
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.report import interval_text, markdown_table, summary_text
 from sbi_jeffreys.benchmark.statistics import paired_difference, summarise
-from sbi_jeffreys.benchmark.studies import provenance_lines, read_study
+from sbi_jeffreys.benchmark.studies import read_study
 
 __all__ = ["STUDY", "goal", "tabulate", "write_table"]
 
@@ -88,7 +89,7 @@ def write_table(folder: Path, labels: Mapping[str, str]) -> Path | None:
         f"The goal: at least {_GOAL} in every round of every seed, and sampling that never stalls. "
         "C2ST to the reference after the last round, 0.5 is perfect.",
         *(_task_text(*entry, labels) for entry in sorted(tabulate(records).items())),
-        "## Where this comes from\n\n" + provenance_lines(records),
+        "## Where this comes from\n\n" + summary_lines(records),
     ]
     path = folder / "rounds.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ __all__ = [
     "Entry",
     "Outcome",
     "add_study_arguments",
-    "provenance_lines",
     "read_study",
     "report_outcome",
     "run_study",
@@ -158,17 +157,6 @@ def _load(name: str, path: Path) -> dict[str, Any] | None:
         warnings.warn(f"Corrupt result, not used: {error}", stacklevel=3)
         return None
     return record
-
-
-def provenance_lines(records: Iterable[dict[str, Any]]) -> str:
-    """Versions, machine, settings and commands of records, as a Markdown list."""
-    found: dict[str, set[str]] = {}
-    for record in records:
-        origin = record.get("provenance", {})
-        named = {k: origin.get(k) for k in ("python", "torch", "sbi", "git_commit", "cpu")}
-        for key, value in {**named, **record["settings"], "command": record["command"]}.items():
-            found.setdefault(key, set()).add(str(value))
-    return "\n".join(f"- {key}: {', '.join(sorted(values))}" for key, values in found.items())
 
 
 def add_study_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> None:
