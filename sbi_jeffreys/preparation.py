@@ -113,8 +113,9 @@ def prepare(
     verdict = Prepared(proxy, note, False, proxy_nll, main_nll, t)
     if t < options.min_trust:
         return _refuse(verdict, f"not trusted (t = {t:.2g})")
-    pool = draw_pool(proxy, simulations, held_out.atomic, options.proxy_draws)
-    if len(pool[1]) < max(1, _MIN_POOL * options.proxy_draws) and proxy.can_sample:
+    num_draws = options.draws_for(len(simulations.theta))
+    pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
+    if len(pool[1]) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
         return _refuse(verdict, "its draws of x are implausible")
     return replace(verdict, usable=True, pool=pool)
 

@@ -63,7 +63,7 @@ class SymmetricStage:
     Args:
         main: The density estimator, on its device.
         proxy: A fitted proxy.
-        options: Weights, sizes, schedule.
+        options: Weights and sizes.
         learning_rate: `train`'s learning rate; the peak is `learning_rate_factor` times that.
         clip_max_norm: Gradient norm bound or None.
         pool: Observations for the reverse term, shape `(N, *x_shape)`, and, where they were drawn
@@ -72,6 +72,7 @@ class SymmetricStage:
         entropy: Ĥ at the start: the best held-out NLL of main and proxy so far.
         npe_nll: V_NPE, plain NPE's held-out value, which no result may fall behind.
         proxy_trust: t ∈ (0, 1].
+        num_steps: Length of the stage; the learning rate is annealed over it.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class SymmetricStage:
         entropy: float,
         npe_nll: float,
         proxy_trust: float,
+        num_steps: int,
     ) -> None:
         self.main, self.proxy, self.options = main, proxy, options
+        self.num_steps = num_steps
         self.clip_max_norm = clip_max_norm
         self.pool_theta, self.pool_x = pool
         by_default = _FACTOR if self.pool_theta is not None else _FACTOR_WITHOUT_PAIRS
@@ -107,7 +110,7 @@ class SymmetricStage:
     @property
     def finished(self) -> bool:
         """Whether the annealing schedule has run out."""
-        return self.step >= self.options.num_steps
+        return self.step >= self.num_steps
 
     def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
         """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in.
@@ -116,7 +119,7 @@ class SymmetricStage:
         """
         self.main.train()
         seen: dict[str, list[float]] = {name: [] for name in self.latest}
-        num = min(self.options.steps_per_epoch, self.options.num_steps - self.step)
+        num = min(self.options.steps_per_epoch, self.num_steps - self.step)
         for _ in range(num):
             for name, value in self._step(next_real).items():
                 seen[name].append(float(value))
@@ -140,7 +143,7 @@ class SymmetricStage:
         max_norm = math.inf if self.clip_max_norm is None else self.clip_max_norm
         norm = clip_grad_norm_(self.main.parameters(), max_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_learning_rate * annealed(self.step, self.options.num_steps)
+            group["lr"] = self.peak_learning_rate * annealed(self.step, self.num_steps)
         if bool(torch.isfinite(norm)):  # a non-finite gradient skips the step
             self.optimizer.step()
         self.step += 1

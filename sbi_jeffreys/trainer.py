@@ -133,7 +133,7 @@ class SymmetricTrainer(NPE_C):
         if self._paused_state is not None:
             self._neural_net.load_state_dict(self._paused_state)
             self._paused_state = None
-        epochs_left = -(-(self.options.num_steps - stage.step) // self.options.steps_per_epoch)
+        epochs_left = -(-(stage.num_steps - stage.step) // stage.options.steps_per_epoch)
         bar = tqdm(
             range(min(epochs_left, config.max_num_epochs)),
             desc="Symmetric stage",
@@ -153,7 +153,7 @@ class SymmetricTrainer(NPE_C):
         if not stage.finished:
             warnings.warn(
                 f"max_num_epochs={config.max_num_epochs} ended the symmetric stage after "
-                f"{stage.step} of {self.options.num_steps} steps; the best weights so far are "
+                f"{stage.step} of {stage.num_steps} steps; the best weights so far are "
                 "kept. Continue with train(resume_training=True).",
                 stacklevel=2,
             )
@@ -202,6 +202,7 @@ class SymmetricTrainer(NPE_C):
             entropy=min(prepared.proxy_nll, prepared.main_nll),
             npe_nll=prepared.main_nll,
             proxy_trust=prepared.trust,
+            num_steps=self.options.steps_for(len(theta)),
         )
 
     def _kernel_leaves_draws(self, prepared: Prepared, loss_args: LossArgsNPE) -> bool:

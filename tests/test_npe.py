@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,6 +251,26 @@ def test_few_simulations_and_small_batches(num, batch):
     assert (
         inference.build_posterior().sample((2,), x=torch.zeros(2), show_progress_bars=False).shape
     )
+
+
+def test_more_simulations_get_more_steps_and_a_larger_pool():
+    """600 steps are too few to follow the proxy of 10,000 simulations."""
+    chosen = JeffreysOptions()
+    assert [chosen.steps_for(num) for num in (20, 1_000, 2_000, 10_000)] == [600, 600, 1045, 3786]
+    assert [chosen.draws_for(num) for num in (20, 10_000, 10**6)] == [60_000, 378_600, 10**6]
+    set_ = JeffreysOptions(num_steps=7)
+    assert (set_.steps_for(10_000), set_.draws_for(10_000)) == (7, 700)
+    assert JeffreysOptions(proxy_draws=11).draws_for(10_000) == 11
+    assert (JeffreysOptions(num_steps=0).draws_for(100)) == 1
+
+
+@pytest.mark.parametrize(("num", "steps"), [(60, 600), (1_500, 830)])
+def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, steps):
+    options = replace(TINY, num_steps=None, proxy_draws=None, min_trust=0.0)
+    stage = trained(num, options, max_num_epochs=1)._stage
+    assert stage is not None
+    assert (stage.num_steps, stage.step) == (steps, TINY.steps_per_epoch)
+    assert 10 * steps < len(stage.pool_x) <= 100 * steps  # less what is implausible
 
 
 def test_one_parameter_one_output():

@@ -20,7 +20,6 @@ from sbi_jeffreys.symmetric import SymmetricStage
 SCALE = 0.5
 SLOPE, STD = 1 / (1 + SCALE**2), math.sqrt(SCALE**2 / (1 + SCALE**2))
 OPTIONS = JeffreysOptions(
-    num_steps=400,
     steps_per_epoch=20,
     proxy_batch_size=500,
     reverse_batch_size=100,
@@ -79,6 +78,7 @@ def stage(
         entropy=0.0,
         npe_nll=1.0,
         proxy_trust=trust,
+        num_steps=400,
     )
 
 
