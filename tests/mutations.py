@@ -87,6 +87,9 @@ MUTANTS = (
     Mutant("Jacobian of the whitening", "proxies/_regression.py", "- self.regression.log_det", "- 0 * self.regression.log_det", "tests/test_members.py -k around"),
     Mutant("builders leak", "npe.py", "elif transformed and known:", "elif False:", "tests/test_builders.py -k cannot_leak"),
     Mutant("bad proxy followed", "preparation.py", "if t < options.min_trust:", "if False:", "tests/test_npe.py -k untrustworthy"),
+    Mutant("as long for many simulations", "options.py", "max(1.0, num_simulations / 1000)", "1.0", "tests/test_npe.py -k as_long_as"),
+    Mutant("steps of the default alone", "trainer.py", "num_steps=self.options.steps_for(len(theta)),", "num_steps=self.options.steps_for(1000),", "tests/test_npe.py -k as_long_as"),
+    Mutant("pool of the default alone", "preparation.py", "options.draws_for(len(simulations.theta))", "10**7", "tests/test_npe.py -k as_long_as"),
     Mutant("NPE not a floor", "trainer.py", "min(self._best_val_loss + self.options.tolerance, stage.npe_nll)", "float('inf')", "tests/test_npe.py -k annealed_weights"),
 )  # fmt: skip
 
