@@ -261,7 +261,7 @@ def test_more_simulations_get_more_steps_and_a_larger_pool():
     set_ = JeffreysOptions(num_steps=7)
     assert (set_.steps_for(10_000), set_.draws_for(10_000)) == (7, 700)
     assert JeffreysOptions(proxy_draws=11).draws_for(10_000) == 11
-    assert (JeffreysOptions(num_steps=0).draws_for(100)) == 1
+    assert JeffreysOptions(num_steps=0).draws_for(100) == 1
 
 
 @pytest.mark.parametrize(("num", "steps"), [(60, 600), (1_500, 830)])
