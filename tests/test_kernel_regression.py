@@ -171,3 +171,9 @@ def test_a_net_takes_the_best_regression_that_is_fitted_already():
 def test_a_kernel_goes_with_a_line():
     with pytest.raises(ValueError, match="kernel=True goes with degree=1, got degree=2"):
         RegressionSpec(2, kernel=True)
+
+
+def test_no_points_have_no_means():
+    """A member of little weight may get no draws of the proxy's pool: that is no failure."""
+    net = KernelRegression(2, 2).fit(*smooth(50))
+    assert net.mean(torch.zeros(0, 2)).shape == (0, 2)

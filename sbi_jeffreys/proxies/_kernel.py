@@ -93,7 +93,7 @@ class KernelRegression(GaussianRegression):
         points = ((z - self.centre) / self.scale).double()
         parts = points.reshape(-1, points.shape[-1]).split(_ROWS)
         mean = torch.cat([self._kernel(part, self.length) @ self.coefficients for part in parts])
-        return (mean + self.shift).reshape(*z.shape[:-1], -1).to(z)
+        return (mean + self.shift).reshape(*z.shape[:-1], mean.shape[-1]).to(z)
 
 
 def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

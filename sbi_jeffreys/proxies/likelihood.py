@@ -222,7 +222,10 @@ class LikelihoodProxy(Proxy):
         which = torch.multinomial(self.weights, len(theta), replacement=True)
         thetas, xs = [], []
         for k, (net, scale) in enumerate(zip(self.nets, self._scales())):
-            for rows in (which == k).nonzero().squeeze(-1).split(_CHUNK):
+            mine = (which == k).nonzero().squeeze(-1)
+            if len(mine) == 0:  # a member of little weight; not every net can draw nothing
+                continue
+            for rows in mine.split(_CHUNK):
                 y = net.sample(torch.Size((1,)), z[rows])[0]  # type: ignore[operator]
                 # False for NaN: what a net fails to draw is dropped like what is implausible.
                 plausible = ((y >= self.lower[k]) & (y <= self.upper[k])).all(dim=-1)
