@@ -16,6 +16,7 @@ from sbi_jeffreys.proxies import (
     EnergyProxy,
     LikelihoodProxy,
     MemberSpec,
+    RegressionSpec,
     build_proxy,
 )
 from sbi_jeffreys.proxies.likelihood import stacking_weights
@@ -76,6 +77,18 @@ def test_joint_samples_follow_prior_and_likelihood(fitted):
     residual = x - theta
     assert residual.mean().abs() < 0.05
     assert float(residual.std()) == pytest.approx(SCALE, abs=0.06)
+
+
+def test_a_member_may_get_no_draws(fitted):
+    """Weights near zero leave a member without draws; a mixture of Gaussians cannot draw none."""
+    torch.manual_seed(2)
+    members = (RegressionSpec(1), RegressionSpec(1, mixture=True))
+    proxy = LikelihoodProxy(fitted[0].prior, members, QUICK).fit(*fitted[1:], TRAIN, VAL)
+    for weights in torch.eye(len(proxy.nets)):
+        proxy.weights = weights
+        theta, x = proxy.sample_joint(500)
+        assert len(theta) == len(x) > 400
+    assert len(proxy.nets) == len(members)
 
 
 def test_normaliser_is_the_evidence(fitted):
