@@ -22,6 +22,8 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sbi_jeffreys._flat import flattened
+
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
 # When, and how many nats behind, a fit is given up, or what share of what its rival gained later:
@@ -29,6 +31,7 @@ __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 _RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]
+_Weights = list[nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,28 @@ def can_fuse(net: nn.Module) -> bool:
     return all(p.is_floating_point() for p in net.parameters())
 
 
-def _step(net: nn.Module, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
+def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
     """One gradient step; a non-finite loss or gradient skips it instead of ruining the weights."""
     if not bool(torch.isfinite(loss)):
         return
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)  # in place: gradients may be views, see `flattened`
     loss.backward()
-    norm = clip_grad_norm_(net.parameters(), math.inf if clip is None else clip)
+    norm = clip_grad_norm_(weights, math.inf if clip is None else clip)
     if bool(torch.isfinite(norm)):
         optimizer.step()
 
 
 @torch.no_grad()
-def _average(ema: nn.Module, net: nn.Module, decay: float, step: int) -> None:
+def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
     """ema ← d·ema + (1 − d)·net, d warming up so that early averages forget the initial weights."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    # All tensors in one call: one by one they cost six per cent of a step.
-    average(tuple(ema.parameters()), tuple(net.parameters()), step)
+    average(tuple(ema), tuple(weights), step)
+
+
+@torch.no_grad()
+def _copy(source: _Weights, target: _Weights) -> None:
+    for old, new in zip(target, source):
+        old.copy_(new)
 
 
 def _annealed(epoch: int, max_epochs: int) -> float:
@@ -130,42 +138,44 @@ def fit_network(
     Returns:
         The held-out loss of the weights kept and the epochs run.
     """
-    optimizer = AdamW(
-        net.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=can_fuse(net),
-    )
-    ema, best, best_state = deepcopy(net), math.inf, deepcopy(net.state_dict())
+    ema, best, best_net = deepcopy(net), math.inf, deepcopy(net)
     epoch = since = step = 0
     early = math.inf
     batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
     batch_size = min(batch_size, len(train_indices))
-    try:
-        while epoch < config.max_epochs and since < config.patience:
-            net.train()
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)
-            order = train_indices[torch.randperm(len(train_indices))]
-            for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
-                _step(net, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)
-                step += 1
-                _average(ema, net, config.ema_decay, step)
-            ema.eval()
-            with torch.no_grad():
-                value = float(loss(ema, val_indices, False).mean())
-            epoch += 1
-            if value < best:  # False for NaN: a failed epoch never becomes the best one.
-                best, best_state, since = value, deepcopy(ema.state_dict()), 0
-            else:
-                since += 1
-            if on_epoch is not None:
-                on_epoch(epoch, value)
-            if epoch == _RACE_EPOCHS:
-                early = best
-                if best > give_up_above:
-                    break
-    finally:
-        net.load_state_dict(best_state)
-        net.eval()
+    with flattened(net) as weights, flattened(ema) as averages, flattened(best_net) as kept:
+        optimizer = AdamW(
+            weights,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=can_fuse(net),
+        )
+        try:
+            while epoch < config.max_epochs and since < config.patience:
+                net.train()
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)
+                order = train_indices[torch.randperm(len(train_indices))]
+                for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
+                    _step(weights, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)
+                    step += 1
+                    _average(averages, weights, config.ema_decay, step)
+                ema.eval()
+                with torch.no_grad():
+                    value = float(loss(ema, val_indices, False).mean())
+                epoch += 1
+                if value < best:  # False for NaN: a failed epoch never becomes the best one.
+                    best, since = value, 0
+                    _copy(averages, kept)
+                else:
+                    since += 1
+                if on_epoch is not None:
+                    on_epoch(epoch, value)
+                if epoch == _RACE_EPOCHS:
+                    early = best
+                    if best > give_up_above:
+                        break
+        finally:
+            net.load_state_dict(best_net.state_dict())
+            net.eval()
     return FitResult(best, epoch, early)

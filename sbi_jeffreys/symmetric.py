@@ -18,10 +18,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import Adam
 
+from sbi_jeffreys._flat import flat_copy, flattened
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.estimators import frozen, reparameterised_sample
@@ -103,7 +104,10 @@ class SymmetricStage:
             max_multiplier=options.max_multiplier,
             initial=options.initial_multiplier,
         ).to(self.pool_x.device)
-        self.optimizer = Adam(main.parameters(), lr=self.peak_learning_rate, fused=can_fuse(main))
+        #: All weights in one vector, where they fit in one; it is the main's while an epoch runs.
+        self.vector = flat_copy(main)
+        weights = main.parameters() if self.vector is None else [self.vector]
+        self.optimizer = Adam(weights, lr=self.peak_learning_rate, fused=can_fuse(main))
         self.step = 0
         self.latest = dict.fromkeys(("forward", "generated", "reverse"), math.nan)
 
@@ -120,14 +124,17 @@ class SymmetricStage:
         self.main.train()
         seen: dict[str, list[float]] = {name: [] for name in self.latest}
         num = min(self.options.steps_per_epoch, self.num_steps - self.step)
-        for _ in range(num):
-            for name, value in self._step(next_real).items():
-                seen[name].append(float(value))
+        with flattened(self.main, self.vector) as weights:
+            for _ in range(num):
+                for name, value in self._step(weights, next_real).items():
+                    seen[name].append(float(value))
         self.main.eval()
         self.latest |= {name: sum(v) / len(v) for name, v in seen.items() if v}
         return dict(self.latest)
 
-    def _step(self, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
+    def _step(
+        self, weights: list[nn.Parameter], next_real: Callable[[], RealBatch]
+    ) -> dict[str, Tensor]:
         """One gradient step on L.
 
         G is in every step; R and F are in every fourth, in turn, and count fourfold: unbiased at a
@@ -138,10 +145,10 @@ class SymmetricStage:
         terms = self._terms(real if isinstance(real, tuple) else None, with_reverse=turn == 0)
         if isinstance(real, Tensor):
             terms["forward"] = real.mean()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)  # in place: see `flattened`
         self.weigh(terms).backward()
         max_norm = math.inf if self.clip_max_norm is None else self.clip_max_norm
-        norm = clip_grad_norm_(self.main.parameters(), max_norm)
+        norm = clip_grad_norm_(weights, max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rate * annealed(self.step, self.num_steps)
         if bool(torch.isfinite(norm)):  # a non-finite gradient skips the step

@@ -372,11 +372,16 @@ def test_corrected_posterior(inference):
 
 def test_corrected_posterior_moves_a_wrong_main_to_the_proxy(inference):
     corrected = inference.build_corrected_posterior()
-    with torch.no_grad():
-        for p in corrected.posterior_estimator.parameters():
-            if p.requires_grad:
-                p.add_(0.06 * torch.randn_like(p))
+    main = corrected.posterior_estimator
     x = torch.tensor([0.3, -0.2])
+    with torch.no_grad():
+        right = main.sample(torch.Size((20_000,)), x.unsqueeze(0)).mean(0)
+        wrong = right
+        while float((wrong - right).abs().max()) < 0.08:  # until it is visibly wrong
+            for p in main.parameters():
+                if p.requires_grad:
+                    p.add_(0.02 * torch.randn_like(p))
+            wrong = main.sample(torch.Size((20_000,)), x.unsqueeze(0)).mean(0)
     theta, log_weights = corrected.weighted_sample(20_000, x)
     by_weight = (torch.softmax(log_weights, 0).unsqueeze(1) * theta).sum(0)
     raw, fixed = theta.mean(0), corrected.sample((4000,), x=x, show_progress_bars=False).mean(0)

@@ -225,10 +225,12 @@ def _fit_net(
     if regression is not None:
         net = AroundRegression(net, regression)
 
+    noisy = bool(transform.integer.any())
+
     def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
         if not training:
             return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
-        target = transform.dequantise(x[indices])
+        target = transform.dequantise(x[indices]) if noisy else y[indices]
         if isinstance(net, AroundRegression):
             return net.left_out_loss(target, z[indices], left_out[indices])
         return net.loss(target, z[indices])  # type: ignore[operator]
