@@ -58,17 +58,14 @@ def flattened(net: nn.Module, vector: nn.Parameter | None = None) -> Iterator[li
         torch.Size([8]) 8.0
     """
     parameters = _trainable(net)
+    vector = flat_copy(net) if vector is None else vector
     if vector is None:
-        vector = flat_copy(net)
-        if vector is None:
-            yield parameters
-            return
-    else:
-        with torch.no_grad():
-            torch.cat([p.detach().reshape(-1) for p in parameters], out=vector)
+        yield parameters
+        return
     vector.grad = torch.zeros_like(vector)
     sizes = [p.numel() for p in parameters]
     for p, value, grad in zip(parameters, vector.detach().split(sizes), vector.grad.split(sizes)):
+        value.copy_(p.detach().reshape(-1))
         p.data, p.grad = value.view_as(p), grad.view_as(p)
     try:
         yield [vector]

@@ -103,12 +103,6 @@ def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
     average(tuple(ema), tuple(weights), step)
 
 
-@torch.no_grad()
-def _copy(source: _Weights, target: _Weights) -> None:
-    for old, new in zip(target, source):
-        old.copy_(new)
-
-
 def _annealed(epoch: int, max_epochs: int) -> float:
     """Cosine decay of the learning rate to a hundredth, in [0.01, 1]."""
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
@@ -138,12 +132,13 @@ def fit_network(
     Returns:
         The held-out loss of the weights kept and the epochs run.
     """
-    ema, best, best_net = deepcopy(net), math.inf, deepcopy(net)
+    ema, best = deepcopy(net), math.inf
     epoch = since = step = 0
     early = math.inf
     batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
     batch_size = min(batch_size, len(train_indices))
-    with flattened(net) as weights, flattened(ema) as averages, flattened(best_net) as kept:
+    with flattened(net) as weights, flattened(ema) as averages:
+        kept = [p.detach().clone() for p in averages]
         optimizer = AdamW(
             weights,
             lr=config.learning_rate,
@@ -166,7 +161,7 @@ def fit_network(
                 epoch += 1
                 if value < best:  # False for NaN: a failed epoch never becomes the best one.
                     best, since = value, 0
-                    _copy(averages, kept)
+                    kept = [p.detach().clone() for p in averages]
                 else:
                     since += 1
                 if on_epoch is not None:
@@ -176,6 +171,8 @@ def fit_network(
                     if best > give_up_above:
                         break
         finally:
-            net.load_state_dict(best_net.state_dict())
+            for average, value in zip(averages, kept):
+                average.detach().copy_(value)
+            net.load_state_dict(ema.state_dict())
             net.eval()
     return FitResult(best, epoch, early)

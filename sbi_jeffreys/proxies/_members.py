@@ -225,7 +225,7 @@ def _fit_net(
     if regression is not None:
         net = AroundRegression(net, regression)
 
-    noisy = bool(transform.integer.any())
+    noisy = bool(transform.integer.any())  # if not, each step would transform to the same y
 
     def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
         if not training:
