@@ -34,6 +34,7 @@ from sbi_jeffreys._sbi import (
     StartIndexContext,
     Tracker,
 )
+from sbi_jeffreys._spline import with_fast_splines
 from sbi_jeffreys.arguments import (
     check_constructor,
     check_dataloader_kwargs,
@@ -290,7 +291,9 @@ class NPE_Jeffreys(SymmetricTrainer):
         )
 
     def _initialize_neural_network(self, retrain_from_scratch: bool, start_idx: int) -> None:
-        """sbi's, after checking that a new network can be built and is wanted."""
+        """sbi's, after checking that a new network can be built and is wanted; faster splines."""
         if retrain_from_scratch or self._neural_net is None:
             check_rebuild(self._name, self._build_neural_net, self._resuming)
         super()._initialize_neural_network(retrain_from_scratch, start_idx)
+        assert self._neural_net is not None
+        with_fast_splines(self._neural_net)

@@ -16,6 +16,7 @@ import torch
 from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 
+from sbi_jeffreys._spline import with_fast_splines
 from sbi_jeffreys.fitting import FitConfig, FitResult, fit_network
 from sbi_jeffreys.proxies._kernel import KernelRegression
 from sbi_jeffreys.proxies._noise import fit_noise
@@ -219,9 +220,8 @@ def _fit_net(
     if regression is not None:
         left_out[train] = regression.left_out
         target = regression.whiten(target, z[train], regression.left_out)
-    net: nn.Module = likelihood_nn(spec.model, num_transforms=spec.num_transforms)(
-        z[train].cpu(), target.cpu()
-    ).to(x.device)
+    builder = likelihood_nn(spec.model, num_transforms=spec.num_transforms)
+    net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
     if regression is not None:
         net = AroundRegression(net, regression)
 
