@@ -44,7 +44,8 @@ class FitConfig:
             `learning_rate · weight_decay` per step.
         batch_size: Pairs per step; None: a ninth of the training pairs, between 20 and 200, so that
             an epoch has about nine steps where simulations are few.
-        patience: Epochs without held-out improvement before stopping.
+        patience: Epochs without held-out improvement before stopping; few, since the held-out loss
+            of averaged weights is smooth.
         max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
         clip_max_norm: Gradient norm bound, or None.
@@ -53,7 +54,7 @@ class FitConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     batch_size: int | None = None
-    patience: int = 20
+    patience: int = 10
     max_epochs: int = 150
     ema_decay: float = 0.995
     clip_max_norm: float | None = 5.0

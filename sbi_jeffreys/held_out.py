@@ -111,8 +111,8 @@ class HeldOut:
     def reverse(
         self, main: ConditionalDensityEstimator, proxy: Proxy, num_samples: int = 8
     ) -> float:
-        """R on (at most 100) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
-        x = self.x[:100]
+        """R on (at most 50) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
+        x = self.x[:50]
         with embedded_once(main, x):
             theta = main.sample(torch.Size((num_samples,)), x)
             log_p, log_q = main.log_prob(theta, x), proxy.log_potential(theta, x)

@@ -33,6 +33,7 @@ class Mutant:
 
 
 _OBJECTIVE, _MULTIPLIERS = "tests/test_objective.py", "tests/test_multipliers.py"
+_SPLINE = "tests/test_spline.py"
 MUTANTS = (
     Mutant("G off", "symmetric.py", "loss = lam * t * terms", "loss = 0 * lam * t * terms"),
     Mutant("F off", "symmetric.py", "_PERIOD * lam * (_REAL", "0 * _PERIOD * lam * (_REAL"),
@@ -91,6 +92,11 @@ MUTANTS = (
     Mutant("steps of the default alone", "trainer.py", "num_steps=self.options.steps_for(len(theta)),", "num_steps=self.options.steps_for(1000),", "tests/test_npe.py -k as_long_as"),
     Mutant("pool of the default alone", "preparation.py", "options.draws_for(len(simulations.theta))", "10**7", "tests/test_npe.py -k as_long_as"),
     Mutant("NPE not a floor", "trainer.py", "min(self._best_val_loss + self.options.tolerance, stage.npe_nll)", "float('inf')", "tests/test_npe.py -k annealed_weights"),
+    Mutant("spline: heights without slope", "_spline.py", "g_y * ratio + g_delta / w", "g_y * ratio", _SPLINE),
+    Mutant("spline: log det of the inverse", "_spline.py", "-log_det if inverse else log_det", "log_det", _SPLINE),
+    Mutant("spline: gradient outside", "_spline.py", "torch.where(inside, g_in, g_out)", "g_in", _SPLINE),
+    Mutant("spline: bins before", "_spline.py", "(g_left + after)", "(0 * g_left + after)", _SPLINE),
+    Mutant("spline: main without", "npe.py", "        with_fast_splines(self._neural_net)\n", "", _SPLINE),
 )  # fmt: skip
 
 
