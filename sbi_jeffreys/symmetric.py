@@ -102,7 +102,7 @@ class SymmetricStage:
             price=options.slack_price,
             step_size=options.dual_step_size,
             max_multiplier=options.max_multiplier,
-            initial=options.initial_multiplier,
+            initial=options.first_multiplier,
         ).to(self.pool_x.device)
         #: All weights in one vector, where they fit in one; it is the main's while an epoch runs.
         self.vector = flat_copy(main)
