@@ -157,12 +157,12 @@ class _RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        inputs, parameters = ctx.saved_tensors[:2]
         if torch.is_grad_enabled():  # a graph of the gradient is asked for
-            with torch.enable_grad():
-                values = ctx.spline.by_nflows(inputs, parameters, ctx.inverse)
-                found = torch.autograd.grad(values, (inputs, parameters), grads, create_graph=True)
-            return (*found, None, None)
+            saved = ctx.saved_tensors[:2]
+            wanted = [tensor for tensor in saved if tensor.requires_grad]
+            values = ctx.spline.by_nflows(*saved, ctx.inverse)
+            found = iter(torch.autograd.grad(values, wanted, grads, create_graph=True))
+            return (*(next(found) if t.requires_grad else None for t in saved), None, None)
         return (*_gradients(ctx, grads[0], grads[1]), None, None)
 
 

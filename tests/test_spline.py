@@ -47,6 +47,9 @@ def test_gradients_are_those_of_the_values(inverse):
     arguments = x[inside].requires_grad_(), parameters[inside].requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: SPLINE(*a, inverse), arguments)
     assert torch.autograd.gradgradcheck(lambda *a: SPLINE(*a, inverse), arguments)
+    for k in range(2):  # and where one of both is constant
+        one = [a if j == k else a.detach() for j, a in enumerate(arguments)]
+        assert torch.autograd.gradgradcheck(lambda *a, inverse=inverse: SPLINE(*a, inverse), one)
 
 
 def test_the_log_det_is_that_of_the_map():
