@@ -394,6 +394,13 @@ def test_corrected_posterior_needs_a_proxy():
         NPE_Jeffreys(PRIOR).build_corrected_posterior()
 
 
+def test_where_the_multiplier_starts():
+    assert JeffreysOptions().first_multiplier == 0.3
+    assert JeffreysOptions(adaptive=False).first_multiplier == 1.0
+    assert JeffreysOptions(adaptive=False, initial_multiplier=2.0).first_multiplier == 2.0
+    assert JeffreysOptions(max_multiplier=0.1).first_multiplier == 0.1
+
+
 def test_wrong_options_type():
     with pytest.raises(TypeError, match="JeffreysOptions"):
         NPE_Jeffreys(PRIOR, options={"num_steps": 3})  # type: ignore[arg-type]
