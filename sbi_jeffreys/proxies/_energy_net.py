@@ -45,7 +45,9 @@ class EnergyConfig:
     num_contrasts: int = 32
     refresh_epochs: int = 10
     fit: FitConfig = field(
-        default_factory=lambda: FitConfig(learning_rate=1e-3, weight_decay=0.1, max_epochs=100)
+        default_factory=lambda: FitConfig(
+            learning_rate=1e-3, weight_decay=0.1, max_epochs=100, patience=20
+        )
     )
 
     def __post_init__(self) -> None:
