@@ -30,6 +30,8 @@ __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 # where fits are slow, the last at twenty epochs may be the first in the end.
 _RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
+_LEAST_PATIENCE = 10  # epochs, however many steps they have
+
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]
 _Weights = list[nn.Parameter]
 
@@ -44,8 +46,9 @@ class FitConfig:
             `learning_rate · weight_decay` per step.
         batch_size: Pairs per step; None: a ninth of the training pairs, between 20 and 200, so that
             an epoch has about nine steps where simulations are few.
-        patience: Epochs without held-out improvement before stopping; few, since the held-out loss
-            of averaged weights is smooth.
+        patience: Epochs without held-out improvement before stopping.
+        patience_steps: Stop sooner, after this many steps and at least ten epochs without
+            improvement, since the held-out loss of averaged weights is smooth; None: not sooner.
         max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
         clip_max_norm: Gradient norm bound, or None.
@@ -54,10 +57,23 @@ class FitConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
     batch_size: int | None = None
-    patience: int = 10
+    patience: int = 20
+    patience_steps: int | None = 90
     max_epochs: int = 150
     ema_decay: float = 0.995
     clip_max_norm: float | None = 5.0
+
+    def epochs_without_gain(self, steps_per_epoch: int) -> int:
+        """Epochs without held-out improvement before stopping.
+
+        Example:
+            >>> FitConfig().epochs_without_gain(9), FitConfig().epochs_without_gain(4)
+            (10, 20)
+        """
+        if self.patience_steps is None:
+            return self.patience
+        enough = max(_LEAST_PATIENCE, math.ceil(self.patience_steps / max(1, steps_per_epoch)))
+        return min(self.patience, enough)
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,7 @@ def fit_network(
     early = math.inf
     batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
     batch_size = min(batch_size, len(train_indices))
+    patience = config.epochs_without_gain(len(train_indices) // batch_size)
     with flattened(net) as weights, flattened(ema) as averages:
         kept = [p.detach().clone() for p in averages]
         optimizer = AdamW(
@@ -147,7 +164,7 @@ def fit_network(
             fused=can_fuse(net),
         )
         try:
-            while epoch < config.max_epochs and since < config.patience:
+            while epoch < config.max_epochs and since < patience:
                 net.train()
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)

@@ -232,3 +232,22 @@ def test_auto_chooses_by_x_and_embedding():
     assert choice(Main(), torch.randn(9, 2)) == "likelihood: vector x"
     assert choice(Main(torch.nn.Linear(2, 2)), torch.randn(9, 2)) == "energy: the main embeds x"
     assert "constant" in choice(Main(), torch.ones(9, 2))
+
+
+@pytest.mark.parametrize(
+    ("num", "config", "epochs"),
+    [
+        (900, FitConfig(), 1 + 10),  # nine steps an epoch
+        (40, FitConfig(), 1 + 20),  # two: ten epochs would be too few steps
+        (900, FitConfig(patience=4), 1 + 4),
+        (900, FitConfig(patience_steps=None), 1 + 20),
+    ],
+)
+def test_a_fit_waits_for_so_many_steps_without_gain(num, config, epochs):
+    def loss(net, indices, training):
+        fitted = net(torch.ones(len(indices), 1))[:, 0] ** 2
+        return fitted if training else torch.ones(len(indices))
+
+    net = torch.nn.Linear(1, 1)
+    result = fit_network(net, loss, torch.arange(num), torch.arange(5), config)
+    assert result.epochs == epochs

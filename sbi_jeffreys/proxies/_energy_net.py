@@ -46,7 +46,7 @@ class EnergyConfig:
     refresh_epochs: int = 10
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
-            learning_rate=1e-3, weight_decay=0.1, max_epochs=100, patience=20
+            learning_rate=1e-3, weight_decay=0.1, max_epochs=100, patience_steps=None
         )
     )
 
