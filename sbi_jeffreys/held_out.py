@@ -20,6 +20,7 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.temperature import inverse_temperature
 
 __all__ = ["HeldOut", "defensive_log_normaliser"]
 
@@ -44,6 +45,19 @@ def defensive_log_normaliser(
     Returns:
         log Ẑ `(B,)` and effective sample sizes in [0, num_samples] `(B,)`.
     """
+    theta, log_m = _defensive_draws(proxy, main, x, num_samples)
+    log_q = proxy.log_potential(theta, x)
+    return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
+
+
+def _defensive_draws(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    x: Tensor,
+    num_samples: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """θ_k ∼ m(·|x), ¾ main and ¼ prior, and log m of them; `first` `(B, D)` goes before them."""
     from_main = max(1, round(_MAIN_SHARE * num_samples))
     from_prior = (num_samples - from_main) * len(x)  # drawn flat: not every prior takes 2-D shapes
     log_share = math.log(from_main / num_samples)
@@ -52,10 +66,10 @@ def defensive_log_normaliser(
         theta = main.sample(torch.Size((from_main,)), x)
         theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta)
         theta = torch.cat([theta, theta_prior.reshape(-1, *theta.shape[1:])])
+        if first is not None:
+            theta = torch.cat([first.unsqueeze(0), theta])
         log_p = main.log_prob(theta, x)
-    log_m = torch.logaddexp(log_p + log_share, proxy.log_prior(theta) + log_rest)
-    log_q = proxy.log_potential(theta, x)
-    return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
+    return theta, torch.logaddexp(log_p + log_share, proxy.log_prior(theta) + log_rest)
 
 
 @dataclass
@@ -97,15 +111,34 @@ class HeldOut:
         """P_val of the proxy; inf where it cannot be evaluated."""
         if self.atomic:
             theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
-            factor = proxy.log_factor(theta, self.x)
+            factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
             return self._mean(ranking_nce_losses(factor[0], factor[1:]))
-        num_samples = max(64, min(256, _EVALUATIONS // len(self.theta)))
+        num_samples = self._num_draws()
         losses = []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
             log_z, _ = defensive_log_normaliser(proxy, main, x, num_samples)
             losses.append(log_z - proxy.log_potential(theta.unsqueeze(0), x)[0])
         value = self._mean(torch.cat(losses))
         return value if math.isfinite(value) else math.inf
+
+    def _num_draws(self) -> int:
+        """Draws per held-out pair."""
+        return max(64, min(256, _EVALUATIONS // len(self.theta)))
+
+    @torch.no_grad()
+    def inverse_temperature(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
+        """β by which the proxy's log factor should be scaled; see `sbi_jeffreys.temperature`."""
+        if self.atomic:
+            theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
+            factor = proxy.log_factor(theta, self.x)
+            return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
+        offsets, factors = [], []
+        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
+            theta, log_m = _defensive_draws(proxy, main, x, self._num_draws(), theta)
+            offsets.append(proxy.log_prior(theta) - log_m)
+            factors.append(proxy.log_potential(theta, x) - proxy.log_prior(theta))
+        factor = torch.cat(factors, dim=1) / proxy.inverse_temperature
+        return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)
 
     @torch.no_grad()
     def reverse(

@@ -63,7 +63,7 @@ class JeffreysOptions:
             that sample with gradients).
         reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
             a far tail, are capped.
-        adaptive: Whether multipliers, slack and trust adapt; if False they stay at
+        adaptive: Whether multipliers, slack, trust and temperature adapt; if False they stay at
             `initial_multiplier` and 1: the fixed-weight penalty.
         initial_multiplier: λ of the forward constraint at the start. None: 0.3 if it adapts, since
             R, which clears mass from between the modes, does so best early; 1 if not.
@@ -72,6 +72,9 @@ class JeffreysOptions:
         dual_step_size: How fast λ follows, in (0, 1]. Slower than the main, whose early lag is no
             sign that the constraint cannot be met.
         tolerance: Held-out gap, in nats, that the forward constraint forgives without slack.
+        temper: Whether the proxy's log factor is scaled by an inverse temperature found on held-out
+            pairs, where it adapts and was learned from the simulations (`GivenProxy` is taken at
+            its word).
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
         marginal_transforms: Whether a network given *by name* sees x through marginal transforms
             (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
@@ -105,6 +108,7 @@ class JeffreysOptions:
     slack_price: float = 20.0
     dual_step_size: float = 0.1
     tolerance: float = 0.05
+    temper: bool = True
     min_trust: float = 0.05
     marginal_transforms: bool = True
 
@@ -125,7 +129,7 @@ class JeffreysOptions:
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
         if not isinstance(self.energy, EnergyConfig):
             raise TypeError(f"energy must be an EnergyConfig, got {type(self.energy).__name__}.")
-        for name in ("adaptive", "marginal_transforms"):
+        for name in ("adaptive", "marginal_transforms", "temper"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
         by_default = [name for name in _NONE_ALLOWED if getattr(self, name) is None]

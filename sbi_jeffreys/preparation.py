@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
 from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.multipliers import trust
+from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, Proxy, build_proxy
 
@@ -108,6 +109,7 @@ def prepare(
             max_epochs=max_epochs,
             patience=patience,
         )
+    note += _temper(proxy, main, held_out, options)
     main_nll, proxy_nll = held_out.main(main, proxy), held_out.proxy(proxy, main)
     t = float(trust(proxy_nll, main_nll)) if options.adaptive else 1.0
     verdict = Prepared(proxy, note, False, proxy_nll, main_nll, t)
@@ -118,6 +120,19 @@ def prepare(
     if len(pool[1]) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
         return _refuse(verdict, "its draws of x are implausible")
     return replace(verdict, usable=True, pool=pool)
+
+
+def _temper(
+    proxy: Proxy, main: ConditionalDensityEstimator, held_out: HeldOut, options: JeffreysOptions
+) -> str:
+    """Set the proxy's temperature by held-out evidence; what to say about it."""
+    proxy.inverse_temperature.fill_(1.0)
+    if not (options.adaptive and options.temper and proxy.can_be_tempered):
+        return ""
+    beta = held_out.inverse_temperature(proxy, main)
+    proxy.inverse_temperature.fill_(beta)
+    word = "too flat" if beta > 1 else "too sharp"
+    return "" if beta == 1 else f"; held-out pairs find it {word}: log factor times {beta:.2f}"
 
 
 def _refuse(verdict: Prepared, reason: str) -> Prepared:
@@ -141,8 +156,20 @@ def draw_pool(
     if not proxy.can_sample:
         return None, simulations.x[simulations.train]
     if simulations.round_ == 0:
-        return proxy.sample_joint(num_draws)
+        return _tempered(proxy, *proxy.sample_joint(num_draws))
     # Later rounds: observations where the rounds simulate, at θ of the training simulations.
     rows = simulations.train[torch.randint(len(simulations.train), (num_draws,))]
     theta, x = proxy.sample_given(simulations.theta[rows])
-    return (None if atomic else theta), x
+    return (None, x) if atomic else _tempered(proxy, theta, x)
+
+
+@torch.no_grad()
+def _tempered(proxy: Proxy, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of p(θ) ℓ_ψ(x|θ) resampled in proportion to ℓ_ψ^{β−1}: θ given x follows q_{ψ,β}."""
+    beta = proxy.inverse_temperature
+    if beta == 1 or len(x) == 0:
+        return theta, x
+    log_weights = (beta - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
+    weights = truncated_log_weights(log_weights).exp()
+    rows = torch.multinomial(weights, len(x), replacement=True)
+    return theta[rows], x[rows]

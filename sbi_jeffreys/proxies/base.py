@@ -1,9 +1,9 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
-q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{f_ψ(θ, x)}. Subclasses say what f_ψ is: a learned log-likelihood
-(`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands over
-(`GivenProxy`). What they share lives here: the prior's support, and the partition function by
-importance sampling.
+q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{β f_ψ(θ, x)}, where the inverse temperature β is 1 unless held-out
+pairs speak against it (`sbi_jeffreys.temperature`). Subclasses say what f_ψ is: a learned
+log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
+over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
 """
 
 from __future__ import annotations
@@ -26,18 +26,26 @@ __all__ = ["EmpiricalPrior", "Proxy"]
 
 
 class Proxy(nn.Module, ABC):
-    """An energy over θ given x, E_ψ(θ, x) = −log p(θ) − f_ψ(θ, x).
+    """An energy over θ given x, E_ψ(θ, x) = −log p(θ) − β f_ψ(θ, x).
 
     Args:
         prior: Prior p(θ) with `log_prob` and `sample`, event shape `(D,)`.
+
+    Attributes:
+        inverse_temperature: β, a scalar; 1 until training finds another (of proxies that
+            `can_be_tempered`).
     """
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
+    #: Whether f_ψ is learned: held-out pairs may then find it too flat or too sharp.
+    can_be_tempered: bool = False
+    inverse_temperature: Tensor
 
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
         self.prior = prior
+        self.register_buffer("inverse_temperature", torch.tensor(1.0))
 
     @abstractmethod
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -60,7 +68,7 @@ class Proxy(nn.Module, ABC):
         return log_prob.reshape(theta.shape[:-1])
 
     def log_potential(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log q̃_ψ(θ, x) = log p(θ) + f_ψ(θ, x), −∞ outside the prior.
+        """log q̃_ψ(θ, x) = log p(θ) + β f_ψ(θ, x), −∞ outside the prior.
 
         Args:
             theta: Parameters, shape `(K, B, D)`.
@@ -74,7 +82,7 @@ class Proxy(nn.Module, ABC):
         # Networks may overflow far outside the support; their value there is not used, and a NaN
         # masked by `where` would still poison the gradient. So they see an inside point instead.
         safe = torch.where(inside.unsqueeze(-1), theta, self._inside_point(theta))
-        factor = self.log_factor(safe, x)
+        factor = self.inverse_temperature * self.log_factor(safe, x)
         return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
 
     def _inside_point(self, like: Tensor) -> Tensor:
@@ -112,11 +120,11 @@ class Proxy(nn.Module, ABC):
         return self
 
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) for given θ̃ `(N, D)`; implausible ones may be dropped."""
+        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)), β = 1, for given θ̃ `(N, D)`; implausible ones may be dropped."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃): `(N, D)`, `(N, *x_shape)` with N ≤ num_samples."""
+        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), at β = 1: `(N, D)`, `(N, *x_shape)`, N ≤ num_samples."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
 

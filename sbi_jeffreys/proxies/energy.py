@@ -63,6 +63,7 @@ class EnergyProxy(Proxy):
     """
 
     can_sample = False
+    can_be_tempered = True
 
     def __init__(
         self,

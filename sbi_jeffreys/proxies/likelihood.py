@@ -95,6 +95,7 @@ class LikelihoodProxy(Proxy):
     """
 
     can_sample = True
+    can_be_tempered = True
     weights: Tensor
     lower: Tensor
     upper: Tensor
