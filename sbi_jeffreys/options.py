@@ -47,8 +47,10 @@ class JeffreysOptions:
             time. None: 10 below 150 training simulations, 5 below 300, else 1.
         energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
-            None: 600, and from 1,000 simulations on 600 (N / 1,000)^0.8, since a proxy of more
-            simulations knows more that the main has to follow: 3,786 at 10,000.
+            None: half as many again as plain NPE took (a main that was hard to fit to the
+            simulations is hard to fit to the proxy), between 600 and 1,000. Both bounds grow as
+            (N / 1,000)^0.8 from 1,000 simulations on, since a proxy of more simulations knows more
+            that the main has to follow: 3,786 and 6,310 at 10,000.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
             `learning_rate` (which is plain NPE's, on few simulations). None: 30; 20 where the proxy
@@ -152,22 +154,28 @@ class JeffreysOptions:
             return self.initial_multiplier
         return min(0.3 if self.adaptive else 1.0, self.max_multiplier)
 
-    def steps_for(self, num_simulations: int) -> int:
-        """`num_steps`, or its default for so many simulations of all rounds in use.
+    def steps_for(self, num_simulations: int, plain_steps: int = 0) -> int:
+        """`num_steps`, or its default.
+
+        Args:
+            num_simulations: Of all rounds in use.
+            plain_steps: Gradient steps that plain NPE took on them.
 
         Example:
-            >>> JeffreysOptions().steps_for(10_000)
-            3786
+            >>> [JeffreysOptions().steps_for(1_000, steps) for steps in (200, 600, 2_000)]
+            [600, 900, 1000]
         """
         if self.num_steps is not None:
             return self.num_steps
-        return round(_STEPS * max(1.0, num_simulations / 1000) ** _GROWTH)
+        growth = max(1.0, num_simulations / 1000) ** _GROWTH
+        low, high = (round(bound * growth) for bound in _STEPS)
+        return min(max(low, round(_STEPS_OVER_PLAIN * plain_steps)), high)
 
-    def draws_for(self, num_simulations: int) -> int:
-        """`proxy_draws`, or its default for so many simulations of all rounds in use."""
+    def draws_for(self, num_steps: int) -> int:
+        """`proxy_draws`, or its default for so many steps."""
         if self.proxy_draws is not None:
             return self.proxy_draws
-        return min(max(1, _DRAWS_PER_STEP * self.steps_for(num_simulations)), _MAX_DRAWS)
+        return min(max(1, _DRAWS_PER_STEP * num_steps), _MAX_DRAWS)
 
 
 # None: chosen by the data
@@ -181,7 +189,8 @@ _NONE_ALLOWED = (
 # With 10,000 simulations of two tuning tasks NLL fell by 0.02 and 0.19 nats from 600 to 4,000 steps
 # (most of it by 1,900), reverse KL from 2.74 to 2.71 and from 53 to 30. 4,000 steps alone took 1.4
 # and 1.2 times plain NPE's processor time, all of training 3.1 and 3.2 times (one seed).
-_STEPS, _GROWTH = 600, 0.8
+_STEPS, _GROWTH = (600, 1000), 0.8
+_STEPS_OVER_PLAIN = 1.5
 _DRAWS_PER_STEP, _MAX_DRAWS = 100, 1_000_000
 _INT_MINIMA = {
     "proxy_folds": 1,

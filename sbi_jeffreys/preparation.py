@@ -52,6 +52,7 @@ class Prepared:
         main_nll: Held-out value of the main the proxy was compared with.
         trust: t in [0, 1].
         pool: θ (or None) and x for the symmetric stage.
+        pool_weights: How often each of them is used, in proportion.
     """
 
     proxy: Proxy | None
@@ -61,6 +62,7 @@ class Prepared:
     main_nll: float = float("inf")
     trust: float = 0.0
     pool: tuple[Tensor | None, Tensor] | None = None
+    pool_weights: Tensor | None = None
 
 
 def prepare(
@@ -69,6 +71,7 @@ def prepare(
     simulations: Simulations,
     held_out: HeldOut,
     options: JeffreysOptions,
+    num_steps: int,
     max_epochs: int,
     patience: int,
     show_progress_bars: bool,
@@ -81,6 +84,7 @@ def prepare(
         simulations: Data and split.
         held_out: The held-out pairs.
         options: The proxy's options.
+        num_steps: Of the symmetric stage.
         max_epochs: Bound on the epochs of each of the proxy's networks.
         patience: Their early stopping.
         show_progress_bars: Whether to show progress.
@@ -115,11 +119,12 @@ def prepare(
     verdict = Prepared(proxy, note, False, proxy_nll, main_nll, t)
     if t < options.min_trust:
         return _refuse(verdict, f"not trusted (t = {t:.2g})")
-    num_draws = options.draws_for(len(simulations.theta))
+    num_draws = options.draws_for(num_steps)
     pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
     if len(pool[1]) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
         return _refuse(verdict, "its draws of x are implausible")
-    return replace(verdict, usable=True, pool=pool)
+    weights = tempering_weights(proxy, *pool)
+    return replace(verdict, usable=True, pool=pool, pool_weights=weights)
 
 
 def _temper(
@@ -131,8 +136,7 @@ def _temper(
         return ""
     beta = held_out.inverse_temperature(proxy, main)
     proxy.inverse_temperature.fill_(beta)
-    word = "too flat" if beta > 1 else "too sharp"
-    return "" if beta == 1 else f"; held-out pairs find it {word}: log factor times {beta:.2f}"
+    return "" if beta == 1 else f"; held-out pairs find it too flat: log factor times {beta:.2f}"
 
 
 def _refuse(verdict: Prepared, reason: str) -> Prepared:
@@ -156,20 +160,27 @@ def draw_pool(
     if not proxy.can_sample:
         return None, simulations.x[simulations.train]
     if simulations.round_ == 0:
-        return _tempered(proxy, *proxy.sample_joint(num_draws))
+        return proxy.sample_joint(num_draws)
     # Later rounds: observations where the rounds simulate, at θ of the training simulations.
     rows = simulations.train[torch.randint(len(simulations.train), (num_draws,))]
     theta, x = proxy.sample_given(simulations.theta[rows])
-    return (None, x) if atomic else _tempered(proxy, theta, x)
+    return (None if atomic else theta), x
 
 
 @torch.no_grad()
-def _tempered(proxy: Proxy, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of p(θ) ℓ_ψ(x|θ) resampled in proportion to ℓ_ψ^{β−1}: θ given x follows q_{ψ,β}."""
+def tempering_weights(proxy: Proxy, theta: Tensor | None, x: Tensor) -> Tensor:
+    """Weights in proportion to ℓ_ψ^{β−1}: under them, θ given x follows q_{ψ,β} in the pool.
+
+    Args:
+        proxy: The proxy, at its temperature.
+        theta: Of the pool, or None where there are none to weigh.
+        x: Of the pool.
+
+    Returns:
+        Shape `(N,)`, mean one; ones at β = 1.
+    """
     beta = proxy.inverse_temperature
-    if beta == 1 or len(x) == 0:
-        return theta, x
+    if theta is None or beta == 1 or len(x) == 0:
+        return torch.ones(len(x), device=x.device)
     log_weights = (beta - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
-    weights = truncated_log_weights(log_weights).exp()
-    rows = torch.multinomial(weights, len(x), replacement=True)
-    return theta[rows], x[rows]
+    return len(x) * truncated_log_weights(log_weights).exp()

@@ -74,6 +74,7 @@ class SymmetricStage:
         npe_nll: V_NPE, plain NPE's held-out value, which no result may fall behind.
         proxy_trust: t ∈ (0, 1].
         num_steps: Length of the stage; the learning rate is annealed over it.
+        pool_weights: What else they are drawn in proportion to, `(N,)`; None: nothing.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class SymmetricStage:
         npe_nll: float,
         proxy_trust: float,
         num_steps: int,
+        pool_weights: Tensor | None = None,
     ) -> None:
         self.main, self.proxy, self.options = main, proxy, options
         self.num_steps = num_steps
@@ -97,6 +99,8 @@ class SymmetricStage:
         by_default = _FACTOR if self.pool_theta is not None else _FACTOR_WITHOUT_PAIRS
         self.peak_learning_rate = learning_rate * (options.learning_rate_factor or by_default)
         self.pool_weights = torch.ones(len(self.pool_x)) if kernel is None else kernel(self.pool_x)
+        if pool_weights is not None:
+            self.pool_weights = self.pool_weights * pool_weights
         self.entropy, self.npe_nll, self.trust = entropy, npe_nll, proxy_trust
         self.multipliers = ResilientMultipliers(
             price=options.slack_price,

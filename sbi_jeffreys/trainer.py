@@ -63,6 +63,7 @@ class SymmetricTrainer(NPE_C):
         #: Weights of the last step, where the best ones were put into the main meanwhile.
         self._paused_state: dict[str, Any] | None = None
         self._stage_epochs = 0
+        self._plain_steps = 0  # that stage 0 took
 
     def _run_training_loop(
         self,
@@ -85,6 +86,7 @@ class SymmetricTrainer(NPE_C):
                     )
                     epochs = self._summary["epochs_trained"].pop()
                     self._summary["best_validation_loss"].pop()
+                    self._plain_steps += epochs * len(train_loader)
                 epochs += self._train_symmetric(train_loader, train_config, loss_args)
             except KeyboardInterrupt:
                 self._pause()
@@ -168,6 +170,7 @@ class SymmetricTrainer(NPE_C):
         loss_args: LossArgsNPE,
     ) -> None:
         """Fit the proxy and set up the symmetric stage, or leave stage 0 as it is."""
+        num_steps = self.options.steps_for(len(theta), self._plain_steps)
         train, val = self.train_indices.to(self._device), self.val_indices.to(self._device)
         prepared = prepare(
             self._prior,
@@ -175,6 +178,7 @@ class SymmetricTrainer(NPE_C):
             Simulations(theta, x, train, val, self._round),
             held_out,
             self.options,
+            num_steps,
             config.max_num_epochs,
             config.stop_after_epochs,
             self._show_progress_bars,
@@ -202,7 +206,8 @@ class SymmetricTrainer(NPE_C):
             entropy=min(prepared.proxy_nll, prepared.main_nll),
             npe_nll=prepared.main_nll,
             proxy_trust=prepared.trust,
-            num_steps=self.options.steps_for(len(theta)),
+            num_steps=num_steps,
+            pool_weights=prepared.pool_weights,
         )
 
     def _kernel_leaves_draws(self, prepared: Prepared, loss_args: LossArgsNPE) -> bool:

@@ -33,6 +33,7 @@ class Mutant:
 
 
 _OBJECTIVE, _MULTIPLIERS = "tests/test_objective.py", "tests/test_multipliers.py"
+_TEMPERATURE = "tests/test_temperature.py"
 _SPLINE = "tests/test_spline.py"
 MUTANTS = (
     Mutant("G off", "symmetric.py", "loss = lam * t * terms", "loss = 0 * lam * t * terms"),
@@ -89,8 +90,19 @@ MUTANTS = (
     Mutant("builders leak", "npe.py", "elif transformed and known:", "elif False:", "tests/test_builders.py -k cannot_leak"),
     Mutant("bad proxy followed", "preparation.py", "if t < options.min_trust:", "if False:", "tests/test_npe.py -k untrustworthy"),
     Mutant("as long for many simulations", "options.py", "max(1.0, num_simulations / 1000)", "1.0", "tests/test_npe.py -k as_long_as"),
-    Mutant("steps of the default alone", "trainer.py", "num_steps=self.options.steps_for(len(theta)),", "num_steps=self.options.steps_for(1000),", "tests/test_npe.py -k as_long_as"),
-    Mutant("pool of the default alone", "preparation.py", "options.draws_for(len(simulations.theta))", "10**7", "tests/test_npe.py -k as_long_as"),
+    Mutant("steps of the default alone", "trainer.py", "self.options.steps_for(len(theta), self", "self.options.steps_for(1000, self", "tests/test_npe.py -k as_long_as"),
+    Mutant("steps whatever NPE took", "trainer.py", "self._plain_steps += epochs * len(train_loader)", "pass", "tests/test_npe.py -k as_long_as"),
+    Mutant("pool of the default alone", "preparation.py", "options.draws_for(num_steps)", "10**7", "tests/test_npe.py -k as_long_as"),
+    Mutant("potential not tempered", "proxies/base.py", "self.inverse_temperature * self.log_factor", "self.log_factor", _TEMPERATURE),
+    Mutant("atomic reading not tempered", "held_out.py", "factor = proxy.inverse_temperature * proxy", "factor = proxy", _TEMPERATURE),
+    Mutant("pool not tempered", "preparation.py", "log_weights = (beta - 1) *", "log_weights = 0 *", _TEMPERATURE),
+    Mutant("tempered pool not used", "symmetric.py", "self.pool_weights = self.pool_weights * pool_weights", "pass", _TEMPERATURE),
+    Mutant("temperature of a few pairs", "temperature.py", "_PRIOR_SCALE = 0.15", "_PRIOR_SCALE = 15.0", _TEMPERATURE),
+    Mutant("temperature by IS normaliser", "temperature.py", "ranking_nce_losses(value[0], value[1:])", "value[1:].logsumexp(0) - value[0]", _TEMPERATURE),
+    Mutant("contrasts of the prior only", "held_out.py", "offsets.append(proxy.log_prior(theta) - log_m)", "offsets.append(0 * log_m)", _TEMPERATURE),
+    Mutant("frozen and tempered", "preparation.py", "options.adaptive and options.temper", "options.temper", _TEMPERATURE),
+    Mutant("temper dead", "preparation.py", "options.adaptive and options.temper", "options.adaptive", _TEMPERATURE),
+    Mutant("given likelihood tempered", "preparation.py", " and proxy.can_be_tempered", "", _TEMPERATURE),
     Mutant("NPE not a floor", "trainer.py", "min(self._best_val_loss + self.options.tolerance, stage.npe_nll)", "float('inf')", "tests/test_npe.py -k annealed_weights"),
     Mutant("spline: heights without slope", "_spline.py", "g_y * ratio + g_delta / w", "g_y * ratio", _SPLINE),
     Mutant("spline: log det of the inverse", "_spline.py", "-log_det if inverse else log_det", "log_det", _SPLINE),

@@ -253,23 +253,34 @@ def test_few_simulations_and_small_batches(num, batch):
     )
 
 
-def test_more_simulations_get_more_steps_and_a_larger_pool():
-    """600 steps are too few to follow the proxy of 10,000 simulations."""
+def test_more_simulations_and_harder_fits_get_more_steps_and_a_larger_pool():
+    """600 steps are too few to follow the proxy of 10,000 simulations, or of two thin arcs."""
     chosen = JeffreysOptions()
     assert [chosen.steps_for(num) for num in (20, 1_000, 2_000, 10_000)] == [600, 600, 1045, 3786]
-    assert [chosen.draws_for(num) for num in (20, 10_000, 10**6)] == [60_000, 378_600, 10**6]
+    assert [chosen.steps_for(1_000, plain) for plain in (400, 500, 5_000)] == [600, 750, 1_000]
+    assert [chosen.steps_for(10_000, plain) for plain in (3_000, 9_000)] == [4_500, 6_310]
+    assert [chosen.draws_for(steps) for steps in (600, 3_786, 10**6)] == [60_000, 378_600, 10**6]
     set_ = JeffreysOptions(num_steps=7)
-    assert (set_.steps_for(10_000), set_.draws_for(10_000)) == (7, 700)
+    assert (set_.steps_for(10_000, 10_000), set_.draws_for(7)) == (7, 700)
     assert JeffreysOptions(proxy_draws=11).draws_for(10_000) == 11
-    assert JeffreysOptions(num_steps=0).draws_for(100) == 1
+    assert JeffreysOptions().draws_for(0) == 1
 
 
-@pytest.mark.parametrize(("num", "steps"), [(60, 600), (1_500, 830)])
-def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, steps):
+@pytest.mark.parametrize(
+    ("num", "batch", "steps"), [(60, 200, 600), (1_500, 200, 830), (500, 3, 675)]
+)
+def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, batch, steps):
+    """The last case: 150 steps in each of plain NPE's epochs, which are one more than the bound."""
     options = replace(TINY, num_steps=None, proxy_draws=None, min_trust=0.0)
-    stage = trained(num, options, max_num_epochs=1)._stage
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(*simulate(num)).train(
+            training_batch_size=batch, max_num_epochs=2
+        )
+    stage = inference._stage
     assert stage is not None
-    assert (stage.num_steps, stage.step) == (steps, TINY.steps_per_epoch)
+    assert (stage.num_steps, stage.step) == (steps, 2 * TINY.steps_per_epoch)
     assert 10 * steps < len(stage.pool_x) <= 100 * steps  # less what is implausible
 
 

@@ -16,7 +16,7 @@ from torch.distributions import MultivariateNormal, Normal
 from sbi_jeffreys import GivenProxy, NPE_Jeffreys
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.held_out import HeldOut
-from sbi_jeffreys.preparation import Simulations, draw_pool
+from sbi_jeffreys.preparation import Simulations, draw_pool, tempering_weights
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.temperature import inverse_temperature
 
@@ -79,12 +79,17 @@ TOLERANCE = 0.16
 
 
 @pytest.mark.parametrize("atomic", [False, True], ids=["first round", "atomic"])
-@pytest.mark.parametrize("scale", [0.4, 0.5, 0.65])
+@pytest.mark.parametrize("scale", [0.5, 0.6, 0.7])
 def test_the_true_temperature_is_found(scale: float, atomic: bool):
     torch.manual_seed(1)
     found = held_out(1000, atomic).inverse_temperature(ScaledProxy(scale), WideMain())
     expected = 2 * math.log(scale / NOISE)
     assert math.log(found) == pytest.approx(expected, abs=TOLERANCE + 0.07 * abs(expected))
+
+
+def test_what_is_too_sharp_stays_so():
+    torch.manual_seed(1)
+    assert held_out(1000).inverse_temperature(ScaledProxy(0.4), WideMain()) == 1.0
 
 
 def test_it_is_read_at_whatever_temperature_the_proxy_has():
@@ -101,7 +106,7 @@ def test_a_handful_of_pairs_does_not_move_it():
     """Five pairs carry 3 units of information against the prior's 44: log β within 0.05 or so."""
     torch.manual_seed(1)
     found = [held_out(5).inverse_temperature(ScaledProxy(0.65), WideMain()) for _ in range(20)]
-    assert all(0.85 < beta < 1.2 for beta in found)
+    assert all(beta < 1.2 for beta in found)
     assert sum(found) / 20 > 1.0  # but they count
 
 
@@ -112,7 +117,7 @@ def test_pairs_count_by_weight():
     first = torch.cat([torch.ones(200), torch.zeros(200)])
     zeros = torch.zeros_like(factor)
     assert inverse_temperature(zeros, factor, first) > 1.3
-    assert inverse_temperature(zeros, factor, 1 - first) < 0.7
+    assert inverse_temperature(zeros, factor, 1 - first) == 1.0
 
 
 def test_contrasts_outside_the_prior_do_not_count_and_unreadable_pairs_are_left_out():
@@ -138,7 +143,7 @@ def test_the_potential_is_tempered_and_the_prior_is_not():
 
 
 @pytest.mark.parametrize("round_", [0, 1])
-@pytest.mark.parametrize("beta", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("beta", [1.0, 1.3, 1.6])
 def test_pairs_of_the_pool_follow_the_tempered_proxy(beta: float, round_: int):
     """Given x, θ ∼ N(λx, τ²) with precision 1/τ² = 1 + β/s² and λ = τ² β/s²."""
     torch.manual_seed(0)
@@ -149,6 +154,10 @@ def test_pairs_of_the_pool_follow_the_tempered_proxy(beta: float, round_: int):
     simulations = Simulations(*pairs(num), indices, indices[:1], round_)
     theta, x = draw_pool(proxy, simulations, atomic=False, num_draws=num)
     assert theta is not None
+    weights = tempering_weights(proxy, theta, x)
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-4)
+    rows = torch.multinomial(weights, num, replacement=True)
+    theta, x = theta[rows], x[rows]
     variance = 1 / (1 + beta / scale**2)
     slope = variance * beta / scale**2
     found = float((theta * x).sum() / (x * x).sum())
@@ -157,15 +166,10 @@ def test_pairs_of_the_pool_follow_the_tempered_proxy(beta: float, round_: int):
     assert float((theta - slope * x).var()) == pytest.approx(variance, rel=0.05)
 
 
-def test_only_observations_are_kept_where_the_loss_corrects_for_a_proposal():
-    torch.manual_seed(0)
+def test_observations_without_theta_are_not_weighed():
     proxy = ScaledProxy(0.65)
     proxy.inverse_temperature.fill_(1.5)
-    indices = torch.arange(100)
-    simulations = Simulations(*pairs(100), indices, indices[:1], 1)
-    theta, x = draw_pool(proxy, simulations, atomic=True, num_draws=500)
-    assert theta is None
-    assert len(x) == 500
+    assert torch.equal(tempering_weights(proxy, None, torch.zeros(5, DIM)), torch.ones(5))
 
 
 def trained(proxy: Proxy, **changes) -> NPE_Jeffreys:

@@ -1,7 +1,7 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
 q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{β f_ψ(θ, x)}, where the inverse temperature β is 1 unless held-out
-pairs speak against it (`sbi_jeffreys.temperature`). Subclasses say what f_ψ is: a learned
+pairs call for a sharper one (`sbi_jeffreys.temperature`). Subclasses say what f_ψ is: a learned
 log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
 over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
 """
@@ -38,7 +38,7 @@ class Proxy(nn.Module, ABC):
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
-    #: Whether f_ψ is learned: held-out pairs may then find it too flat or too sharp.
+    #: Whether f_ψ is learned: held-out pairs may then find it too flat.
     can_be_tempered: bool = False
     inverse_temperature: Tensor
 
