@@ -69,7 +69,8 @@ class JeffreysOptions:
             `initial_multiplier` and 1: the fixed-weight penalty.
         initial_multiplier: λ of the forward constraint at the start. None: 0.3 if it adapts, since
             R, which clears mass from between the modes, does so best early; 1 if not.
-        max_multiplier: λ_max.
+        max_multiplier: λ_max. At 10, R keeps a say while the constraint is missed by nats, which
+            early on is no sign that it cannot be met.
         slack_price: α: a held-out gap of one nat that persists drives λ to α.
         dual_step_size: How fast λ follows, in (0, 1]. Slower than the main, whose early lag is no
             sign that the constraint cannot be met.
@@ -106,7 +107,7 @@ class JeffreysOptions:
     reverse_barrier: float = 10.0
     adaptive: bool = True
     initial_multiplier: float | None = None
-    max_multiplier: float = 100.0
+    max_multiplier: float = 10.0
     slack_price: float = 20.0
     dual_step_size: float = 0.1
     tolerance: float = 0.05

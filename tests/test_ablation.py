@@ -142,7 +142,8 @@ def test_raw_counts_are_neither_dequantised_nor_transformed():
 def test_rows_of_the_command_line():
     assert row_list("slcp, two_moons:raw") == [Row("slcp"), Row("two_moons", "raw")]
     assert [r.condition for r in row_list("two_moons")] == ["good", "shuffled", "undertrained"]
-    assert set(Row("sir", "raw").variants) == {"adaptive", "frozen_0.3", "frozen_1", "frozen_10"}
+    frozen = {"frozen_0.3", "frozen_1", "frozen_10"}
+    assert set(Row("sir", "raw").variants) == {"adaptive", "without_temper", *frozen}
     for text in ("moons", "sir:bad", "sir:"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"two_moons.*shuffled"):
             row_list(text)

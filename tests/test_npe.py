@@ -69,7 +69,8 @@ def test_summary_keeps_sbis_keys_and_adds_ours(inference):
     # Kept: the minimum, or the annealed weights within the constraint's tolerance of it.
     assert summary["best_validation_loss"][0] <= min(summary["held_out_forward"]) + TINY.tolerance
     assert {len(summary[name]) for name in TRACES} == {4}
-    assert summary["proxy"] == ["likelihood: vector x"]
+    assert summary["proxy"][0].split(";")[0] == "likelihood: vector x"
+    assert ("too flat" in summary["proxy"][0]) == (inference.proxy.inverse_temperature > 1)
 
 
 def test_multiplier_and_slack_are_alive_in_training(inference):
@@ -82,6 +83,7 @@ def test_frozen_multipliers_stay(inference):
     frozen = trained(options=copy.copy(TINY).__class__(**{**vars(TINY), "adaptive": False}))
     assert set(frozen.summary["multiplier"]) == {1.0}
     assert set(frozen.summary["trust"]) == {1.0}
+    assert frozen.summary["proxy"] == ["likelihood: vector x"]
 
 
 def test_traces_reach_the_tracker():

@@ -144,9 +144,9 @@ def write_table(folder: Path) -> Path | None:
     parts = [
         "# Ablation of the symmetric stage",
         "Mean ± standard error over seeds; differences are paired by seed, with 95 % t-intervals; "
-        "less is better in each. Frozen weights run at trust 1 and keep, like all variants, the "
-        "library's choice of weights by held-out value. The best frozen weighting is chosen per "
-        "metric after the fact.",
+        "less is better in each. Frozen weights run at trust and temperature 1 and keep, like all "
+        "variants, the library's choice of weights by held-out value. The best frozen weighting is "
+        "chosen per metric after the fact.",
         "## Promises: adaptive is not worse than the best frozen weighting / than plain NPE\n\n"
         + _summary(table)
         + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "

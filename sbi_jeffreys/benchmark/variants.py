@@ -229,6 +229,7 @@ VARIANTS = {
     "without_forward": Variant("without F", edit=_without("forward")),
     "without_generated": Variant("without G", edit=_without("generated")),
     "without_reverse": Variant("without R", edit=_without("reverse")),
+    "without_temper": Variant("without temperature", {"temper": False}, broken_rows=True),
     "real_x": Variant("R at real x", edit=_reverse_on_real_x),
     "path": Variant("R by `path`", {"reverse_estimator": "path"}),
 }

@@ -50,13 +50,33 @@ class TuneFold(TuningTask):
     """θ ↦ (θ₁², θ₁θ₂) with small noise: two narrow curved modes, θ and −θ."""
 
     name, dim_theta, dim_x = "tune_fold", 2, 2
+    noise = 0.15
 
     def __init__(self) -> None:
         self.prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 
     def observation_model(self, theta: Tensor) -> Distribution:
         mean = torch.stack([theta[..., 0] ** 2, theta[..., 0] * theta[..., 1]], -1)
-        return Independent(Normal(mean, 0.15), 1)
+        return Independent(Normal(mean, self.noise), 1)
+
+
+class TuneNarrow(TuneFold):
+    """The fold with a fifth of its noise: two thin arcs, the bridge between which is dear."""
+
+    name, noise = "tune_narrow", 0.03
+
+
+class TuneArc(TuningTask):
+    """θ ↦ (|θ|², 0.3 θ₁²): four short arcs, thin across and long along."""
+
+    name, dim_theta, dim_x = "tune_arc", 2, 2
+
+    def __init__(self) -> None:
+        self.prior = BoxUniform(-torch.ones(2), torch.ones(2))
+
+    def observation_model(self, theta: Tensor) -> Distribution:
+        mean = torch.stack([theta.square().sum(-1), 0.3 * theta[..., 0] ** 2], -1)
+        return Independent(Normal(mean, torch.tensor([0.03, 0.1]).expand_as(mean)), 1)
 
 
 class TuneLinear(TuningTask):
