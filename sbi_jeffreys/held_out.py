@@ -127,7 +127,7 @@ class HeldOut:
 
     @torch.no_grad()
     def inverse_temperature(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
-        """β by which the proxy's log factor should be scaled; see `sbi_jeffreys.temperature`."""
+        """γ by which the proxy's log factor should be scaled; see `sbi_jeffreys.temperature`."""
         if self.atomic:
             theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
             factor = proxy.log_factor(theta, self.x)

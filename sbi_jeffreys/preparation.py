@@ -134,9 +134,9 @@ def _temper(
     proxy.inverse_temperature.fill_(1.0)
     if not (options.adaptive and options.temper and proxy.can_be_tempered):
         return ""
-    beta = held_out.inverse_temperature(proxy, main)
-    proxy.inverse_temperature.fill_(beta)
-    return "" if beta == 1 else f"; held-out pairs find it too flat: log factor times {beta:.2f}"
+    gamma = held_out.inverse_temperature(proxy, main)
+    proxy.inverse_temperature.fill_(gamma)
+    return "" if gamma == 1 else f"; held-out pairs find it too flat: log factor times {gamma:.2f}"
 
 
 def _refuse(verdict: Prepared, reason: str) -> Prepared:
@@ -169,7 +169,7 @@ def draw_pool(
 
 @torch.no_grad()
 def tempering_weights(proxy: Proxy, theta: Tensor | None, x: Tensor) -> Tensor:
-    """Weights in proportion to ℓ_ψ^{β−1}: under them, θ given x follows q_{ψ,β} in the pool.
+    """Weights in proportion to ℓ_ψ^{γ−1}: under them, θ given x follows q_{ψ,γ} in the pool.
 
     Args:
         proxy: The proxy, at its temperature.
@@ -177,10 +177,10 @@ def tempering_weights(proxy: Proxy, theta: Tensor | None, x: Tensor) -> Tensor:
         x: Of the pool.
 
     Returns:
-        Shape `(N,)`, mean one; ones at β = 1.
+        Shape `(N,)`, mean one; ones at γ = 1.
     """
-    beta = proxy.inverse_temperature
-    if theta is None or beta == 1 or len(x) == 0:
+    gamma = proxy.inverse_temperature
+    if theta is None or gamma == 1 or len(x) == 0:
         return torch.ones(len(x), device=x.device)
-    log_weights = (beta - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
+    log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
     return len(x) * truncated_log_weights(log_weights).exp()

@@ -3,15 +3,15 @@ r"""Temperature of a proxy: how much of its log factor the held-out pairs bear o
 A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. One
 number mends the bulk of it (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
 
-    q_{ψ,β}(θ|x) ∝ p(θ) e^{β f_ψ(θ,x)},      β ≥ 1.
+    q_{ψ,γ}(θ|x) ∝ p(θ) e^{γ f_ψ(θ,x)},      γ ≥ 1.
 
-β maximises a posterior over held-out pairs: their ranking likelihood, in which the partition
+γ maximises a posterior over held-out pairs: their ranking likelihood, in which the partition
 function cancels, so that it needs no estimate (which would be the worse the sharper q is), under
-log β ∼ N(0, 0.15²), so that a handful of pairs does not move it.
+log γ ∼ N(0, 0.15²), so that a handful of pairs does not move it.
 
 It only sharpens. A main is somewhat wider than the proxy it follows, and comes out right where the
-proxy is a little too sharp: widening that (β < 1) made the main worse (by 0.02 nats on a tuning
-task, twelve trainings). A proxy that is much too sharp loses its trust.
+proxy is a little too sharp: widening that (γ < 1) made the main worse (by 0.02 nats on a tuning
+task, eleven trainings). A proxy that is much too sharp loses its trust.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sbi_jeffreys.objective import ranking_nce_losses
 __all__ = ["inverse_temperature"]
 
 _PRIOR_SCALE = 0.15
-_STEP, _NUM_STEPS = 0.05, 14  # of log β: from one to two
+_STEP, _NUM_STEPS = 0.05, 14  # of log γ: from one to two
 
 
 def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | None = None) -> float:
-    """The β under which the true θ of held-out pairs stands out best among contrasts.
+    """The γ under which the true θ of held-out pairs stands out best among contrasts.
 
-    With v = β f_ψ(θ, x) + log p(θ) − log m(θ|x), it minimises the ranking losses of
-    `ranking_nce_losses` plus (log β)² / (2 · 0.15²).
+    With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), it minimises the ranking losses of
+    `ranking_nce_losses` plus (log γ)² / (2 · 0.15²).
 
     Args:
         offset: log p(θ) − log m(θ|x) of the true θ (row 0) and its contrasts θ_k ∼ m(·|x), shape
@@ -41,7 +41,7 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
         weights: Of the pairs, `(M,)`; None: all one.
 
     Returns:
-        β on a grid of steps of 5 % in [1, 2.02]; 1 if no pair can be read.
+        γ on a grid of steps of 5 % in [1, 2.02]; 1 if no pair can be read.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -55,7 +55,7 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
     weights = torch.ones_like(log_factor[0]) if weights is None else weights
     grid = torch.arange(_NUM_STEPS + 1, device=log_factor.device) * _STEP
     losses = torch.stack(
-        [_losses(offset, log_factor, float(beta)) for beta in grid.exp()]
+        [_losses(offset, log_factor, float(gamma)) for gamma in grid.exp()]
     )  # (grid, M)
     usable = torch.isfinite(losses).all(dim=0)
     if not bool(usable.any()):
@@ -64,7 +64,7 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
     return float(grid[(total + grid.double() ** 2 / (2 * _PRIOR_SCALE**2)).argmin()].exp())
 
 
-def _losses(offset: Tensor, log_factor: Tensor, beta: float) -> Tensor:
+def _losses(offset: Tensor, log_factor: Tensor, gamma: float) -> Tensor:
     outside = torch.isneginf(offset)  # there the factor may be anything
-    value = torch.where(outside, offset, offset + beta * log_factor)
+    value = torch.where(outside, offset, offset + gamma * log_factor)
     return ranking_nce_losses(value[0], value[1:])

@@ -95,7 +95,7 @@ MUTANTS = (
     Mutant("pool of the default alone", "preparation.py", "options.draws_for(num_steps)", "10**7", "tests/test_npe.py -k as_long_as"),
     Mutant("potential not tempered", "proxies/base.py", "self.inverse_temperature * self.log_factor", "self.log_factor", _TEMPERATURE),
     Mutant("atomic reading not tempered", "held_out.py", "factor = proxy.inverse_temperature * proxy", "factor = proxy", _TEMPERATURE),
-    Mutant("pool not tempered", "preparation.py", "log_weights = (beta - 1) *", "log_weights = 0 *", _TEMPERATURE),
+    Mutant("pool not tempered", "preparation.py", "log_weights = (gamma - 1) *", "log_weights = 0 *", _TEMPERATURE),
     Mutant("tempered pool not used", "symmetric.py", "self.pool_weights = self.pool_weights * pool_weights", "pass", _TEMPERATURE),
     Mutant("temperature of a few pairs", "temperature.py", "_PRIOR_SCALE = 0.15", "_PRIOR_SCALE = 15.0", _TEMPERATURE),
     Mutant("temperature by IS normaliser", "temperature.py", "ranking_nce_losses(value[0], value[1:])", "value[1:].logsumexp(0) - value[0]", _TEMPERATURE),

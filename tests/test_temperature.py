@@ -73,8 +73,8 @@ def held_out(num: int, atomic: bool = False) -> HeldOut:
     return HeldOut(*pairs(num), torch.ones(num), atomic)
 
 
-# 1,000 pairs of two coordinates carry about 600 units of information on log β: a standard deviation
-# of 0.04. The prior's 44 units shrink log β by 7 %. Four deviations, and the shrinkage:
+# 1,000 pairs of two coordinates carry about 600 units of information on log γ: a standard deviation
+# of 0.04. The prior's 44 units shrink log γ by 7 %. Four deviations, and the shrinkage:
 TOLERANCE = 0.16
 
 
@@ -94,19 +94,19 @@ def test_what_is_too_sharp_stays_so():
 
 def test_it_is_read_at_whatever_temperature_the_proxy_has():
     values = []
-    for beta in (1.0, 0.5):
+    for gamma in (1.0, 0.5):
         torch.manual_seed(1)
         proxy = ScaledProxy(0.65)
-        proxy.inverse_temperature.fill_(beta)
+        proxy.inverse_temperature.fill_(gamma)
         values.append(held_out(200).inverse_temperature(proxy, WideMain()))
     assert values[0] == values[1] > 1
 
 
 def test_a_handful_of_pairs_does_not_move_it():
-    """Five pairs carry 3 units of information against the prior's 44: log β within 0.05 or so."""
+    """Five pairs carry 3 units of information against the prior's 44: log γ within 0.05 or so."""
     torch.manual_seed(1)
     found = [held_out(5).inverse_temperature(ScaledProxy(0.65), WideMain()) for _ in range(20)]
-    assert all(beta < 1.2 for beta in found)
+    assert all(gamma < 1.2 for gamma in found)
     assert sum(found) / 20 > 1.0  # but they count
 
 
@@ -143,13 +143,13 @@ def test_the_potential_is_tempered_and_the_prior_is_not():
 
 
 @pytest.mark.parametrize("round_", [0, 1])
-@pytest.mark.parametrize("beta", [1.0, 1.3, 1.6])
-def test_pairs_of_the_pool_follow_the_tempered_proxy(beta: float, round_: int):
-    """Given x, θ ∼ N(λx, τ²) with precision 1/τ² = 1 + β/s² and λ = τ² β/s²."""
+@pytest.mark.parametrize("gamma", [1.0, 1.3, 1.6])
+def test_pairs_of_the_pool_follow_the_tempered_proxy(gamma: float, round_: int):
+    """Given x, θ ∼ N(λx, τ²) with precision 1/τ² = 1 + γ/s² and λ = τ² γ/s²."""
     torch.manual_seed(0)
     num, scale = 40_000, 0.65
     proxy = ScaledProxy(scale)
-    proxy.inverse_temperature.fill_(beta)
+    proxy.inverse_temperature.fill_(gamma)
     indices = torch.arange(num)
     simulations = Simulations(*pairs(num), indices, indices[:1], round_)
     theta, x = draw_pool(proxy, simulations, atomic=False, num_draws=num)
@@ -158,8 +158,8 @@ def test_pairs_of_the_pool_follow_the_tempered_proxy(beta: float, round_: int):
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-4)
     rows = torch.multinomial(weights, num, replacement=True)
     theta, x = theta[rows], x[rows]
-    variance = 1 / (1 + beta / scale**2)
-    slope = variance * beta / scale**2
+    variance = 1 / (1 + gamma / scale**2)
+    slope = variance * gamma / scale**2
     found = float((theta * x).sum() / (x * x).sum())
     # Resampling leaves at least a third of the draws effective: standard deviation 0.005 and 1.2 %.
     assert found == pytest.approx(slope, abs=0.02)

@@ -1,6 +1,6 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
-q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{β f_ψ(θ, x)}, where the inverse temperature β is 1 unless held-out
+q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, where the inverse temperature γ is 1 unless held-out
 pairs call for a sharper one (`sbi_jeffreys.temperature`). Subclasses say what f_ψ is: a learned
 log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
 over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
@@ -26,13 +26,13 @@ __all__ = ["EmpiricalPrior", "Proxy"]
 
 
 class Proxy(nn.Module, ABC):
-    """An energy over θ given x, E_ψ(θ, x) = −log p(θ) − β f_ψ(θ, x).
+    """An energy over θ given x, E_ψ(θ, x) = −log p(θ) − γ f_ψ(θ, x).
 
     Args:
         prior: Prior p(θ) with `log_prob` and `sample`, event shape `(D,)`.
 
     Attributes:
-        inverse_temperature: β, a scalar; 1 until training finds another (of proxies that
+        inverse_temperature: γ, a scalar; 1 until training finds another (of proxies that
             `can_be_tempered`).
     """
 
@@ -68,7 +68,7 @@ class Proxy(nn.Module, ABC):
         return log_prob.reshape(theta.shape[:-1])
 
     def log_potential(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log q̃_ψ(θ, x) = log p(θ) + β f_ψ(θ, x), −∞ outside the prior.
+        """log q̃_ψ(θ, x) = log p(θ) + γ f_ψ(θ, x), −∞ outside the prior.
 
         Args:
             theta: Parameters, shape `(K, B, D)`.
@@ -120,11 +120,11 @@ class Proxy(nn.Module, ABC):
         return self
 
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)), β = 1, for given θ̃ `(N, D)`; implausible ones may be dropped."""
+        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)), γ = 1, for given θ̃ `(N, D)`; implausible ones may be dropped."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), at β = 1: `(N, D)`, `(N, *x_shape)`, N ≤ num_samples."""
+        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), at γ = 1: `(N, D)`, `(N, *x_shape)`, N ≤ num_samples."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
 
