@@ -87,6 +87,15 @@ def test_the_true_temperature_is_found(scale: float, atomic: bool):
     assert math.log(found) == pytest.approx(expected, abs=TOLERANCE + 0.07 * abs(expected))
 
 
+def test_few_contrasts_do_not_bias_it():
+    """A normaliser estimated from five draws would be too low, the more the sharper."""
+    torch.manual_seed(1)
+    theta, x = pairs(2000)
+    both = torch.cat([theta.unsqueeze(0), PRIOR.sample((5, 2000))])  # m = p: no offset
+    factor = ScaledProxy(NOISE).log_factor(both, x)
+    assert inverse_temperature(torch.zeros_like(factor), factor) < 1.1
+
+
 def test_what_is_too_sharp_stays_so():
     torch.manual_seed(1)
     assert held_out(1000).inverse_temperature(ScaledProxy(0.4), WideMain()) == 1.0
