@@ -17,6 +17,7 @@ from sbi_jeffreys import GivenProxy, NPE_Jeffreys
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.held_out import HeldOut
 from sbi_jeffreys.preparation import Simulations, draw_pool, tempering_weights
+from sbi_jeffreys.proxies import EnergyProxy, LikelihoodProxy
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.temperature import inverse_temperature
 
@@ -232,6 +233,12 @@ def test_a_given_likelihood_is_taken_at_its_word():
     inference = trained(GivenProxy(PRIOR, ScaledGiven()))
     assert inference.proxy is not None
     assert float(inference.proxy.inverse_temperature) == 1.0
+
+
+def test_an_energy_is_not_tempered():
+    """It is fitted by the same ranking losses, its scale included."""
+    assert not EnergyProxy.can_be_tempered
+    assert LikelihoodProxy.can_be_tempered
 
 
 class ScaledGiven:

@@ -38,7 +38,7 @@ class Proxy(nn.Module, ABC):
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
-    #: Whether f_ψ is learned: held-out pairs may then find it too flat.
+    #: Whether f_ψ was fitted to x, not to θ: held-out pairs may then find it too flat over θ.
     can_be_tempered: bool = False
     inverse_temperature: Tensor
 

@@ -63,7 +63,6 @@ class EnergyProxy(Proxy):
     """
 
     can_sample = False
-    can_be_tempered = True
 
     def __init__(
         self,
