@@ -75,9 +75,9 @@ class JeffreysOptions:
         dual_step_size: How fast λ follows, in (0, 1]. Slower than the main, whose early lag is no
             sign that the constraint cannot be met.
         tolerance: Held-out gap, in nats, that the forward constraint forgives without slack.
-        temper: Whether the log-likelihood of a `LikelihoodProxy` is scaled by an inverse temperature
-            γ ≥ 1 found on held-out pairs, where it adapts. An energy is fitted by the same criterion
-            already, and a `GivenProxy` is taken at its word.
+        temper: Whether the log-likelihood of a `LikelihoodProxy` is scaled by an inverse
+            temperature γ ≥ 1 found on held-out pairs, where it adapts. An energy is fitted by the
+            same criterion already, and a `GivenProxy` is taken at its word.
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
         marginal_transforms: Whether a network given *by name* sees x through marginal transforms
             (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
