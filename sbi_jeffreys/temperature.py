@@ -35,9 +35,9 @@ _STEP, _NUM_STEPS = 0.025, 28  # of log γ to either side of 0: from a half to t
 def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | None = None) -> float:
     """How sharp the true θ of held-out pairs, among contrasts, surely ask the proxy to be.
 
-    With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is ∝ exp(−Σ ranking losses −
-    (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. What is taken of it, and why: see
-    the module.
+    With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is
+    ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. What is
+    taken of it, and why: see the module.
 
     Args:
         offset: log p(θ) − log m(θ|x) of the true θ (row 0) and its contrasts θ_k ∼ m(·|x), shape
