@@ -151,6 +151,15 @@ def test_contrasts_outside_the_prior_do_not_count_and_unreadable_pairs_are_left_
     assert inverse_temperature(offset, torch.full_like(factor, math.nan)) == 1.0
 
 
+def test_the_atomic_reading_is_tempered():
+    torch.manual_seed(0)
+    pairs_ = held_out(100, atomic=True)
+    proxy = ScaledProxy(0.7)
+    proxy.inverse_temperature.fill_((0.7 / NOISE) ** 2)  # the exact one, up to a constant
+    exact = pairs_.proxy(ScaledProxy(NOISE), WideMain())
+    assert pairs_.proxy(proxy, WideMain()) == pytest.approx(exact, abs=1e-4)
+
+
 def test_the_potential_is_tempered_and_the_prior_is_not():
     proxy, (theta, x) = ScaledProxy(0.65), pairs(7)
     plain = proxy.log_potential(theta.unsqueeze(0), x)
