@@ -88,10 +88,10 @@ class HeldOut:
     weights: Tensor
     atomic: bool = False
 
-    def _contrasts(self) -> Tensor:
-        """Other pairs' θ for each pair, `(K, M, D)`."""
+    def _with_contrasts(self) -> Tensor:
+        """Each pair's θ, and after it other pairs' θ, `(1 + K, M, D)`."""
         num = min(len(self.theta) - 1, _MAX_CONTRASTS)
-        return torch.stack([self.theta.roll(k + 1, dims=0) for k in range(num)])
+        return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
 
     def _mean(self, losses: Tensor) -> float:
         return float((self.weights * losses).mean())
@@ -101,7 +101,7 @@ class HeldOut:
         """F_val of the main; the atomic reading needs the prior and takes it from the proxy."""
         if not self.atomic or proxy is None:
             return self._mean(-main.log_prob(self.theta.unsqueeze(0), self.x)[0])
-        theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
+        theta = self._with_contrasts()
         with embedded_once(main, self.x):
             ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
         return self._mean(ranking_nce_losses(ratio[0], ratio[1:]))
@@ -110,7 +110,7 @@ class HeldOut:
     def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
         """P_val of the proxy; inf where it cannot be evaluated."""
         if self.atomic:
-            theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
+            theta = self._with_contrasts()
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
             return self._mean(ranking_nce_losses(factor[0], factor[1:]))
         num_samples = self._num_draws()
@@ -129,14 +129,15 @@ class HeldOut:
     def inverse_temperature(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
         """γ by which the proxy's log factor should be scaled; see `sbi_jeffreys.temperature`."""
         if self.atomic:
-            theta = torch.cat([self.theta.unsqueeze(0), self._contrasts()])
+            theta = self._with_contrasts()
             factor = proxy.log_factor(theta, self.x)
             return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
         offsets, factors = [], []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
             theta, log_m = _defensive_draws(proxy, main, x, self._num_draws(), theta)
-            offsets.append(proxy.log_prior(theta) - log_m)
-            factors.append(proxy.log_potential(theta, x) - proxy.log_prior(theta))
+            log_prior = proxy.log_prior(theta)
+            offsets.append(log_prior - log_m)
+            factors.append(proxy.log_potential(theta, x) - log_prior)
         factor = torch.cat(factors, dim=1) / proxy.inverse_temperature
         return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)
 

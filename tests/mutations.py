@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant("tempered pool not used", "symmetric.py", "self.pool_weights = self.pool_weights * pool_weights", "pass", _TEMPERATURE),
     Mutant("temperature of a few pairs", "temperature.py", "_PRIOR_SCALE = 0.15", "_PRIOR_SCALE = 15.0", _TEMPERATURE),
     Mutant("temperature by IS normaliser", "temperature.py", "ranking_nce_losses(value[0], value[1:])", "value[1:].logsumexp(0) - value[0]", _TEMPERATURE),
-    Mutant("contrasts of the prior only", "held_out.py", "offsets.append(proxy.log_prior(theta) - log_m)", "offsets.append(0 * log_m)", _TEMPERATURE),
+    Mutant("contrasts of the prior only", "held_out.py", "offsets.append(log_prior - log_m)", "offsets.append(0 * log_m)", _TEMPERATURE),
     Mutant("frozen and tempered", "preparation.py", "options.adaptive and options.temper", "options.temper", _TEMPERATURE),
     Mutant("temper dead", "preparation.py", "options.adaptive and options.temper", "options.adaptive", _TEMPERATURE),
     Mutant("given likelihood tempered", "preparation.py", " and proxy.can_be_tempered", "", _TEMPERATURE),
