@@ -1,10 +1,11 @@
 """Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
 
-from sbi_jeffreys import diagnostics, multipliers, objective, plots
-from sbi_jeffreys.correction import CorrectedPosterior
-from sbi_jeffreys.diagnostics import HeldOutReport, held_out_report
+from sbi_jeffreys import diagnostics, objective
+from sbi_jeffreys.diagnostics import plots
+from sbi_jeffreys.diagnostics.report import HeldOutReport, held_out_report
 from sbi_jeffreys.npe import NPE_Jeffreys
 from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies import (
     EnergyConfig,
     EnergyProxy,
@@ -15,6 +16,7 @@ from sbi_jeffreys.proxies import (
     RegressionSpec,
 )
 from sbi_jeffreys.registration import register
+from sbi_jeffreys.training import multipliers
 
 __all__ = [
     "CorrectedPosterior",

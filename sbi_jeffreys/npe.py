@@ -25,7 +25,6 @@ from sbi.utils.torchutils import process_device
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
-from sbi_jeffreys import persistence
 from sbi_jeffreys._sbi import (
     ConditionalDensityEstimator,
     ConditionalEstimatorBuilder,
@@ -34,21 +33,22 @@ from sbi_jeffreys._sbi import (
     StartIndexContext,
     Tracker,
 )
-from sbi_jeffreys._spline import with_fast_splines
-from sbi_jeffreys.arguments import (
+from sbi_jeffreys.networks.estimators import NamedBuilder, UnconstrainedBuilder
+from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior, pooling_power
+from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
+from sbi_jeffreys.proxies import Proxy
+from sbi_jeffreys.training import persistence
+from sbi_jeffreys.training.arguments import (
     check_constructor,
     check_dataloader_kwargs,
     check_rebuild,
     check_simulations,
     check_train,
 )
-from sbi_jeffreys.correction import CorrectedPosterior, pooling_power
-from sbi_jeffreys.estimators import NamedBuilder, UnconstrainedBuilder
-from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.persistence import is_picklable
-from sbi_jeffreys.proxies import Proxy
-from sbi_jeffreys.proxy_posterior import ProxyPosterior, SampleWith, proxy_posterior
-from sbi_jeffreys.trainer import TRACES, SymmetricTrainer
+from sbi_jeffreys.training.persistence import is_picklable
+from sbi_jeffreys.training.trainer import TRACES, SymmetricTrainer
 
 if TYPE_CHECKING:
     from typing_extensions import Self

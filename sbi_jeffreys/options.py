@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sbi_jeffreys.fitting import FitConfig
-from sbi_jeffreys.proxies._energy_net import EnergyConfig
+from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.energy_net import EnergyConfig
 from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
 
 __all__ = ["JeffreysOptions"]

@@ -7,7 +7,7 @@ import torch
 from sbi.utils import BoxUniform
 
 from sbi_jeffreys import EnergyConfig, JeffreysOptions, MemberSpec, NPE_Jeffreys
-from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.networks.fitting import FitConfig
 
 TINY = JeffreysOptions(
     members=(MemberSpec("maf", num_transforms=2),),

@@ -38,7 +38,7 @@ def test_examples_run_and_print_what_they_say(name):
 
 
 def test_the_trainer_and_the_report_have_examples():
-    assert {"sbi_jeffreys.npe", "sbi_jeffreys.diagnostics"} <= set(_EXAMPLES)
+    assert {"sbi_jeffreys.npe", "sbi_jeffreys.diagnostics.report"} <= set(_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", ["sbi_jeffreys", *_MODULES])
@@ -73,5 +73,5 @@ def test_api_pages_build(tmp_path):
     page = (tmp_path / "sbi_jeffreys.html").read_text(encoding="utf-8")
     for name in sbi_jeffreys.__all__:
         assert name in page
-    for module in ("diagnostics", "multipliers", "objective", "plots"):
+    for module in ("diagnostics/report", "training/multipliers", "objective", "diagnostics/plots"):
         assert (tmp_path / "sbi_jeffreys" / f"{module}.html").stat().st_size > 10_000

@@ -13,7 +13,7 @@ from sbi.utils import BoxUniform, MultipleIndependent
 from torch.distributions import LogNormal, MultivariateNormal, Uniform
 
 from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
-from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.npe import TRACES
 from sbi_jeffreys.proxies import LikelihoodProxy
 

@@ -34,7 +34,7 @@ from sbi_jeffreys.benchmark.studies import (
 )
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE, Variant
-from sbi_jeffreys.multipliers import trust
+from sbi_jeffreys.training.multipliers import trust
 
 __all__ = ["Row", "add_arguments", "row_list", "run", "run_ablation"]
 

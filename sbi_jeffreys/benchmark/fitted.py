@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.benchmark.metrics import PairDraws
-from sbi_jeffreys.correction import CorrectedPosterior
-from sbi_jeffreys.embedding import embedded_once
+from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 
 __all__ = ["CorrectedFit", "EstimatorFit", "FittedMethod", "SamplerFit"]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sbi_jeffreys import plots
 from sbi_jeffreys.benchmark._arguments import add_common, positive_int, task_name
 from sbi_jeffreys.benchmark._parallel import warm_up
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
@@ -29,6 +28,7 @@ from sbi_jeffreys.benchmark.evaluation import (
 from sbi_jeffreys.benchmark.fitted import FittedMethod
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
 from sbi_jeffreys.benchmark.tasks import get_task
+from sbi_jeffreys.diagnostics import plots
 
 __all__ = ["add_arguments", "run"]
 
@@ -143,7 +143,7 @@ def plot_posteriors(reference: Tensor, samples: Sequence[Tensor], path: Path, ti
 
 
 def plot_traces(summary: dict[str, Any], path: Path) -> None:
-    """Traces of the symmetric stage as a PNG, by `sbi_jeffreys.plots`."""
+    """Traces of the symmetric stage as a PNG, by `sbi_jeffreys.diagnostics.plots`."""
     import matplotlib
 
     matplotlib.use("Agg")

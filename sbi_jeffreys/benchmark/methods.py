@@ -19,7 +19,7 @@ from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, quiet, seeded
 from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
 from sbi_jeffreys.benchmark.tasks import Task
-from sbi_jeffreys.fitting import FitConfig
+from sbi_jeffreys.networks.fitting import FitConfig
 
 __all__ = ["METHODS", "FitContext", "Method", "get_method", "register_method"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys.benchmark.tasks import Task
-from sbi_jeffreys.calibration import (
+from sbi_jeffreys.diagnostics.calibration import (
     Coverage,
     PairDraws,
     expected_coverage,

@@ -19,7 +19,7 @@ from torch import Tensor
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker
 from sbi_jeffreys.proxies import LikelihoodProxy, MemberSpec
-from sbi_jeffreys.symmetric import SymmetricStage
+from sbi_jeffreys.training.stage import SymmetricStage
 
 __all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "Variant"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.proxies._energy_net import EnergyConfig
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
+from sbi_jeffreys.proxies.energy_net import EnergyConfig
 from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy, MemberSpec, RegressionSpec
 

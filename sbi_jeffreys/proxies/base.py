@@ -1,7 +1,7 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
 q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, where the inverse temperature γ is 1 unless held-out
-pairs call for a sharper one (`sbi_jeffreys.temperature`). Subclasses say what f_ψ is: a learned
+pairs call for a sharper one (`training.temperature`). Subclasses say what f_ψ is: a learned
 log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
 over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
 """

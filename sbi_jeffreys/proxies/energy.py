@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.embedding import summary_net
-from sbi_jeffreys.fitting import FitResult, fit_network
+from sbi_jeffreys.networks.embedding import summary_net
+from sbi_jeffreys.networks.fitting import FitResult, fit_network
 from sbi_jeffreys.objective import effective_sample_size as kish_sample_size
 from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
-from sbi_jeffreys.proxies._contrasts import Contrasts, draw_atoms, draw_contrasts
-from sbi_jeffreys.proxies._energy_net import EnergyConfig, EnergyNet
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.energy_net import EnergyConfig, EnergyNet
+from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
 
 __all__ = ["EnergyConfig", "EnergyProxy"]
 

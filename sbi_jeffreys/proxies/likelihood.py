@@ -5,7 +5,7 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
     ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
 each fitted by maximum likelihood, beside regressions in closed form
-(`sbi_jeffreys.proxies._members`). Why this proxy: its fit needs no partition function and no
+(`sbi_jeffreys.proxies.experts.members`). Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
 generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimited.
 
@@ -13,7 +13,7 @@ Why a stacked mixture: the weights maximise the *held-out* likelihood of the mix
 predictive densities; Yao et al. 2018, arXiv 1704.02030), so one failed fit costs nothing, members
 that differ (regularised or not, affine or spline) are chosen by the problem, and where they agree
 their mixture is better calibrated than any one of them. T_k is a marginal transform of x or the
-identity (`sbi_jeffreys.transforms`); which scale a density is learned best on, the weights decide.
+identity (`networks.transforms`); which scale a density is learned best on, the weights decide.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys.fitting import FitConfig, FitResult
-from sbi_jeffreys.proxies._folds import fit_folds
-from sbi_jeffreys.proxies._members import fit_members, log_likelihood
-from sbi_jeffreys.proxies._specs import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
+from sbi_jeffreys.networks.fitting import FitConfig, FitResult
+from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts.members import fit_members, log_likelihood
+from sbi_jeffreys.proxies.experts.specs import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.folds import fit_folds
 
 __all__ = [
     "DEFAULT_MEMBERS",

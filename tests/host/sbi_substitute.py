@@ -50,7 +50,7 @@ def test_sized_options() -> Any:
     """
     # Here, not at the top: another class can be tested where this package is not installed.
     from sbi_jeffreys import EnergyConfig, JeffreysOptions, MemberSpec
-    from sbi_jeffreys.fitting import FitConfig
+    from sbi_jeffreys.networks.fitting import FitConfig
 
     fit = FitConfig(max_epochs=3)
     return JeffreysOptions(

@@ -1,0 +1,1 @@
+"""Diagnostics of a posterior: held-out report, calibration, verdicts, and figures."""

@@ -1,0 +1,227 @@
+"""Panels and small things that `sbi_jeffreys.diagnostics.plots` puts its figures together from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "bars",
+    "held_out_panel",
+    "legend",
+    "logarithmic_if_wide",
+    "mark_if_empty",
+    "method_style",
+    "new_axes",
+    "pairs",
+    "priorities_panel",
+    "scatter",
+    "share_limits",
+    "standard_error",
+    "trace",
+    "whole_epochs",
+]
+
+#: Okabe & Ito's colours, the palest last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+GREY = "#999999"
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", "-.", ":")
+_FEW = 3  # epochs up to which points are marked
+
+
+# ------------------------------------------------------------------ panels
+
+
+def held_out_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
+    """F on held-out simulations, Ĥ, and the value of the proxy."""
+    trace(axis, summary, "held_out_forward", "F, held-out", 0)
+    trace(axis, summary, "entropy_estimate", "Ĥ, best so far", 1)
+    found = [float(v) for v in summary.get("proxy_held_out", []) if math.isfinite(float(v))]
+    if found:
+        axis.axhline(found[-1], color=COLOURS[2], linestyle=":", label="proxy, held-out")
+    axis.set(title="Held-out forward term", ylabel="nats")
+
+
+def priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
+    """λ on the left, ε on the right: they differ in unit and by orders of magnitude."""
+    trace(axis, summary, "multiplier", "multiplier λ (left)", 0)
+    axis.set(title="Priorities", ylabel="λ")
+    logarithmic_if_wide(axis)
+    if not len(summary.get("slack", [])):
+        return
+    right = axis.twinx()
+    trace(right, summary, "slack", "slack ε (right)", 1)
+    right.set_ylabel("ε, nats", color=COLOURS[1])
+    right.tick_params(axis="y", colors=COLOURS[1])
+    axis.yaxis.label.set_color(COLOURS[0])
+    axis.tick_params(axis="y", which="both", colors=COLOURS[0])
+    (drawn,) = right.get_lines()
+    style = {"color": COLOURS[1], "linestyle": _LINES[1], "marker": drawn.get_marker()}
+    style["fillstyle"] = drawn.get_fillstyle()
+    axis.plot([], [], label=drawn.get_label(), **style)  # one legend for both sides
+
+
+def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) -> None:
+    """One trace over epochs 1 … n; a marker where there are too few points for a line."""
+    values = np.asarray([float(value) for value in summary.get(key, [])])
+    if values.size:
+        style: dict[str, Any] = {"color": COLOURS[k], "linestyle": _LINES[k]}
+        if values.size <= _FEW:  # hollow, so that one does not hide another
+            style |= {"marker": _MARKERS[k], "fillstyle": "none"}
+        axis.plot(np.arange(1, values.size + 1), values, label=label, **style)
+
+
+def logarithmic_if_wide(axis: Axes) -> None:
+    """A logarithmic scale where positive values span more than a factor of twenty."""
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    values = np.concatenate(drawn) if drawn else np.empty(0)
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and values.max() > 20 * values.min():
+        axis.set_yscale("log")
+
+
+def mark_if_empty(axis: Axes, epochs: int) -> None:
+    """Say so where training had no symmetric stage (`num_steps=0`, or no proxy)."""
+    if not epochs:
+        axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
+        axis.set_xticks([])
+        axis.set_yticks([])
+
+
+def bars(
+    axis: Axes,
+    places: np.ndarray,
+    values: Sequence[tuple[float, float]],
+    colour: str,
+    label: str,
+    hatch: str,
+) -> None:
+    """Bars with error bars; a value that is not known leaves a gap."""
+    heights, errors = np.asarray(values, dtype=float).T
+    style: dict[str, Any] = {"color": colour, "edgecolor": "white", "hatch": hatch, "capsize": 4}
+    axis.bar(places, np.nan_to_num(heights), 0.38, yerr=errors, label=label, **style)
+    for place in places[np.isnan(heights)]:
+        axis.annotate(
+            "not\nknown", (place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7
+        )
+
+
+def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
+    """One method's draws `(N, 2)` over the reference's."""
+    if truth is not None:
+        axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
+    axis.scatter(*values.T, s=4, color=colour, linewidths=0, alpha=0.7)
+
+
+def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
+    """The same limits everywhere, set by the bulk: one far draw must not shrink the rest."""
+    everything = np.concatenate(drawn)
+    low, high = np.quantile(everything, [0.002, 0.998], axis=0)
+    margin = 0.12 * np.maximum(high - low, 1e-12)
+    for axis in axes:
+        axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
+
+
+def pairs(
+    drawn: Mapping[str, np.ndarray], truth: np.ndarray | None, names: Sequence[str]
+) -> np.ndarray:
+    """sbi's pairplot, the reference first and in grey.
+
+    Two methods have one triangle each, above and below the diagonal; more share the upper one.
+    """
+    from matplotlib import rc_context
+    from matplotlib.lines import Line2D
+    from sbi.analysis import pairplot
+
+    first = [] if truth is None else [truth]
+    sets = [*first, *drawn.values()]
+    methods = COLOURS * (1 + len(drawn) // len(COLOURS))
+    colours = [*(GREY for _ in first), *methods][: len(sets)]
+    labels = [*("reference" for _ in first), *drawn]
+    below: list[str | None] = [None] * len(sets)
+    above: list[str | None] = ["scatter"] * len(sets)
+    if len(drawn) == 2 and len(names) > 1:
+        above = [*("scatter" for _ in first), "scatter", None]
+        below = [*("scatter" for _ in first), None, "scatter"]
+        labels[-2:] = [f"{labels[-2]} (above)", f"{labels[-1]} (below)"]
+    points = [{"mpl_kwargs": {"s": 3, "color": c, "edgecolor": "none"}} for c in colours]
+    size = max(4.0, 2.0 * len(names))
+    options: dict[str, Any] = {
+        "labels": list(names),
+        "diag": "kde",
+        "upper": above,
+        "lower": below,
+        "figsize": (size, size),
+        "diag_kwargs": [{"mpl_kwargs": {"color": c}} for c in colours],
+        "upper_kwargs": points,
+        "lower_kwargs": points,
+    }
+    with rc_context():  # sbi's own style changes end here
+        result: Any = pairplot(sets, **options)
+    figure, grid = result
+    if len(names) == 1:
+        figure.subplots_adjust(bottom=0.18)  # sbi leaves no room for a single panel's label
+    handles = [Line2D([], [], color=c, label=label) for c, label in zip(colours, labels)]
+    place = {"loc": "upper right"} if len(names) == 1 else {"loc": "lower center"}
+    columns = 1 if len(names) == 1 else min(3, len(handles))
+    figure.legend(handles=handles, ncols=columns, frameon=False, fontsize=9, **place)
+    return np.asarray(grid, dtype=object)
+
+
+# ------------------------------------------------------------------ small things
+
+
+def new_axes(
+    rows: int, columns: int, size: tuple[float, float], shared: bool = False
+) -> np.ndarray:
+    """Axes `(rows, columns)` of a new figure."""
+    import matplotlib.pyplot as plt  # here, because importing it chooses a backend
+
+    _, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=size,
+        squeeze=False,
+        layout="constrained",
+        sharex=shared,
+        sharey=shared,
+    )
+    return axes
+
+
+def method_style(k: int) -> dict[str, Any]:
+    """Colour and marker of the k-th method."""
+    return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 for a single value, which has none to show."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def whole_epochs(axis: Axes, epochs: int) -> None:
+    """Epochs are whole numbers from 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    if epochs <= _FEW:
+        axis.set_xlim(0.5, max(epochs, 1) + 0.5)
+        axis.set_xticks(range(1, epochs + 1))
+    else:
+        axis.set_xlim(0, epochs + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def legend(axis: Axes) -> None:
+    """A small legend, where there is something to name."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)

@@ -1,0 +1,266 @@
+"""Figures of a training and of its diagnostics: matplotlib axes in, axes out.
+
+Every function draws on the axes it is given, or makes its own figure, and returns the axes.
+Colours are Okabe–Ito's, which readers with any colour vision tell apart; markers or line styles
+repeat what colour says. Nothing here touches matplotlib's global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from sbi_jeffreys.diagnostics.drawing import (
+    COLOURS,
+    GREY,
+    bars,
+    held_out_panel,
+    legend,
+    logarithmic_if_wide,
+    mark_if_empty,
+    method_style,
+    new_axes,
+    pairs,
+    priorities_panel,
+    scatter,
+    share_limits,
+    standard_error,
+    trace,
+    whole_epochs,
+)
+from sbi_jeffreys.diagnostics.report import CoverageCurve, HeldOutReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "COLOURS",
+    "plot_c2st_against_budget",
+    "plot_coverage",
+    "plot_divergences",
+    "plot_posteriors",
+    "plot_training",
+]
+
+_EPOCHS = "epoch of the symmetric stage"
+
+#: What coverage is drawn from: one report or curve, or several by the name of their method.
+Curves: TypeAlias = "HeldOutReport | CoverageCurve | Mapping[str, HeldOutReport | CoverageCurve]"
+
+
+def plot_training(
+    summary: Mapping[str, Any], axes: Sequence[Axes] | np.ndarray | None = None
+) -> np.ndarray:
+    """Traces of the symmetric stage, by epoch.
+
+    Four panels, because the quantities live on scales of their own: the forward terms that are
+    trained on; the forward term on held-out simulations with the entropy estimate Ĥ it is asked
+    to reach; the reverse terms; multiplier λ and slack ε.
+
+    Args:
+        summary: `NPE_Jeffreys.summary` after training.
+        axes: Four axes; a new 2 × 2 figure if None.
+
+    Returns:
+        The four axes, shape `(4,)`.
+
+    Raises:
+        ValueError: If the number of axes is not four.
+    """
+    if axes is None:
+        drawn = new_axes(2, 2, (9.0, 6.4)).ravel()
+    else:
+        drawn = np.asarray(axes, dtype=object).ravel()
+    if drawn.size != 4:
+        raise ValueError(f"axes: expected 4, one per panel, got {drawn.size}.")
+    terms, held_out, reverse, priorities = drawn
+    trace(terms, summary, "forward_term", "F, on simulations", 0)
+    trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
+    terms.set(title="Forward terms, training", ylabel="nats")
+    held_out_panel(held_out, summary)
+    trace(
+        reverse,
+        summary,
+        "held_out_reverse",
+        r"$\mathrm{KL}(p_\varphi \Vert q_\psi)$, held-out x",
+        0,
+    )
+    trace(reverse, summary, "reverse_term", "loss in training", 1)
+    reverse.set(title="Reverse terms", ylabel="nats")
+    logarithmic_if_wide(reverse)
+    priorities_panel(priorities, summary)
+    epochs = len(summary.get("held_out_forward", []))
+    for axis in drawn:
+        axis.set_xlabel(_EPOCHS)
+        whole_epochs(axis, epochs)
+        legend(axis)
+        mark_if_empty(axis, epochs)
+    return drawn
+
+
+def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
+    """Expected coverage of the HPD regions over their nominal level.
+
+    Below the diagonal is overconfident, above it conservative. The band is where an exact
+    posterior's coverage lies with 99 % probability, point by point, given the number of pairs.
+
+    Args:
+        curves: A report or curve, or several by the name of their method.
+        ax: Where to draw; a new figure if None.
+    """
+    axis = new_axes(1, 1, (4.6, 4.4)).item() if ax is None else ax
+    named = _curves(curves)
+    fewest = min(named.values(), key=lambda curve: curve.num_pairs)
+    levels = fewest.levels.numpy()
+    label = f"99 % band of {fewest.num_pairs:,} pairs"
+    axis.fill_between(
+        levels,
+        fewest.lower.numpy(),
+        fewest.upper.numpy(),
+        color=GREY,
+        alpha=0.3,
+        label=label,
+        lw=0,
+    )
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=1)
+    for k, (name, curve) in enumerate(named.items()):
+        style = {**method_style(k), "markersize": 4, "markevery": max(1, len(curve.levels) // 8)}
+        axis.plot(curve.levels.numpy(), curve.values.numpy(), label=name or "posterior", **style)
+    axis.set(xlabel="nominal level", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
+    axis.set_aspect("equal")
+    axis.legend(loc="upper left", fontsize=8, frameon=False)
+    return axis
+
+
+def plot_divergences(
+    reports: HeldOutReport | Mapping[str, HeldOutReport], ax: Axes | None = None
+) -> Axes:
+    """Forward NLL above the best method's, and reverse KL, with standard errors.
+
+    The forward term is known up to the entropy of π only, so its bars start at the best of the
+    methods: their heights are differences of KL(π‖p_φ), comparable with the reverse KL in nats. On
+    the same held-out pairs; the bars' errors are of each method by itself, not of the differences.
+
+    Args:
+        reports: A report, or several by the name of their method.
+        ax: Where to draw; a new figure if None.
+    """
+    named = {"posterior": reports} if isinstance(reports, HeldOutReport) else dict(reports)
+    if not named:
+        raise ValueError("reports: expected at least one report, got none.")
+    axis = new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item() if ax is None else ax
+    best = min(report.forward for report in named.values())
+    places = np.arange(len(named))
+    forward = [(r.forward - best, r.forward_error) for r in named.values()]
+    reverse = [
+        (math.nan if r.reverse is None else r.reverse, r.reverse_error or math.nan)
+        for r in named.values()
+    ]
+    bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL above the best, {best:.2f}", "")
+    label = "reverse KL to the proxy"
+    if all(r.reverse is None for r in named.values()):
+        label += " (no proxy)"
+    bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(places, list(named), rotation=20 if len(named) > 3 else 0)
+    axis.set_ylabel("nats (± standard error)")
+    axis.margins(y=0.15)
+    axis.legend(fontsize=8, frameon=False)
+    return axis
+
+
+def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+    """C2ST over the number of simulations, one line per method.
+
+    Args:
+        rows: Each with `method`, `simulations` and `c2st`; several of the same method and budget
+            (seeds, observations) become their mean with its standard error.
+        ax: Where to draw; a new figure if None.
+    """
+    axis = new_axes(1, 1, (5.2, 3.8)).item() if ax is None else ax
+    scores: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        budgets = scores.setdefault(str(row["method"]), {})
+        budgets.setdefault(float(row["simulations"]), []).append(float(row["c2st"]))
+    if not scores:
+        raise ValueError("rows: expected at least one, with method, simulations and c2st.")
+    for k, (method, budgets) in enumerate(scores.items()):
+        sizes = sorted(budgets)
+        means = [float(np.mean(budgets[size])) for size in sizes]
+        errors = [standard_error(budgets[size]) for size in sizes]
+        axis.errorbar(sizes, means, yerr=errors, label=method, capsize=3, **method_style(k))
+    axis.axhline(0.5, color=GREY, linewidth=1, zorder=1)
+    every = sorted({size for budgets in scores.values() for size in budgets})
+    axis.set_xscale("log")
+    if len(every) <= 8:  # the budgets themselves say more than powers of ten
+        axis.set_xticks(every, [f"{size:,.0f}" for size in every])
+        axis.minorticks_off()
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0.48), min(high, 1.02))
+    axis.set(xlabel="simulations", ylabel="C2ST (0.5: cannot be told apart)")
+    axis.legend(fontsize=8, frameon=False)
+    return axis
+
+
+def plot_posteriors(
+    samples: Mapping[str, Tensor],
+    reference: Tensor | None = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
+    dims: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Posterior samples of several methods at one observation.
+
+    Two parameters: a scatter plot per method, side by side on the same limits, the reference in
+    grey beneath. More: sbi's pairplot, methods overlaid, in a figure of its own.
+
+    Args:
+        samples: By the name of the method, `(N, D)` each.
+        reference: Samples of the true posterior, `(M, D)`, if known.
+        axes: One per method, for two parameters; a new figure if None.
+        dims: Which parameters; the first five at most if None.
+        labels: Names of those parameters; θ₁, θ₂, … if None.
+
+    Returns:
+        The axes, `(methods,)`, or the pairplot's grid.
+
+    Raises:
+        ValueError: If axes are given that do not fit.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one method's samples, got none.")
+    width = next(iter(samples.values())).shape[-1]
+    kept = list(range(min(width, 5)) if dims is None else dims)
+    names = [f"$\\theta_{{{k + 1}}}$" for k in kept] if labels is None else list(labels)
+    drawn = {name: np.asarray(values[:, kept].cpu()) for name, values in samples.items()}
+    truth = None if reference is None else np.asarray(reference[:, kept].cpu())
+    if len(kept) != 2:
+        if axes is not None:
+            raise ValueError(
+                f"axes: {len(kept)} parameters make a figure of their own; pass dims=(i, j) to "
+                "draw two of them on these axes, or leave axes out."
+            )
+        return pairs(drawn, truth, names)
+    grid = new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True) if axes is None else axes
+    flat = np.asarray(grid, dtype=object).ravel()
+    if flat.size != len(drawn):
+        raise ValueError(f"axes: expected {len(drawn)}, one per method, got {flat.size}.")
+    for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
+        scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
+        axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
+    share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
+    if truth is not None:
+        flat[0].legend(loc="best", fontsize=8, frameon=False, markerscale=3)
+    return flat
+
+
+def _curves(curves: Curves) -> dict[str, CoverageCurve]:
+    """Curves by name; a single one has the empty name."""
+    named = curves if isinstance(curves, Mapping) else {"": curves}
+    if not named:
+        raise ValueError("curves: expected at least one report or curve, got none.")
+    return {k: v.coverage if isinstance(v, HeldOutReport) else v for k, v in named.items()}

@@ -1,0 +1,238 @@
+r"""What to report about a trained posterior, from simulations it has not seen.
+
+    report = held_out_report(inference, theta, x)
+    print(report)
+
+reads, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys divergence (the forward
+NLL, and the reverse KL as far as the proxy can tell), expected coverage, marginal ranks, and the
+mass outside the prior, and says in words what is wrong. Each finding is a test, and together they
+raise a false alarm on an exact posterior once in a hundred reports: "healthy" means healthy as far
+as that many pairs can show, which the report states. What no rank can show is in
+`sbi_jeffreys.diagnostics.verdicts`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
+from torch import Tensor
+
+from sbi_jeffreys._sbi import NPE_C
+from sbi_jeffreys.diagnostics.calibration import (
+    CoverageCurve,
+    coverage_curve,
+    held_out_nll,
+    hpd_ranks,
+    inside_prior,
+    leakage,
+    marginal_ranks,
+)
+from sbi_jeffreys.diagnostics.reading import read
+from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, judge
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["CoverageCurve", "HeldOutReport", "held_out_report"]
+
+_MIN_PAIRS = 50
+_MIN_SAMPLES = 20
+
+Subject: TypeAlias = NPE_C | DirectPosterior | EnsemblePosterior
+
+
+@dataclass(frozen=True)
+class HeldOutReport:
+    """Diagnostics of a posterior on N held-out pairs. `str(report)` is the whole of it in words.
+
+    Attributes:
+        num_pairs: N.
+        num_samples: Draws of the posterior per pair, S.
+        forward: E[−log p_φ(θ*|x)] in nats: KL(π‖p_φ) up to the entropy of π, which is unknown.
+        forward_error: Its standard error.
+        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to where the proxy has mass (the
+            prior's support); None without proxy. What it says about π is as good as the proxy. For
+            a `CorrectedPosterior`: of the main that is corrected.
+        reverse_error: Its standard error over observations.
+        effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
+            observations; 1 where main and proxy agree *where the main has mass*: a mode that the
+            main misses does not lower it.
+        coverage: Expected coverage of the HPD regions.
+        marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
+        leakage: Mass of the raw density estimator outside the prior, in [0, 1].
+        verdict: Findings in words; one that starts with "healthy" if there are none.
+    """
+
+    num_pairs: int
+    num_samples: int
+    forward: float
+    forward_error: float
+    reverse: float | None
+    reverse_error: float | None
+    effective_sample_size: float | None
+    coverage: CoverageCurve
+    marginal_ranks: Tensor
+    leakage: float
+    verdict: list[str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing was found."""
+        return self.verdict[0].startswith("healthy")
+
+    def __str__(self) -> str:
+        """All numbers and the verdict, a few lines."""
+        lines = [
+            f"{self.num_pairs} held-out pairs, {self.num_samples} posterior samples each",
+            f"  forward NLL   {self.forward:.3f} ± {self.forward_error:.3f} nats",
+            f"  reverse KL    {self._reverse_words()}",
+            f"  coverage      {self._coverage_words()}",
+            f"  leakage       {100 * self.leakage:.1f} % of the mass outside the prior",
+            f"verdict (false alarms: {100 * FAMILYWISE:g} % of reports on an exact posterior)",
+        ]
+        return "\n".join(lines + [f"  - {finding}" for finding in self.verdict])
+
+    def _reverse_words(self) -> str:
+        if self.reverse is None:
+            return "not known without a proxy"
+        size = 100 * (self.effective_sample_size or 0.0)
+        return (
+            f"{self.reverse:.3f} ± {self.reverse_error:.3f} nats through the proxy, effective "
+            f"sample size {size:.0f} %"
+        )
+
+    def _coverage_words(self) -> str:
+        parts = []
+        for level in (0.5, 0.9):
+            k = int((self.coverage.levels - level).abs().argmin())
+            values = (self.coverage.values[k], self.coverage.lower[k], self.coverage.upper[k])
+            share, low, high = (100 * float(value) for value in values)
+            nominal = 100 * float(self.coverage.levels[k])
+            parts.append(f"{share:.0f} % at {nominal:.0f} % ({low:.0f}–{high:.0f} by chance)")
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def held_out_report(
+    inference_or_posterior: Subject,
+    theta: Tensor,
+    x: Tensor,
+    num_samples: int = 200,
+    proxy: Proxy | None = None,
+    show_progress_bars: bool = False,
+) -> HeldOutReport:
+    """Diagnose a posterior on held-out simulations.
+
+    The pairs must be new to it, and drawn from the joint: θ from the prior, also after several
+    rounds (a posterior trained for one x_o is then judged away from it). Ranks are randomised:
+    results depend on torch's generator.
+
+    Args:
+        inference_or_posterior: A trained `NPE_Jeffreys` (or sbi NPE), a `CorrectedPosterior`, an
+            sbi `DirectPosterior`, or an `EnsemblePosterior` of these last.
+        theta: True parameters, `(N, D)`, N ≥ 50; some hundreds show more.
+        x: Their simulations, `(N, *x_shape)`.
+        num_samples: Posterior draws per pair.
+        proxy: For the reverse KL; taken from an `NPE_Jeffreys` or `CorrectedPosterior` if None.
+        show_progress_bars: Whether to show progress over the pairs.
+
+    Raises:
+        ValueError: If the pairs are too few, of wrong shape, or not finite.
+        TypeError: If the first argument is none of the above.
+        RuntimeError: If the inference is not trained yet.
+
+    Example:
+        >>> import torch
+        >>> from sbi.inference import NPE
+        >>> from sbi.utils import BoxUniform
+        >>> from sbi_jeffreys import held_out_report
+        >>> _ = torch.manual_seed(0)
+        >>> prior = BoxUniform(-torch.ones(2), torch.ones(2))
+        >>> theta = prior.sample((300,))
+        >>> x = theta + 0.3 * torch.randn_like(theta)
+        >>> inference = NPE(prior, density_estimator="mdn", show_progress_bars=False)
+        >>> _ = inference.append_simulations(theta[:200], x[:200]).train(max_num_epochs=5)
+        >>> report = held_out_report(inference, theta[200:], x[200:])
+        >>> report.num_pairs
+        100
+        >>> report.reverse is None  # there is no proxy to measure it with
+        True
+    """
+    _check(theta, x, num_samples)
+    reading = read(inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars)
+    theta, draws = theta.to(reading.draws.theta), reading.draws
+    if bool(torch.isnan(draws.log_prob_true).any()):
+        raise ValueError(
+            "x: the posterior's density is NaN at some of the pairs; drop simulations that failed "
+            "or are far outside what it was trained on."
+        )
+    inside = inside_prior(reading.prior, draws.theta)
+    ranks = hpd_ranks(draws, inside)
+    marginals = marginal_ranks(draws, theta, inside)
+    leaked = 0.0 if draws.log_weights is not None else leakage(inside)
+    forward, forward_error = held_out_nll(draws.log_prob_true)
+    reverse, reverse_error = _mean(reading.reverse), _error(reading.reverse)
+    size = _mean(reading.effective_sample_size)
+    against = None
+    if reverse is not None and reverse_error is not None and size is not None:
+        against = (reverse, reverse_error, size)
+    return HeldOutReport(
+        num_pairs=len(theta),
+        num_samples=num_samples,
+        forward=forward,
+        forward_error=forward_error,
+        reverse=reverse,
+        reverse_error=reverse_error,
+        effective_sample_size=size,
+        coverage=coverage_curve(ranks),
+        marginal_ranks=marginals.cpu(),
+        leakage=leaked,
+        verdict=judge(ranks, marginals, leaked, num_samples, against),
+    )
+
+
+def _check(theta: Tensor, x: Tensor, num_samples: int) -> None:
+    """Raise on what cannot be diagnosed, with the remedy."""
+    if theta.ndim != 2:
+        raise ValueError(
+            f"theta: expected shape (N, D), got {tuple(theta.shape)}; for a single parameter use "
+            "theta.reshape(-1, 1)."
+        )
+    if x.ndim < 2 or len(theta) != len(x):
+        raise ValueError(
+            f"theta and x: expected as many simulations as parameters, got {tuple(theta.shape)} "
+            f"and {tuple(x.shape)}; pass row i of x `(N, ...)` as the simulation of row i of theta."
+        )
+    if len(theta) < _MIN_PAIRS:
+        raise ValueError(
+            f"theta: expected at least {_MIN_PAIRS} held-out pairs, got {len(theta)}: fewer show "
+            "next to nothing. Simulate more, or hold out more of the simulations you have."
+        )
+    # NaN is how trials that are missing are encoded; a row of nothing else is a failure.
+    flat = x.flatten(1)
+    failed = torch.isinf(flat).any(1) | torch.isnan(flat).all(1)
+    bad = int((failed.cpu() | ~torch.isfinite(theta).all(1).cpu()).sum())
+    if bad:
+        raise ValueError(
+            f"theta, x: {bad} of {len(theta)} pairs are not finite; drop them, or have the "
+            "simulator say what a failure looks like in x."
+        )
+    if not isinstance(num_samples, int) or num_samples < _MIN_SAMPLES:
+        raise ValueError(f"num_samples: expected an int ≥ {_MIN_SAMPLES}, got {num_samples!r}.")
+
+
+def _mean(values: Tensor | None) -> float | None:
+    """Mean over the observations where the value exists; None without any values."""
+    if values is None:
+        return None
+    return float(values[torch.isfinite(values)].double().mean())
+
+
+def _error(values: Tensor | None) -> float | None:
+    """Standard error of that mean."""
+    if values is None:
+        return None
+    finite = values[torch.isfinite(values)].double()
+    return float(finite.std()) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan

@@ -1,0 +1,1 @@
+"""Networks: builders of the main model, transforms, splines, and maximum-likelihood fits."""

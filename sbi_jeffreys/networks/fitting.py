@@ -1,0 +1,196 @@
+"""Maximum-likelihood fits of small networks on few data: one loop for every proxy.
+
+sbi's trainers own their data split and their optimiser; a proxy has to respect the *main's* split
+(its held-out value decides how far it is trusted) and profits, on few simulations, from two things
+that sbi's loop does not do: an exponential moving average of the weights, and decoupled weight
+decay. On the tuning tasks the average was worth 0.05–0.15 nats of held-out likelihood at a third
+of the steps, and strong decay 0.2 nats where the likelihood is simple. With the average in place
+the step size can be large: 4e-3 for 150 epochs instead of 2e-3 for 100 was worth 0.05–0.1 nats
+where noise is wide and 2 nats on a sharp dynamical system.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.clip_grad import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sbi_jeffreys.networks.flat import flattened
+
+__all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
+
+# When, and how many nats behind, a fit is given up, or what share of what its rival gained later:
+# where fits are slow, the last at twenty epochs may be the first in the end.
+_RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
+
+_LEAST_PATIENCE = 10  # epochs, however many steps they have
+
+Loss = Callable[[nn.Module, Tensor, bool], Tensor]
+_Weights = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a proxy's network is fitted.
+
+    Attributes:
+        learning_rate: AdamW's step size.
+        weight_decay: Decoupled decay (Loshchilov & Hutter 2019); the weights shrink by
+            `learning_rate · weight_decay` per step.
+        batch_size: Pairs per step; None: a ninth of the training pairs, between 20 and 200, so that
+            an epoch has about nine steps where simulations are few.
+        patience: Epochs without held-out improvement before stopping.
+        patience_steps: Stop sooner, after this many steps and at least ten epochs without
+            improvement, since the held-out loss of averaged weights is smooth; None: not sooner.
+        max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
+        ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
+        clip_max_norm: Gradient norm bound, or None.
+    """
+
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.0
+    batch_size: int | None = None
+    patience: int = 20
+    patience_steps: int | None = 90
+    max_epochs: int = 150
+    ema_decay: float = 0.995
+    clip_max_norm: float | None = 5.0
+
+    def epochs_without_gain(self, steps_per_epoch: int) -> int:
+        """Epochs without held-out improvement before stopping.
+
+        Example:
+            >>> FitConfig().epochs_without_gain(9), FitConfig().epochs_without_gain(4)
+            (10, 20)
+        """
+        if self.patience_steps is None:
+            return self.patience
+        enough = max(_LEAST_PATIENCE, math.ceil(self.patience_steps / max(1, steps_per_epoch)))
+        return min(self.patience, enough)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Held-out loss of the weights kept (nats; inf if none was finite), and epochs run.
+
+    `early` is the best held-out loss after twenty epochs, for a rival to be compared with.
+    """
+
+    held_out: float
+    epochs: int
+    early: float = math.inf
+
+    @property
+    def hopeless(self) -> float:
+        """The loss after twenty epochs above which a rival is given up; inf if none was reached."""
+        gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
+        return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
+
+
+def can_fuse(net: nn.Module) -> bool:
+    """Whether Adam's fused kernel takes the parameters; complex ones (spectral nets) it does not.
+
+    On these small networks the per-tensor Python loop costs a quarter of a step.
+    """
+    return all(p.is_floating_point() for p in net.parameters())
+
+
+def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
+    """One gradient step; a non-finite loss or gradient skips it instead of ruining the weights."""
+    if not bool(torch.isfinite(loss)):
+        return
+    optimizer.zero_grad(set_to_none=False)  # in place: gradients may be views, see `flattened`
+    loss.backward()
+    norm = clip_grad_norm_(weights, math.inf if clip is None else clip)
+    if bool(torch.isfinite(norm)):
+        optimizer.step()
+
+
+@torch.no_grad()
+def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
+    """ema ← d·ema + (1 − d)·net, d warming up so that early averages forget the initial weights."""
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average(tuple(ema), tuple(weights), step)
+
+
+def _annealed(epoch: int, max_epochs: int) -> float:
+    """Cosine decay of the learning rate to a hundredth, in [0.01, 1]."""
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
+
+
+def fit_network(
+    net: nn.Module,
+    loss: Loss,
+    train_indices: Tensor,
+    val_indices: Tensor,
+    config: FitConfig,
+    on_epoch: Callable[[int, float], object] | None = None,
+    give_up_above: float = math.inf,
+) -> FitResult:
+    """Fit `net` in place and leave it with the averaged weights that were best on held-out data.
+
+    Args:
+        net: The network.
+        loss: `loss(net, indices, training)` returns the losses of B pairs, shape `(B,)`.
+        train_indices: Pairs to train on, shape `(N,)`.
+        val_indices: Held-out pairs, shape `(M,)`.
+        config: Optimiser and stopping.
+        on_epoch: Called with the epoch and its held-out loss, for progress bars.
+        give_up_above: A fit whose held-out loss after twenty epochs is larger is given up: a
+            rival's `hopeless`, beside which it would get no weight.
+
+    Returns:
+        The held-out loss of the weights kept and the epochs run.
+    """
+    ema, best = deepcopy(net), math.inf
+    epoch = since = step = 0
+    early = math.inf
+    batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
+    batch_size = min(batch_size, len(train_indices))
+    patience = config.epochs_without_gain(len(train_indices) // batch_size)
+    with flattened(net) as weights, flattened(ema) as averages:
+        kept = [p.detach().clone() for p in averages]
+        optimizer = AdamW(
+            weights,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=can_fuse(net),
+        )
+        try:
+            while epoch < config.max_epochs and since < patience:
+                net.train()
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)
+                order = train_indices[torch.randperm(len(train_indices))]
+                for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
+                    _step(weights, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)
+                    step += 1
+                    _average(averages, weights, config.ema_decay, step)
+                ema.eval()
+                with torch.no_grad():
+                    value = float(loss(ema, val_indices, False).mean())
+                epoch += 1
+                if value < best:  # False for NaN: a failed epoch never becomes the best one.
+                    best, since = value, 0
+                    kept = [p.detach().clone() for p in averages]
+                else:
+                    since += 1
+                if on_epoch is not None:
+                    on_epoch(epoch, value)
+                if epoch == _RACE_EPOCHS:
+                    early = best
+                    if best > give_up_above:
+                        break
+        finally:
+            for average, value in zip(averages, kept):
+                average.detach().copy_(value)
+            net.load_state_dict(ema.state_dict())
+            net.eval()
+    return FitResult(best, epoch, early)

@@ -1,0 +1,1 @@
+"""Posteriors beside the main's own: corrected by the proxy, and the proxy's."""

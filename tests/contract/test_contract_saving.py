@@ -1,0 +1,293 @@
+"""Pickles, deep copies, files, and resuming: nothing is lost, and nothing changes."""
+
+import copy
+import json
+import pickle
+import tempfile
+import warnings
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from contract_tools import (
+    PLAIN,
+    PRIOR,
+    TINY,
+    X_O,
+    fresh,
+    simulate,
+    train,
+    trained,
+    weights,
+)
+from sbi.neural_nets import posterior_nn
+
+from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys.training import persistence
+from sbi_jeffreys.training.trainer import SymmetricTrainer
+
+
+def pickled(inference: NPE_Jeffreys) -> NPE_Jeffreys:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pickle.loads(pickle.dumps(inference))
+
+
+def copied(inference: NPE_Jeffreys) -> NPE_Jeffreys:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return copy.deepcopy(inference)
+
+
+def saved(inference: NPE_Jeffreys) -> NPE_Jeffreys:
+    with tempfile.TemporaryDirectory() as folder:
+        inference.save(f"{folder}/inference.sbij")
+        return NPE_Jeffreys.load(f"{folder}/inference.sbij")
+
+
+WAYS = pytest.mark.parametrize("duplicate", [pickled, copied, saved])
+
+
+def samples(inference: NPE_Jeffreys) -> torch.Tensor:
+    torch.manual_seed(4)
+    return inference.build_posterior().sample((20,), x=X_O, show_progress_bars=False)
+
+
+@WAYS
+def test_fresh_trainer(duplicate):
+    inference = duplicate(fresh())
+    inference.append_simulations(*simulate())
+    train(inference)
+    assert samples(inference).shape == (20, 2)
+
+
+@WAYS
+def test_after_append(duplicate):
+    torch.manual_seed(0)
+    inference = fresh().append_simulations(*simulate())
+    other = duplicate(inference)
+    for one in (inference, other):
+        torch.manual_seed(1)
+        train(one)
+    assert torch.equal(weights(inference), weights(other))
+
+
+@WAYS
+def test_mid_symmetric_stage(duplicate):
+    inference = trained(max_num_epochs=1)
+    assert not inference._stage.finished
+    other = duplicate(inference)
+    for one in (inference, other):
+        train(one, 5, resume_training=True)
+        assert one._stage.finished
+        assert one._stage.main is one._neural_net
+    assert torch.equal(weights(inference), weights(other))
+
+
+@WAYS
+def test_finished(duplicate):
+    inference = trained()
+    other = duplicate(inference)
+    assert torch.equal(samples(inference), samples(other))
+    x = X_O.expand(3, -1)
+    theta = PRIOR.sample((3,)).unsqueeze(0)
+    assert torch.equal(inference.proxy.log_potential(theta, x), other.proxy.log_potential(theta, x))
+    assert other.summary == inference.summary
+    train(other, resume_training=True)
+    assert torch.equal(weights(inference), weights(other))
+
+
+@WAYS
+def test_retrain_from_scratch_where_the_estimator_has_a_name(duplicate):
+    inference = duplicate(trained("nsf"))
+    net = inference._neural_net
+    inference.append_simulations(*simulate())
+    train(inference, retrain_from_scratch=True, force_first_round_loss=True)
+    assert inference._neural_net is not net
+    assert type(inference._neural_net) is type(net)
+
+
+def test_names_are_rebuilt_without_transforms_and_prior():
+    for options in (TINY, replace(TINY, marginal_transforms=False)):
+        inference = pickled(fresh("maf", options, prior=None).append_simulations(*simulate()))
+        train(inference)
+        assert bool(torch.isfinite(samples(inference)).all())
+
+
+def test_a_closure_is_lost_and_missed_by_name():
+    inference = pickled(trained(posterior_nn("maf")))
+    with pytest.raises(RuntimeError, match=r"density_estimator.*by name"):
+        train(inference, retrain_from_scratch=True, force_first_round_loss=True)
+
+
+def build_at_module_level(theta, x):
+    return posterior_nn("maf")(theta, x)
+
+
+def test_a_builder_that_can_be_pickled_is_kept():
+    inference = pickled(trained(build_at_module_level))
+    train(inference, retrain_from_scratch=True, force_first_round_loss=True)
+
+
+def test_pickling_warns_of_what_is_lost_only():
+    with pytest.warns(UserWarning, match="retrain_from_scratch"):
+        pickle.dumps(trained(posterior_nn("maf")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickle.dumps(trained())
+
+
+# ---------------------------------------------------------------------- resuming, bit for bit
+
+
+def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monkeypatch):
+    """Pausing hands out the best weights; resuming goes on from the last ones."""
+    keep = SymmetricTrainer._keep
+    options = replace(TINY, num_steps=8)
+
+    def never_better(self, stage, value):
+        keep(self, stage, float("inf"))
+
+    monkeypatch.setattr(SymmetricTrainer, "_keep", never_better)
+
+    def last_weights(pauses: tuple[int, ...]) -> dict:
+        torch.manual_seed(2)
+        inference = trained(options=options, max_num_epochs=1)
+        for epochs in pauses:
+            inference = pickled(inference)
+            train(inference, epochs, resume_training=True)
+        assert inference._stage.step == 6
+        return inference._paused_state
+
+    once, twice = last_weights((2,)), last_weights((1, 1))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("through_pickle", [False, True])
+def test_exhausted_budget_without_symmetric_stage_resumes_sbis_loop(through_pickle):
+    def run(budgets: tuple[int, ...]) -> NPE_Jeffreys:
+        torch.manual_seed(5)
+        inference = fresh(options=PLAIN).append_simulations(*simulate(100))
+        for turn, budget in enumerate(budgets):
+            train(inference, budget, resume_training=turn > 0)
+            inference = pickled(inference) if through_pickle else inference
+        return inference
+
+    whole, parts = run((6,)), run((2, 6))
+    # The premise: while every epoch improves, sbi hands out the last weights, not earlier ones.
+    losses = whole.summary["validation_loss"]
+    assert losses == sorted(losses, reverse=True)
+    assert parts.summary["validation_loss"] == losses
+    assert torch.equal(weights(whole), weights(parts))
+
+
+def test_resuming_after_a_refused_proxy_goes_on_with_sbis_loop_and_tries_again(monkeypatch):
+    monkeypatch.setattr("sbi_jeffreys.training.preparation.trust", lambda *values: 0.0)
+    inference = trained(options=replace(TINY, min_trust=0.5))
+    assert "not trusted" in inference.summary["proxy"][0]
+    train(inference, 5, resume_training=True)
+    assert len(inference.summary["validation_loss"]) == 6
+    assert len(inference.summary["proxy"]) == 2
+
+
+def test_interrupt_in_stage_0_resumes(monkeypatch):
+    inference = fresh().append_simulations(*simulate())
+    original, calls = NPE_Jeffreys._train_epoch, [0]
+
+    def interrupted(self, *args):
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(NPE_Jeffreys, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inference.train(max_num_epochs=3)
+    inference = pickled(inference)
+    train(inference, 3, resume_training=True)
+    assert inference._stage.finished
+
+
+# ---------------------------------------------------------------------- the file
+
+
+@pytest.fixture(scope="module")
+def inference() -> NPE_Jeffreys:
+    return trained()
+
+
+def test_file_is_one_and_replaced_whole(inference, tmp_path, monkeypatch):
+    path = tmp_path / "a.sbij"
+    inference.save(path)
+    inference.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.sbij"]
+    before = path.read_bytes()
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(persistence.os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        inference.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.sbij"]
+
+
+def test_header_is_readable(inference, tmp_path):
+    inference.save(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "a") as archive:
+        header = json.loads(archive.read("header.json"))
+    assert header["format_version"] == persistence.FORMAT_VERSION
+    assert set(header["packages"]) == {"sbi_jeffreys", "sbi", "torch", "python"}
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "flip", "newer", "other", "pickle"])
+def test_wrong_files_are_named_with_a_remedy(inference, tmp_path, damage):
+    path = tmp_path / "damaged.sbij"
+    inference.save(path)
+    whole = path.read_bytes()
+    if damage == "text":
+        path.write_text("theta, x")
+    elif damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flip":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    else:
+        header = {"format": "sbi_jeffreys inference", "format_version": 1, "packages": {"sbi": "9"}}
+        header |= {"newer": {"format_version": 99}, "other": {"format": "x"}}.get(damage, {})
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("header.json", json.dumps(header))
+            archive.writestr("inference.pt", b"no pickle")
+    with pytest.raises(ValueError, match=r"damaged\.sbij.*([Ii]nstall|save it anew)"):
+        NPE_Jeffreys.load(path)
+
+
+def test_other_content_and_absent_file(tmp_path):
+    persistence.save({"a": 1}, tmp_path / "dict")
+    with pytest.raises(ValueError, match="holds a dict"):
+        NPE_Jeffreys.load(tmp_path / "dict")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        NPE_Jeffreys.load(tmp_path / "absent")
+
+
+def test_what_cannot_be_pickled_is_said(inference, tmp_path):
+    other = copied(inference)
+    other.extra = lambda: None
+    with pytest.raises(TypeError, match="must be picklable"):
+        other.save(tmp_path / "a")
+    assert not list(tmp_path.glob("*a*"))
+
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
+def test_load_onto_a_device_and_go_on(tmp_path, device):
+    trained(max_num_epochs=1).save(tmp_path / "a")
+    inference = NPE_Jeffreys.load(tmp_path / "a", device=device)
+    train(inference, 5, resume_training=True)
+    assert inference._stage.finished
+    theta, x = X_O[None].to(device), X_O.to(device)
+    assert inference._neural_net.log_prob(theta, x).shape == (1, 1)

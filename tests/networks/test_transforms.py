@@ -1,0 +1,95 @@
+"""Transforms are bijections with the right Jacobian, and pick what they should."""
+
+import pytest
+import torch
+from sbi.utils import BoxUniform
+from torch.distributions import Independent, LogNormal, MultivariateNormal
+
+from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform
+
+N = 500
+
+
+def example() -> torch.Tensor:
+    normal, positive = torch.randn(N), torch.randn(N).mul(1.5).exp()
+    counts, constant = torch.poisson(torch.full((N,), 3.0)), torch.full((N,), 7.0)
+    heavy = torch.distributions.StudentT(1.5).sample((N,))
+    return torch.stack([normal, positive, counts, constant, heavy], dim=1)
+
+
+def test_kinds_follow_the_data():
+    transform = MarginalTransform.fit(example())
+    assert transform.kinds[:2] == ["identity", "log"]
+    assert transform.kinds[3] == "asinh"
+    assert transform.keep.tolist() == [0, 1, 2, 4]  # the constant is dropped
+    assert transform.integer.tolist() == [False, False, True, False]
+    assert not transform.is_identity
+    assert MarginalTransform.fit(torch.randn(N, 2)).is_identity
+
+
+def test_inverse_restores_x_exactly_counts_and_constants_included():
+    x = example()
+    transform = MarginalTransform.fit(x)
+    back = transform.inverse(transform(x))
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(back[:, 2], x[:, 2])
+    assert torch.equal(back[:, 3], x[:, 3])
+
+
+def test_dequantised_counts_stay_in_their_cell_and_have_no_atoms():
+    x = example()
+    transform = MarginalTransform.fit(x)
+    noisy = transform.dequantise(x)
+    assert torch.equal(transform.inverse(noisy)[:, 2], x[:, 2])
+    assert len(noisy[:, 2].unique()) > len(x[:, 2].unique())
+    assert torch.equal(noisy[:, 0], x[:, 0])
+
+
+def test_values_below_those_seen_stay_finite():
+    transform = MarginalTransform.fit(torch.randn(N, 1).mul(1.5).exp())
+    assert transform.kinds == ["log"]
+    assert bool(torch.isfinite(transform(torch.tensor([[0.0], [-1.0]]))).all())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(5, 2, 2), r"shape \(N, dim_x\)"),
+        (torch.full((5, 1), torch.nan), "NaN or inf"),
+        (torch.ones(5, 2), "constant over all 5"),
+    ],
+)
+def test_bad_x_is_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        MarginalTransform.fit(x)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        BoxUniform(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 5.0])),
+        Independent(LogNormal(torch.zeros(2), torch.ones(2)), 1),
+    ],
+    ids=["box", "log-normal"],
+)
+def test_prior_transform_preserves_probability(prior):
+    transform = PriorTransform.fit(prior)
+    assert transform is not None
+    theta = prior.sample((N,)).double()
+    u, log_det, inside = transform(theta)
+    assert bool(inside.all())
+    torch.testing.assert_close(transform.inverse(u), theta, rtol=1e-6, atol=1e-6)
+    jacobian = torch.autograd.functional.jacobian(lambda t: transform(t)[0], theta[0])
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1])
+
+
+def test_outside_the_support_is_flagged_and_finite():
+    transform = PriorTransform.fit(BoxUniform(torch.zeros(2), torch.ones(2)))
+    u, log_det, inside = transform(torch.tensor([[0.5, 0.5], [1.5, 0.5]]))
+    assert inside.tolist() == [True, False]
+    assert bool(torch.isfinite(u).all())
+    assert bool(torch.isfinite(log_det).all())
+
+
+def test_unbounded_priors_need_no_transform():
+    assert PriorTransform.fit(MultivariateNormal(torch.zeros(2), torch.eye(2))) is None

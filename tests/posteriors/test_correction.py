@@ -1,0 +1,123 @@
+"""The corrected posterior: draws, density and power of the pool, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from sbi.utils import BoxUniform
+from test_diagnostics import Known, gaussian, log_likelihood, pairs
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from sbi_jeffreys import (
+    CorrectedPosterior,
+    GivenProxy,
+    JeffreysOptions,
+    NPE_Jeffreys,
+    held_out_report,
+)
+from sbi_jeffreys.posteriors.corrected import best_power, pooling_power
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no parameters/buffers")
+
+PRIOR = MultivariateNormal(torch.zeros(2), torch.eye(2))
+SPREAD = math.sqrt(0.2)  # the exact posterior is N(x / 1.25, 0.2 I)
+X = torch.tensor([0.5, -1.0])
+
+
+def corrected(power, shift=1.0):
+    """The main is `shift` standard deviations off in both dimensions, the proxy is exact."""
+    main, proxy = Known(gaussian(shift=shift)), GivenProxy(PRIOR, log_likelihood)
+    return CorrectedPosterior(main, proxy, PRIOR, power=power)
+
+
+@pytest.mark.parametrize(
+    ("main", "proxy", "power"),
+    [(1.0, -1.0, 0.5), (1.0, -0.5, 2 / 3), (1.0, 0.0, 1.0), (0, 1, 0.05)],
+)
+def test_best_power_is_where_the_pool_of_two_gaussians_is_the_truth(main, proxy, power):
+    # Means m and p, truth 0: the pool has mean (1 − β) m + β p. Standard error of β: at most 0.016.
+    def log_ratio(theta):
+        return Normal(proxy, 1.0).log_prob(theta) - Normal(main, 1.0).log_prob(theta)
+
+    draws = main + torch.randn(2000, 2000)
+    assert best_power(log_ratio(draws), log_ratio(torch.randn(2000))) == pytest.approx(
+        power, abs=0.06
+    )
+
+
+def test_best_power_survives_a_proxy_without_mass_at_a_true_parameter():
+    true = torch.zeros(20)
+    true[3] = -math.inf
+    assert 0 < best_power(torch.randn(50, 20), true) <= 1
+
+
+def test_pooling_power_reads_main_and_proxy_at_the_pairs():
+    theta, x = pairs(200)
+    proxy = GivenProxy(PRIOR, log_likelihood)
+    wrong_proxy = GivenProxy(PRIOR, lambda theta, x: log_likelihood(theta + SPREAD, x))
+    before = torch.get_rng_state()
+    assert pooling_power(Known(gaussian(shift=1.0)), proxy, theta, x) >= 0.85
+    assert pooling_power(Known(gaussian()), wrong_proxy, theta, x) <= 0.15
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0])
+def test_draws_and_density_are_those_of_the_pool(power):
+    posterior = corrected(power)
+    pool = Independent(Normal(X / 1.25 + (1 - power) * SPREAD, SPREAD), 1)
+    num = 4000
+    samples = posterior.sample((num,), x=X, show_progress_bars=False)
+    # Resampled from 20,000 candidates whose effective share is exp(−2β²): at least 2,700.
+    assert float((samples.mean(0) - pool.mean).abs().max()) < 4 * SPREAD * math.sqrt(
+        1 / num + 1 / 2700
+    )
+    theta = pool.sample((50,))
+    error = (posterior.log_prob(theta, x=X) - pool.log_prob(theta)).abs().max()
+    assert float(error) < 4 * math.sqrt((math.exp(2 * power**2) - 1) / 10_000) + 1e-4
+    batched = posterior.log_prob_batched(theta.unsqueeze(1), X.unsqueeze(0))[:, 0]
+    assert float((batched - pool.log_prob(theta)).abs().max()) < 0.15
+
+
+def test_effective_sample_size_is_that_of_the_weights_to_the_pool():
+    # Two dimensions, a shift of β standard deviations in each: E[w]² / E[w²] = exp(−2β²).
+    for power in (0.3, 0.7):
+        share = corrected(power).effective_sample_size(X, num_candidates=20_000)
+        assert share == pytest.approx(math.exp(-2 * power**2), abs=0.05)
+
+
+def test_outside_the_prior_there_is_no_mass_whatever_the_power():
+    box = BoxUniform(-torch.ones(2), torch.ones(2))
+    main, proxy = Known(gaussian()), GivenProxy(box, log_likelihood)
+    posterior = CorrectedPosterior(main, proxy, box, power=0.05)
+    samples = posterior.sample((1000,), x=torch.tensor([1.2, 1.2]), show_progress_bars=False)
+    assert bool((samples.abs() <= 1).all())
+    outside = posterior.log_prob(torch.tensor([[1.5, 0.0]]), x=X)
+    assert bool(torch.isneginf(outside).all())
+
+
+def test_held_out_report_reads_the_pool():
+    theta, x = pairs(500)
+    report = held_out_report(corrected(0.5), theta, x, num_samples=400)
+    nll = math.log(2 * math.pi * math.e * 0.2) + 0.25  # half a standard deviation off, twice
+    assert abs(report.forward - nll) < 4 * report.forward_error + 0.01
+
+
+def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
+    theta, x = pairs(300)
+    too_sure = GivenProxy(PRIOR, lambda theta, x: 2 * log_likelihood(theta, x))
+    options = JeffreysOptions(num_steps=20, proxy=too_sure)
+    inference = NPE_Jeffreys(PRIOR, "mdn", show_progress_bars=False, options=options)
+    inference.append_simulations(theta, x).train(max_num_epochs=2)
+    rows = inference.val_indices
+    power = pooling_power(inference._neural_net, inference.proxy, theta[rows], x[rows])
+    assert 0.1 < power < 0.9  # a posterior of half the variance against two epochs
+    assert inference.build_corrected_posterior().power == power
+    assert inference.build_corrected_posterior(power=0.2).power == 0.2
+    monkeypatch.setattr(inference, "_round", 1)  # held-out pairs from a proposal
+    assert inference.build_corrected_posterior().power == 1.0
+
+
+@pytest.mark.parametrize("power", [0.0, -1, 1.5, "half", True, math.nan])
+def test_a_power_out_of_range_is_refused(power):
+    with pytest.raises(ValueError, match=r"power must be a number in \(0, 1\].*build_posterior"):
+        corrected(power)
