@@ -9,11 +9,11 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies import (
     EnergyConfig,
     EnergyProxy,
+    FlowExpert,
     GivenProxy,
     LikelihoodProxy,
-    MemberSpec,
     Proxy,
-    RegressionSpec,
+    RegressionExpert,
 )
 from sbi_jeffreys.registration import register
 from sbi_jeffreys.training import multipliers
@@ -22,14 +22,14 @@ __all__ = [
     "CorrectedPosterior",
     "EnergyConfig",
     "EnergyProxy",
+    "FlowExpert",
     "GivenProxy",
     "HeldOutReport",
     "JeffreysOptions",
     "LikelihoodProxy",
-    "MemberSpec",
     "NPE_Jeffreys",
     "Proxy",
-    "RegressionSpec",
+    "RegressionExpert",
     "diagnostics",
     "held_out_report",
     "multipliers",

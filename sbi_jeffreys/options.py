@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert, RegressionExpert
 
 __all__ = ["JeffreysOptions"]
 
@@ -40,7 +40,7 @@ class JeffreysOptions:
         proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
             structured x), "auto" (likelihood for vector x without embedding net, else energy), or
             a `Proxy` of your own, for instance `GivenProxy`.
-        members: Likelihood nets, and regressions, of the likelihood proxy.
+        experts: Likelihood nets, and regressions, of the likelihood proxy.
         proxy_fit: How the likelihood nets are fitted.
         proxy_folds: Fits of each member of the likelihood proxy to parts of the training
             simulations, averaged (see `LikelihoodProxy`): a better proxy for as many times the
@@ -92,7 +92,7 @@ class JeffreysOptions:
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
-    members: tuple[MemberSpec | RegressionSpec, ...] = DEFAULT_MEMBERS
+    experts: tuple[FlowExpert | RegressionExpert, ...] = DEFAULT_EXPERTS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     proxy_folds: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -122,11 +122,11 @@ class JeffreysOptions:
             raise ValueError(
                 f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
             )
-        kinds = (MemberSpec, RegressionSpec)
-        if not self.members or not all(isinstance(m, kinds) for m in self.members):
+        kinds = (FlowExpert, RegressionExpert)
+        if not self.experts or not all(isinstance(m, kinds) for m in self.experts):
             raise TypeError(
-                "members must be a non-empty tuple of MemberSpec and RegressionSpec, "
-                f"got {self.members!r}."
+                "experts must be a non-empty tuple of FlowExpert and RegressionExpert, "
+                f"got {self.experts!r}."
             )
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from sbi.utils import BoxUniform
 
-from sbi_jeffreys import EnergyConfig, JeffreysOptions, MemberSpec, NPE_Jeffreys
+from sbi_jeffreys import EnergyConfig, FlowExpert, JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.networks.fitting import FitConfig
 
 TINY = JeffreysOptions(
-    members=(MemberSpec("maf", num_transforms=2),),
+    experts=(FlowExpert("maf", num_transforms=2),),
     proxy_fit=FitConfig(max_epochs=4),
     proxy_folds=1,
     energy=EnergyConfig(hidden_features=10, num_contrasts=4, fit=FitConfig(max_epochs=2)),

@@ -12,13 +12,13 @@ from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent
 from torch.distributions import LogNormal, MultivariateNormal, Uniform
 
-from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
+from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.npe import TRACES
 from sbi_jeffreys.proxies import LikelihoodProxy
 
 TINY = JeffreysOptions(
-    members=(MemberSpec("maf"),),
+    experts=(FlowExpert("maf"),),
     proxy_fit=FitConfig(max_epochs=30, patience=5),
     proxy_folds=1,
     num_steps=20,
@@ -288,7 +288,7 @@ def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, batch, s
 
 def test_one_parameter_one_output():
     prior = BoxUniform(-torch.ones(1), torch.ones(1))
-    options = JeffreysOptions(**{**vars(TINY), "members": (MemberSpec("nsf"), MemberSpec("maf"))})
+    options = JeffreysOptions(**{**vars(TINY), "experts": (FlowExpert("nsf"), FlowExpert("maf"))})
     trained(100, options, prior)
 
 
@@ -428,8 +428,8 @@ def test_unknown_train_keyword_raises():
     ("field", "value", "error"),
     [
         ("proxy", "magic", ValueError),
-        ("members", (), TypeError),
-        ("members", ("maf",), TypeError),
+        ("experts", (), TypeError),
+        ("experts", ("maf",), TypeError),
         ("proxy_fit", {}, TypeError),
         ("proxy_folds", 0, ValueError),
         ("proxy_folds", 2.5, TypeError),
@@ -466,7 +466,7 @@ def test_better_than_npe_on_a_linear_gaussian():
     prior = MultivariateNormal(torch.zeros(5), torch.eye(5))
     theta, test_theta = prior.sample((300,)), prior.sample((2000,))
     x, test_x = (t + 0.5 * torch.randn_like(t) for t in (theta, test_theta))
-    options = JeffreysOptions(num_steps=200, members=(MemberSpec("maf", 1.0),))
+    options = JeffreysOptions(num_steps=200, experts=(FlowExpert("maf", 1.0),))
 
     def nll(estimator: torch.nn.Module) -> float:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys
+from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, quiet, seeded
 from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
 from sbi_jeffreys.benchmark.tasks import Task
@@ -59,7 +59,7 @@ class FitContext:
 _FAST: dict[str, Any] = {
     "num_steps": 20,
     "steps_per_epoch": 10,
-    "members": (MemberSpec("maf"),),
+    "experts": (FlowExpert("maf"),),
     "proxy_fit": FitConfig(max_epochs=3),
     "proxy_folds": 1,
     "proxy_draws": 200,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker
-from sbi_jeffreys.proxies import LikelihoodProxy, MemberSpec
+from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
 from sbi_jeffreys.training.stage import SymmetricStage
 
 __all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "Variant"]
@@ -118,20 +118,20 @@ class RawCountsProxy(KeptProxy):
         return kept, x - self._OFF
 
 
-def _nets(options: JeffreysOptions) -> list[MemberSpec]:
-    return [member for member in options.members if isinstance(member, MemberSpec)]
+def _nets(options: JeffreysOptions) -> list[FlowExpert]:
+    return [member for member in options.experts if isinstance(member, FlowExpert)]
 
 
 def _undertrained(options: JeffreysOptions) -> JeffreysOptions:
     """Two epochs, and the nets alone: regressions in closed form would carry the proxy."""
     config = replace(options.proxy_fit, max_epochs=2)
-    return replace(options, proxy_fit=config, members=tuple(_nets(options)))
+    return replace(options, proxy_fit=config, experts=tuple(_nets(options)))
 
 
 def _raw_members(options: JeffreysOptions) -> JeffreysOptions:
     """The nets alone, on x as it is: a regression's scale would be chosen by the proxy."""
     raw = dict.fromkeys(replace(net, marginal_transform=False) for net in _nets(options))
-    return replace(options, members=tuple(raw))
+    return replace(options, experts=tuple(raw))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Condition:
     def build(self, trainer: NPE_Jeffreys, options: JeffreysOptions) -> KeptProxy:
         """The proxy, not fitted yet."""
         changed = self.change(options)
-        return self.kind(trainer._prior, changed.members, changed.proxy_fit, changed.proxy_folds)
+        return self.kind(trainer._prior, changed.experts, changed.proxy_fit, changed.proxy_folds)
 
 
 CONDITIONS = {

@@ -88,7 +88,7 @@ class FitResult:
     early: float = math.inf
 
     @property
-    def hopeless(self) -> float:
+    def abandon_threshold(self) -> float:
         """The loss after twenty epochs above which a rival is given up; inf if none was reached."""
         gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
         return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
@@ -132,7 +132,7 @@ def fit_network(
     val_indices: Tensor,
     config: FitConfig,
     on_epoch: Callable[[int, float], object] | None = None,
-    give_up_above: float = math.inf,
+    abandon_above: float = math.inf,
 ) -> FitResult:
     """Fit `net` in place and leave it with the averaged weights that were best on held-out data.
 
@@ -143,7 +143,7 @@ def fit_network(
         val_indices: Held-out pairs, shape `(M,)`.
         config: Optimiser and stopping.
         on_epoch: Called with the epoch and its held-out loss, for progress bars.
-        give_up_above: A fit whose held-out loss after twenty epochs is larger is given up: a
+        abandon_above: A fit whose held-out loss after twenty epochs is larger is given up: a
             rival's `hopeless`, beside which it would get no weight.
 
     Returns:
@@ -186,7 +186,7 @@ def fit_network(
                     on_epoch(epoch, value)
                 if epoch == _RACE_EPOCHS:
                     early = best
-                    if best > give_up_above:
+                    if best > abandon_above:
                         break
         finally:
             for average, value in zip(averages, kept):

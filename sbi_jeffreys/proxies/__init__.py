@@ -13,7 +13,7 @@ from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
 from sbi_jeffreys.proxies.given import GivenProxy
-from sbi_jeffreys.proxies.likelihood import LikelihoodProxy, MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.likelihood import FlowExpert, LikelihoodProxy, RegressionExpert
 
 if TYPE_CHECKING:
     from sbi_jeffreys.options import JeffreysOptions
@@ -22,11 +22,11 @@ __all__ = [
     "EmpiricalPrior",
     "EnergyConfig",
     "EnergyProxy",
+    "FlowExpert",
     "GivenProxy",
     "LikelihoodProxy",
-    "MemberSpec",
     "Proxy",
-    "RegressionSpec",
+    "RegressionExpert",
     "build_proxy",
     "hand_back_embedding",
 ]
@@ -64,7 +64,7 @@ def build_proxy(
         reason = obstacle or "vector x"
     if options.proxy == "energy" or (options.proxy == "auto" and obstacle is not None):
         return EnergyProxy(prior, options.energy), f"energy: {reason}"
-    proxy = LikelihoodProxy(prior, options.members, options.proxy_fit, options.proxy_folds)
+    proxy = LikelihoodProxy(prior, options.experts, options.proxy_fit, options.proxy_folds)
     return proxy, f"likelihood: {reason}"
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
-from sbi_jeffreys.proxies.experts.members import (
-    FittedMember,
-    fit_members,
+from sbi_jeffreys.proxies.experts.fit import (
+    FittedExpert,
+    fit_experts,
     fit_regression,
     scales_of,
 )
-from sbi_jeffreys.proxies.experts.specs import MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.experts.specs import FlowExpert, RegressionExpert
 
 __all__ = ["Bag", "fit_folds"]
 
@@ -58,14 +58,14 @@ class Bag(nn.Module):
 
 
 def fit_folds(
-    specs: Sequence[MemberSpec | RegressionSpec],
+    specs: Sequence[FlowExpert | RegressionExpert],
     config: FitConfig,
     z: Tensor,
     x: Tensor,
     train: Tensor,
     num_folds: int,
     on_epoch: Callable[[int, float], object] | None = None,
-) -> list[FittedMember]:
+) -> list[FittedExpert]:
     """Every member, fitted once per fold; nets are bagged, a regression is fitted to all at last.
 
     Args:
@@ -83,26 +83,26 @@ def fit_folds(
     scales = scales_of(x[train])
     folds = train[torch.randperm(len(train))].tensor_split(num_folds)
     fits = []
-    for k, left_out in enumerate(folds):
+    for k, leave_one_out in enumerate(folds):
         rest = torch.cat([*folds[:k], *folds[k + 1 :]])
-        fitted = fit_members(specs, config, z, x, rest, left_out, on_epoch, scales, stop=False)
+        fitted = fit_experts(specs, config, z, x, rest, leave_one_out, on_epoch, scales, stop=False)
         fits.append({member.spec: member for member in fitted})
     kept = [spec for spec in fits[0] if all(spec in fit for fit in fits)]
     return [_together(spec, [fit[spec] for fit in fits], z, x, train) for spec in kept]
 
 
 def _together(
-    spec: MemberSpec | RegressionSpec,
-    fits: Sequence[FittedMember],
+    spec: FlowExpert | RegressionExpert,
+    fits: Sequence[FittedExpert],
     z: Tensor,
     x: Tensor,
     train: Tensor,
-) -> FittedMember:
+) -> FittedExpert:
     """One member from its fits to the folds."""
     held_out = torch.cat([fit.held_out for fit in fits])
     result = FitResult(-float(held_out.mean()), sum(fit.result.epochs for fit in fits))
     transform = fits[0].transform
     net: nn.Module = Bag([fit.net for fit in fits])
-    if isinstance(spec, RegressionSpec):
+    if isinstance(spec, RegressionExpert):
         net = fit_regression(spec, transform, z[train], x[train])
-    return FittedMember(net, transform, result, held_out, spec)
+    return FittedExpert(net, transform, result, held_out, spec)

@@ -5,7 +5,7 @@ r"""Likelihood proxy: q̃_ψ(θ, x) = p(θ) ℓ_ψ(x|θ), the default for vector
     ℓ_ψ(x|θ) = Σ_k w_k ℓ_k(T_k(x)|θ) |∂T_k/∂x|,
 
 each fitted by maximum likelihood, beside regressions in closed form
-(`sbi_jeffreys.proxies.experts.members`). Why this proxy: its fit needs no partition function and no
+(`sbi_jeffreys.proxies.experts.fit`). Why this proxy: its fit needs no partition function and no
 correction for proposals in later rounds, its prior is exact (zero mass outside), and it is a
 generative model of x: pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃) are unlimited.
 
@@ -28,15 +28,15 @@ from torch.distributions import Distribution
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.experts.members import fit_members, log_likelihood
-from sbi_jeffreys.proxies.experts.specs import DEFAULT_MEMBERS, MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.experts.fit import fit_experts, log_likelihood
+from sbi_jeffreys.proxies.experts.specs import DEFAULT_EXPERTS, FlowExpert, RegressionExpert
 from sbi_jeffreys.proxies.folds import fit_folds
 
 __all__ = [
-    "DEFAULT_MEMBERS",
+    "DEFAULT_EXPERTS",
+    "FlowExpert",
     "LikelihoodProxy",
-    "MemberSpec",
-    "RegressionSpec",
+    "RegressionExpert",
     "stacking_weights",
 ]
 
@@ -84,7 +84,7 @@ class LikelihoodProxy(Proxy):
 
     Args:
         prior: Prior p(θ).
-        members: What to fit: nets and regressions.
+        experts: What to fit: nets and regressions.
         config: How each net is fitted; its own learning rate and decay take precedence.
         num_folds: Fits of each member to parts of the training pairs, which are then averaged: 1 is
             a single fit; None is 10 from 20 training pairs on, 5 from 150, else 1.
@@ -103,17 +103,17 @@ class LikelihoodProxy(Proxy):
     def __init__(
         self,
         prior: Distribution,
-        members: Sequence[MemberSpec | RegressionSpec] = DEFAULT_MEMBERS,
+        experts: Sequence[FlowExpert | RegressionExpert] = DEFAULT_EXPERTS,
         config: FitConfig | None = None,
         num_folds: int | None = None,
     ) -> None:
         super().__init__(prior)
         self.num_folds = num_folds
-        self.members = tuple(members)
+        self.experts = tuple(experts)
         self.config = FitConfig() if config is None else config
         self.results: list[FitResult] = []
         self.nets, self.transforms = nn.ModuleList(), nn.ModuleList()
-        self.register_buffer("weights", torch.zeros(len(self.members)))
+        self.register_buffer("weights", torch.zeros(len(self.experts)))
 
     def fit(
         self,
@@ -142,9 +142,9 @@ class LikelihoodProxy(Proxy):
         z = self.theta_transform(theta)
         folds = self._folds(len(train_indices))
         if folds > 1:
-            fitted = fit_folds(self.members, base, z, x, train_indices, folds, on_epoch)
+            fitted = fit_folds(self.experts, base, z, x, train_indices, folds, on_epoch)
         else:
-            fitted = fit_members(self.members, base, z, x, train_indices, val_indices, on_epoch)
+            fitted = fit_experts(self.experts, base, z, x, train_indices, val_indices, on_epoch)
         self.nets = nn.ModuleList([member.net for member in fitted])
         self.transforms = nn.ModuleList([member.transform for member in fitted])
         self.results = [member.result for member in fitted]

@@ -18,7 +18,7 @@ from sbi_jeffreys.benchmark.evaluation import simulations_for
 from sbi_jeffreys.benchmark.methods import FitContext
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE
-from sbi_jeffreys.proxies.likelihood import DEFAULT_MEMBERS, MemberSpec
+from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert
 
 CONTEXT = FitContext(fast=True)
 OPTIONS = CONTEXT.options()
@@ -122,7 +122,7 @@ def test_an_undertrained_proxy_has_nothing_but_nets_of_two_epochs():
     trainer = argparse.Namespace(_prior=TASK.prior)
     proxy = CONDITIONS["undertrained"].build(trainer, JeffreysOptions())
     assert proxy.config.max_epochs == 2
-    assert proxy.members == tuple(m for m in DEFAULT_MEMBERS if isinstance(m, MemberSpec))
+    assert proxy.members == tuple(m for m in DEFAULT_EXPERTS if isinstance(m, FlowExpert))
 
 
 def test_raw_counts_are_neither_dequantised_nor_transformed():

@@ -76,8 +76,8 @@ def pytest_arguments(root: Path, options: argparse.Namespace) -> list[str]:
         arguments += ["-n", str(options.workers)]
     if options.tests:
         return [*arguments, "--host-partial", *in_fetched(root, options.tests)]
-    selected, left_out = listed(options.slow)
-    for node_id in left_out:
+    selected, leave_one_out = listed(options.slow)
+    for node_id in leave_one_out:
         arguments += ["--deselect", node_id]
     return arguments + in_fetched(root, selected)
 

@@ -49,12 +49,12 @@ def test_sized_options() -> Any:
     the main estimator are enough, and keep the run within the time of CI.
     """
     # Here, not at the top: another class can be tested where this package is not installed.
-    from sbi_jeffreys import EnergyConfig, JeffreysOptions, MemberSpec
+    from sbi_jeffreys import EnergyConfig, FlowExpert, JeffreysOptions
     from sbi_jeffreys.networks.fitting import FitConfig
 
     fit = FitConfig(max_epochs=3)
     return JeffreysOptions(
-        members=(MemberSpec("maf", num_transforms=2),),
+        experts=(FlowExpert("maf", num_transforms=2),),
         proxy_fit=fit,
         proxy_folds=1,
         energy=EnergyConfig(hidden_features=10, num_contrasts=4, fit=fit),

@@ -7,10 +7,10 @@ import torch
 from sbi.utils import BoxUniform
 from torch.distributions import Normal
 
-from sbi_jeffreys import JeffreysOptions, MemberSpec, NPE_Jeffreys, RegressionSpec
+from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies import LikelihoodProxy
-from sbi_jeffreys.proxies.experts.members import fit_regression, log_likelihood, scales_of
+from sbi_jeffreys.proxies.experts.fit import fit_regression, log_likelihood, scales_of
 from sbi_jeffreys.proxies.folds import Bag, fit_folds
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
@@ -58,24 +58,24 @@ def test_a_pair_is_judged_by_the_fit_that_left_it_out():
     z, x = pairs(60)
     train = torch.arange(7, 60)
     torch.manual_seed(3)
-    (member,) = fit_folds((RegressionSpec(1),), QUICK, z, x, train, 4)
+    (member,) = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
     torch.manual_seed(3)
     folds = train[torch.randperm(53)].tensor_split(4)
     scale, _ = scales_of(x[train])
     expected = []
-    for k, left_out in enumerate(folds):
+    for k, leave_one_out in enumerate(folds):
         rest = torch.cat([fold for j, fold in enumerate(folds) if j != k])
-        net = fit_regression(RegressionSpec(1), scale, z[rest], x[rest])
-        expected.append(log_likelihood(net, scale, x[left_out], z[left_out]))
+        net = fit_regression(RegressionExpert(1), scale, z[rest], x[rest])
+        expected.append(log_likelihood(net, scale, x[leave_one_out], z[leave_one_out]))
     torch.testing.assert_close(member.held_out, torch.cat(expected))
     # What is kept is fitted to all of them, once.
-    whole = fit_regression(RegressionSpec(1), scale, z[train], x[train])
+    whole = fit_regression(RegressionExpert(1), scale, z[train], x[train])
     torch.testing.assert_close(member.net.coefficients, whole.coefficients)
 
 
 def test_nets_of_all_folds_are_kept():
     z, x = pairs(60)
-    specs = (RegressionSpec(1), MemberSpec("maf", num_transforms=2))
+    specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
     members = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
     assert [member.spec for member in members] == list(specs)
     bag = members[1].net
@@ -90,7 +90,7 @@ def test_held_out_pairs_do_not_touch_a_cross_fitted_proxy():
     """Proxy and main are compared on them: they must neither fit nor choose anything."""
     theta, x = pairs(60)
     train, val = torch.arange(50), torch.arange(50, 60)
-    specs = (RegressionSpec(1), MemberSpec("maf", num_transforms=2))
+    specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
     values = []
     for other in (x[val], x[val].flip(0)):
         changed = torch.cat([x[train], other])
@@ -104,7 +104,7 @@ def test_held_out_pairs_do_not_touch_a_cross_fitted_proxy():
 def test_the_exact_model_gets_the_weight():
     theta, x = pairs(100)
     train, val = torch.arange(90), torch.arange(90, 100)
-    proxy = LikelihoodProxy(PRIOR, (RegressionSpec(1), MemberSpec("maf")), QUICK)
+    proxy = LikelihoodProxy(PRIOR, (RegressionExpert(1), FlowExpert("maf")), QUICK)
     proxy.fit(theta, x, train, val)
     assert float(proxy.weights[0]) > 0.95
 
@@ -120,7 +120,7 @@ def test_folds_are_for_few_simulations(num, folds):
 def test_the_option_reaches_the_proxy(folds):
     theta, x = pairs(60)
     options = JeffreysOptions(
-        members=(MemberSpec("maf", num_transforms=2),),
+        experts=(FlowExpert("maf", num_transforms=2),),
         proxy_fit=QUICK,
         proxy_folds=folds,
         num_steps=1,
@@ -135,7 +135,7 @@ def test_the_option_reaches_the_proxy(folds):
 
 def test_too_many_folds_are_refused():
     theta, x = pairs(20)
-    proxy = LikelihoodProxy(PRIOR, (RegressionSpec(1),), QUICK, num_folds=10)
+    proxy = LikelihoodProxy(PRIOR, (RegressionExpert(1),), QUICK, num_folds=10)
     with pytest.raises(
         ValueError,
         match=r"num_folds=10 \(proxy_folds of JeffreysOptions\) needs at least 20 .* got 15",

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from sbi_jeffreys import MemberSpec, RegressionSpec
+from sbi_jeffreys import FlowExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.experts import kernel as _kernel
+from sbi_jeffreys.proxies.experts.fit import fit_experts
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
-from sbi_jeffreys.proxies.experts.members import fit_members
 from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
 
 NOISE = torch.tensor([[0.2, 0.0], [0.1, 0.1]])  # Cholesky factor
@@ -30,13 +30,13 @@ def smooth(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_smooth_mean_is_found_where_a_polynomial_fails():
     z, y = smooth(500)
     nets = KernelRegression(2, 2).fit(z, y), GaussianRegression(2, 2, 2).fit(z, y)
-    left_out = [float(net.left_out_log_prob(y, z).mean()) for net in nets]
+    leave_one_out = [float(net.leave_one_out_log_prob(y, z).mean()) for net in nets]
     z, y = smooth(4000, seed=1)
     exact = float(MultivariateNormal(mean(z), scale_tril=NOISE).log_prob(y).mean())
     kernel, polynomial = (exact + float(net.loss(y, z).mean()) for net in nets)
     assert -0.02 < kernel < 0.15  # about 40 effective parameters per output for 500 pairs
     assert polynomial > 1.0
-    for value, found in zip(left_out, (kernel, polynomial)):  # the leave-one-out values know it
+    for value, found in zip(leave_one_out, (kernel, polynomial)):
         assert value == pytest.approx(exact - found, abs=0.3)
 
 
@@ -57,7 +57,7 @@ def test_left_out_residuals_are_those_of_fits_without_the_pair(monkeypatch):
     points, target = torch.randn(30, 2).double(), torch.randn(30, 3).double()
     gram = torch.exp(-0.5 * torch.cdist(points, points) ** 2)
     values, vectors = torch.linalg.eigh(gram)
-    found, ridges = _kernel._left_out_residuals(values, vectors, target)
+    found, ridges = _kernel._leave_one_out_residuals(values, vectors, target)
     assert ridges.tolist() == [0.1] * 3
     for i in (0, 13, 29):
         rest = [j for j in range(30) if j != i]
@@ -71,8 +71,8 @@ def test_left_out_residuals_look_like_those_to_come(kernel):
     torch.manual_seed(0)
     z, y = torch.randn(50, 6), torch.randn(50, 3)
     net = (KernelRegression(6, 3) if kernel else GaussianRegression(6, 3, 2)).fit(z, y + z[:, :3])
-    left_out = net.whiten(y + z[:, :3], z, net.left_out)
-    assert float(left_out.pow(2).mean()) == pytest.approx(1, abs=0.3)  # 150 squares: 0.115
+    leave_one_out = net.whiten(y + z[:, :3], z, net.leave_one_out)
+    assert float(leave_one_out.pow(2).mean()) == pytest.approx(1, abs=0.3)  # 150 squares: 0.115
     z, y = torch.randn(2000, 6), torch.randn(2000, 3)
     new = net.whiten(y + z[:, :3], z)
     assert float(new.pow(2).mean()) == pytest.approx(1, abs=0.3)
@@ -96,9 +96,9 @@ def test_many_pairs_are_thinned_and_the_others_predicted(monkeypatch):
     z, y = smooth(200)
     net = KernelRegression(2, 2).fit(z, y)
     assert net.points.shape == (60, 2)
-    same = (net.left_out - net.mean(z)).abs().max(dim=1).values < 1e-6
+    same = (net.leave_one_out - net.mean(z)).abs().max(dim=1).values < 1e-6
     assert int(same.sum()) == 140
-    assert float(net.whiten(y, z, net.left_out).pow(2).mean()) == pytest.approx(1, abs=0.5)
+    assert float(net.whiten(y, z, net.leave_one_out).pow(2).mean()) == pytest.approx(1, abs=0.5)
 
 
 def test_gradients_reach_theta_also_at_the_points_of_the_fit():
@@ -115,28 +115,28 @@ def test_gradients_reach_theta_also_at_the_points_of_the_fit():
 
 def test_a_net_takes_the_better_regression_and_trains_on_pairs_left_out(monkeypatch):
     seen = []
-    original = AroundRegression.left_out_loss
+    original = AroundRegression.leave_one_out_loss
 
-    def spy(self, y, z, left_out):
-        seen.append((z, left_out))
-        return original(self, y, z, left_out)
+    def spy(self, y, z, leave_one_out):
+        seen.append((z, leave_one_out))
+        return original(self, y, z, leave_one_out)
 
-    monkeypatch.setattr(AroundRegression, "left_out_loss", spy)
+    monkeypatch.setattr(AroundRegression, "leave_one_out_loss", spy)
     z, x = smooth(200)
     train = torch.arange(20, 200)
-    specs = (MemberSpec("maf", num_transforms=1, around_regression=True),)
-    (member,) = fit_members(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
+    specs = (FlowExpert("maf", num_transforms=1, around_regression=True),)
+    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
     regression = member.net.regression
     assert isinstance(regression, KernelRegression)
     assert seen
-    for batch, left_out in seen:
+    for batch, leave_one_out in seen:
         rows = [int((z[train] == one).all(dim=1).nonzero()) for one in batch]
-        torch.testing.assert_close(left_out, regression.left_out[rows])
-        assert float((left_out - regression.mean(batch)).abs().max()) > 1e-3
+        torch.testing.assert_close(leave_one_out, regression.leave_one_out[rows])
+        assert float((leave_one_out - regression.mean(batch)).abs().max()) > 1e-3
     # Where the mean is a quadratic, it is the polynomial.
     noise = 0.1 * torch.randn(200, 2, generator=torch.Generator().manual_seed(2))
     x = torch.stack([z[:, 0] * z[:, 1], z[:, 0] ** 2], dim=1) + noise
-    (member,) = fit_members(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
+    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
     assert not isinstance(member.net.regression, KernelRegression)
     assert math.isfinite(member.result.held_out)
 
@@ -146,31 +146,31 @@ def test_a_net_takes_the_simplest_regression_where_the_others_are_not_clearly_be
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(300, 2, generator=generator)
     x = z + torch.randn(300, 2, generator=generator)  # a line: what the kernel finds is luck
-    regressions = (RegressionSpec(1, kernel=True), RegressionSpec(2), RegressionSpec(1))
-    specs = (*regressions, MemberSpec("maf", num_transforms=1, around_regression=True))
+    regressions = (RegressionExpert(1, kernel=True), RegressionExpert(2), RegressionExpert(1))
+    specs = (*regressions, FlowExpert("maf", num_transforms=1, around_regression=True))
     config = FitConfig(max_epochs=1)
-    members = fit_members(specs, config, z, x, torch.arange(20, 300), torch.arange(20))
+    members = fit_experts(specs, config, z, x, torch.arange(20, 300), torch.arange(20))
     assert members[-1].net.regression is members[2].net
 
 
 def test_a_net_takes_the_best_regression_that_is_fitted_already():
     z, x = smooth(200)
-    around = MemberSpec("maf", num_transforms=1, around_regression=True)
-    regressions = (RegressionSpec(1), RegressionSpec(1, kernel=True), RegressionSpec(2))
+    around = FlowExpert("maf", num_transforms=1, around_regression=True)
+    regressions = (RegressionExpert(1), RegressionExpert(1, kernel=True), RegressionExpert(2))
     train, val = torch.arange(20, 200), torch.arange(20)
-    members = fit_members((*regressions, around), FitConfig(max_epochs=1), z, x, train, val)
+    members = fit_experts((*regressions, around), FitConfig(max_epochs=1), z, x, train, val)
     fitted = {member.spec: member.net for member in members}
     assert fitted[around].regression is fitted[regressions[1]]
     # On another scale of y none is fitted yet.
     plain = replace(around, marginal_transform=False)
     x = x.exp()  # positive and heavy-tailed: modelled on a log scale
-    members = fit_members((*regressions, plain), FitConfig(max_epochs=1), z, x, train, val)
+    members = fit_experts((*regressions, plain), FitConfig(max_epochs=1), z, x, train, val)
     assert all(members[-1].net.regression is not member.net for member in members)
 
 
 def test_a_kernel_goes_with_a_line():
     with pytest.raises(ValueError, match="kernel=True goes with degree=1, got degree=2"):
-        RegressionSpec(2, kernel=True)
+        RegressionExpert(2, kernel=True)
 
 
 def test_no_points_have_no_means():

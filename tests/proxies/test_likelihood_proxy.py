@@ -14,9 +14,9 @@ from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
     EmpiricalPrior,
     EnergyProxy,
+    FlowExpert,
     LikelihoodProxy,
-    MemberSpec,
-    RegressionSpec,
+    RegressionExpert,
     build_proxy,
 )
 from sbi_jeffreys.proxies.likelihood import stacking_weights
@@ -33,7 +33,7 @@ def fitted() -> tuple[LikelihoodProxy, torch.Tensor, torch.Tensor]:
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     theta = prior.sample((N,))
     x = theta + SCALE * torch.randn_like(theta)
-    members = (MemberSpec("maf", learning_rate=2e-3), MemberSpec("maf", 1.0, learning_rate=2e-3))
+    members = (FlowExpert("maf", learning_rate=2e-3), FlowExpert("maf", 1.0, learning_rate=2e-3))
     proxy = LikelihoodProxy(prior, members, QUICK)
     return proxy.fit(theta, x, TRAIN, VAL), theta, x
 
@@ -82,7 +82,7 @@ def test_joint_samples_follow_prior_and_likelihood(fitted):
 def test_a_member_may_get_no_draws(fitted):
     """Weights near zero leave a member without draws; a mixture of Gaussians cannot draw none."""
     torch.manual_seed(2)
-    members = (RegressionSpec(1), RegressionSpec(1, mixture=True))
+    members = (RegressionExpert(1), RegressionExpert(1, mixture=True))
     proxy = LikelihoodProxy(fitted[0].prior, members, QUICK).fit(*fitted[1:], TRAIN, VAL)
     for weights in torch.eye(len(proxy.nets)):
         proxy.weights = weights
@@ -131,7 +131,7 @@ def test_counts_are_dequantised_and_sampled_as_counts():
     theta = MultivariateNormal(torch.zeros(1), torch.eye(1)).sample((N,))
     x = torch.cat([Poisson((1 + theta).exp()).sample(), torch.full((N, 1), 5.0)], dim=1)
     prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
-    proxy = LikelihoodProxy(prior, (MemberSpec("nsf", 0.3, 1e-3),), QUICK).fit(theta, x, TRAIN, VAL)
+    proxy = LikelihoodProxy(prior, (FlowExpert("nsf", 0.3, 1e-3),), QUICK).fit(theta, x, TRAIN, VAL)
     _, drawn = proxy.sample_joint(200)
     assert torch.equal(drawn, drawn.round())
     assert bool((drawn[:, 1] == 5).all())
@@ -165,8 +165,8 @@ def test_fit_keeps_the_best_held_out_weights():
 def test_a_fit_is_given_up_where_it_is_hopelessly_behind(held_out, margin):
     """0.4 nats behind at epoch 20, or half of what the rival gained after it, if that is more."""
     rival = FitResult(held_out, 60, early=3.0)
-    assert rival.hopeless == pytest.approx(3.0 + margin)
-    assert FitResult(float("inf"), 0).hopeless == float("inf")  # no rival yet
+    assert rival.abandon_threshold == pytest.approx(3.0 + margin)
+    assert FitResult(float("inf"), 0).abandon_threshold == float("inf")  # no rival yet
     for excess, epochs in ((0.01, 20), (-0.01, 30)):
         result = fit_network(
             torch.nn.Linear(1, 1),
@@ -174,7 +174,7 @@ def test_a_fit_is_given_up_where_it_is_hopelessly_behind(held_out, margin):
             torch.arange(20),
             torch.arange(5),
             FitConfig(max_epochs=30, patience=40),
-            give_up_above=rival.hopeless,
+            abandon_above=rival.abandon_threshold,
         )
         assert result.epochs == epochs
 

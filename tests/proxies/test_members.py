@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from sbi_jeffreys import JeffreysOptions, MemberSpec, RegressionSpec
+from sbi_jeffreys import FlowExpert, JeffreysOptions, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies import LikelihoodProxy
-from sbi_jeffreys.proxies.experts import members as _members
-from sbi_jeffreys.proxies.experts.members import FittedMember, fit_members, regression_won
+from sbi_jeffreys.proxies.experts import fit as _members
+from sbi_jeffreys.proxies.experts.fit import FittedExpert, fit_experts, regression_won
 from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
 
 MATRIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0]])
@@ -98,35 +98,35 @@ def test_a_net_around_a_regression_is_a_density_of_y():
 def test_the_regression_is_what_a_net_around_it_models():
     """Whitened residuals of linear data are standard normal, and one epoch on them is enough."""
     z, x = linear(300)
-    specs = (MemberSpec("maf", num_transforms=1, around_regression=True),)
+    specs = (FlowExpert("maf", num_transforms=1, around_regression=True),)
     train, val = torch.arange(250), torch.arange(250, 300)
-    (member,) = fit_members(specs, FitConfig(max_epochs=1), z, x, train, val)
+    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, val)
     assert isinstance(member.net, AroundRegression)
     regression = member.net.regression
-    e = regression.whiten(x[train], z[train], regression.left_out)  # as the net was trained
+    e = regression.whiten(x[train], z[train], regression.leave_one_out)  # as the net was trained
     torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.2, rtol=0)
     exact = MultivariateNormal(z @ MATRIX + 10, scale_tril=NOISE).log_prob(x)[250:].mean()
     assert member.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
 
 
-def fitted(held_out: torch.Tensor, spec: MemberSpec | RegressionSpec) -> FittedMember:
+def fitted(held_out: torch.Tensor, spec: FlowExpert | RegressionExpert) -> FittedExpert:
     transform = MarginalTransform.fit(torch.randn(5, 1))
-    return FittedMember(torch.nn.Identity(), transform, FitResult(0.0, 1), held_out, spec)
+    return FittedExpert(torch.nn.Identity(), transform, FitResult(0.0, 1), held_out, spec)
 
 
 def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing_more():
     torch.manual_seed(0)
     base, noise = torch.randn(100), 0.1 * torch.randn(100)
-    best = fitted(base, RegressionSpec(1))
-    same = fitted(base + noise, MemberSpec(around_regression=True))
-    found_more = fitted(base + noise + 0.1, MemberSpec(around_regression=True))
-    worse = fitted(base + noise - 0.1, MemberSpec())
-    failed = fitted(torch.full((100,), -math.inf), MemberSpec())
+    best = fitted(base, RegressionExpert(1))
+    same = fitted(base + noise, FlowExpert(around_regression=True))
+    found_more = fitted(base + noise + 0.1, FlowExpert(around_regression=True))
+    worse = fitted(base + noise - 0.1, FlowExpert())
+    failed = fitted(torch.full((100,), -math.inf), FlowExpert())
     assert regression_won([best, same, worse])
     assert not regression_won([best, same])  # a net of x itself was not asked yet
     assert not regression_won([best, worse])
     assert not regression_won([best, found_more, worse])
-    assert not regression_won([best, same, fitted(base + noise, MemberSpec())])
+    assert not regression_won([best, same, fitted(base + noise, FlowExpert())])
     assert not regression_won([same, worse])
     assert not regression_won([best, same, failed])
 
@@ -135,31 +135,31 @@ def test_nets_are_left_out_where_a_regression_has_won():
     z, x = linear(300)
     train, val = torch.arange(150), torch.arange(150, 300)
     specs = (
-        MemberSpec("maf", 0.3, around_regression=True),
-        MemberSpec("maf"),
-        MemberSpec("maf", 1.0),
-        MemberSpec("nsf"),
+        FlowExpert("maf", 0.3, around_regression=True),
+        FlowExpert("maf"),
+        FlowExpert("maf", 1.0),
+        FlowExpert("nsf"),
     )
     torch.manual_seed(0)
-    members = fit_members((RegressionSpec(1), *specs), QUICK, z, x, train, val)
-    assert [m.spec for m in members] == [RegressionSpec(1), *specs[:2]]
+    members = fit_experts((RegressionExpert(1), *specs), QUICK, z, x, train, val)
+    assert [m.spec for m in members] == [RegressionExpert(1), *specs[:2]]
     torch.manual_seed(0)
-    assert len(fit_members(specs, QUICK, z, x, train, val)) == 4
+    assert len(fit_experts(specs, QUICK, z, x, train, val)) == 4
 
 
 def test_a_net_races_the_best_of_its_like(monkeypatch):
     """The bar is that of the net which was best after twenty epochs, of x or of residuals."""
     early, bars = iter([5.0, 2.0, 9.0, 3.0]), []
 
-    def fit(net, loss, train, val, config, on_epoch, give_up_above):
-        bars.append(give_up_above)
+    def fit(net, loss, train, val, config, on_epoch, abandon_above):
+        bars.append(abandon_above)
         return FitResult(1.0, 150, next(early))
 
     monkeypatch.setattr(_members, "fit_network", fit)
     z, x = linear(60)
-    around = MemberSpec("maf", 0.3, around_regression=True)
-    specs = (around, MemberSpec("maf"), MemberSpec("maf", 0.3), MemberSpec("maf", 1.0))
-    fit_members(specs, QUICK, z, x, torch.arange(40), torch.arange(40, 60))
+    around = FlowExpert("maf", 0.3, around_regression=True)
+    specs = (around, FlowExpert("maf"), FlowExpert("maf", 0.3), FlowExpert("maf", 1.0))
+    fit_experts(specs, QUICK, z, x, torch.arange(40), torch.arange(40, 60))
     assert bars == [math.inf, math.inf, 2.5, 2.5]  # 2 + half of 2 − 1
 
 
@@ -186,20 +186,20 @@ def test_a_quadratic_that_the_data_cannot_carry_is_left_out():
     torch.manual_seed(0)
     z, x = torch.randn(60, 10), torch.randn(60, 2)
     train, val = torch.arange(50), torch.arange(50, 60)
-    both = (RegressionSpec(1), RegressionSpec(2))
-    specs = (*both, MemberSpec("maf", num_transforms=1, around_regression=True))
+    both = (RegressionExpert(1), RegressionExpert(2))
+    specs = (*both, FlowExpert("maf", num_transforms=1, around_regression=True))
     quick = FitConfig(max_epochs=1)
-    members = fit_members(specs, quick, z, x, train, val)
+    members = fit_experts(specs, quick, z, x, train, val)
     assert [m.spec for m in members] == [both[0], specs[2]]
-    assert [m.spec for m in fit_members(both[1:], quick, z, x, train, val)] == [both[1]]
+    assert [m.spec for m in fit_experts(both[1:], quick, z, x, train, val)] == [both[1]]
 
 
 @pytest.mark.parametrize("degree", [0, 3, "linear"])
 def test_other_degrees_are_refused(degree):
     with pytest.raises(ValueError, match="degree must be 1 or 2"):
-        RegressionSpec(degree)
+        RegressionExpert(degree)
 
 
 def test_members_of_another_type_are_refused():
-    with pytest.raises(TypeError, match="MemberSpec and RegressionSpec"):
-        JeffreysOptions(members=("maf",))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="FlowExpert and RegressionExpert"):
+        JeffreysOptions(experts=("maf",))  # type: ignore[arg-type]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from sbi_jeffreys import MemberSpec, RegressionSpec
+from sbi_jeffreys import FlowExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.experts import regression as _regression
+from sbi_jeffreys.proxies.experts.fit import fit_experts, fit_regression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
-from sbi_jeffreys.proxies.experts.members import fit_members, fit_regression
 from sbi_jeffreys.proxies.experts.noise import NoiseMixture, fit_noise
 from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
 
@@ -130,8 +130,10 @@ def test_pairs_of_no_weight_have_no_say(net):
     fits = first, first.unfitted().fit(z, spoilt, weights)
     torch.testing.assert_close(fits[0].mean(z), fits[1].mean(z), atol=1e-2, rtol=0)
     torch.testing.assert_close(fits[0].cholesky, fits[1].cholesky, atol=1e-2, rtol=0)
-    # What the others predict for a pair without a say is what all predict.
-    torch.testing.assert_close(fits[1].left_out[::10], fits[1].mean(z)[::10], atol=1e-2, rtol=0)
+    expected = fits[1].mean(z)[::10]  # a pair of no weight does not change its own prediction
+    torch.testing.assert_close(
+        fits[1].leave_one_out[::10], fits[1].mean(z)[::10], atol=1e-2, rtol=0
+    )
 
 
 def test_left_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(monkeypatch):
@@ -146,16 +148,16 @@ def test_left_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(mon
         gram = features[rest].T @ features[rest] + 0.5 * torch.eye(3).double()
         solution = torch.linalg.solve(gram, features[rest].T @ target[rest])
         predicted = (features[i] / root[i]) @ solution * spread + shift
-        torch.testing.assert_close(net.left_out[i], predicted.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net.leave_one_out[i], predicted.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_starts_from_the_gaussian_fit_and_is_a_likelihood_of_x():
     z, x = glitches(300)
-    spec, scale = RegressionSpec(2, mixture=True), MarginalTransform.fit(x, choose=False)
+    spec, scale = RegressionExpert(2, mixture=True), MarginalTransform.fit(x, choose=False)
     known = fit_regression(replace(spec, mixture=False), scale, z, x)
     assert isinstance(known, GaussianRegression)
     spoilt = known.unfitted().fit(z, -x)
-    own, given = (fit_regression(spec, scale, z, x, k) for k in ({}, {RegressionSpec(2): spoilt}))
+    own, given = (fit_regression(spec, scale, z, x, k) for k in ({}, {RegressionExpert(2): spoilt}))
     assert isinstance(own, AroundRegression)
     assert isinstance(given, AroundRegression)
     assert float(own.loss(x, z).mean()) < float(given.loss(x, z).mean()) - 0.1
@@ -165,8 +167,8 @@ def test_a_mixture_starts_from_the_gaussian_fit_and_is_a_likelihood_of_x():
 
 def test_where_it_is_the_model_nets_are_not_fitted_on_and_on():
     z, x = glitches(1000)
-    nets = (MemberSpec(around_regression=True), MemberSpec(), MemberSpec(weight_decay=0.3))
-    specs = (RegressionSpec(2), RegressionSpec(2, mixture=True), *nets)
+    nets = (FlowExpert(around_regression=True), FlowExpert(), FlowExpert(weight_decay=0.3))
+    specs = (RegressionExpert(2), RegressionExpert(2, mixture=True), *nets)
     config = FitConfig(max_epochs=10, batch_size=100)
-    fitted = fit_members(specs, config, z, x, torch.arange(800), torch.arange(800, 1000))
+    fitted = fit_experts(specs, config, z, x, torch.arange(800), torch.arange(800, 1000))
     assert [member.spec for member in fitted] == list(specs[:4])

@@ -71,7 +71,7 @@ class KernelRegression(GaussianRegression):
             gram = self._kernel(self.points, torch.tensor(length).to(self.points)) * root * root.T
             values, vectors = torch.linalg.eigh(gram)
             values = values.clamp_min(0.0)
-            residuals, ridges = _left_out_residuals(values, vectors, target)
+            residuals, ridges = _leave_one_out_residuals(values, vectors, target)
             covariance = shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
                 best = value
@@ -79,9 +79,9 @@ class KernelRegression(GaussianRegression):
                 self.coefficients = root * (vectors @ solution) * spread
                 self.length = torch.tensor(length).to(self.points)
                 self.cholesky = (torch.linalg.cholesky(covariance) * spread.unsqueeze(1)).to(y)
-                left_out = y[rows] - (residuals / root * spread).to(y)
-        self.left_out = self.mean(z)
-        self.left_out[rows] = left_out
+                leave_one_out = y[rows] - (residuals / root * spread).to(y)
+        self.leave_one_out = self.mean(z)
+        self.leave_one_out[rows] = leave_one_out
         return self
 
     def _kernel(self, points: Tensor, length: Tensor) -> Tensor:
@@ -100,7 +100,9 @@ class KernelRegression(GaussianRegression):
         return (mean + self.shift).reshape(*z.shape[:-1], mean.shape[-1]).to(z)
 
 
-def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _leave_one_out_residuals(
+    values: Tensor, vectors: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
     """Residual of each pair under the fit to all others, at the best ridge of each output.
 
     Args:
@@ -115,9 +117,9 @@ def _left_out_residuals(values: Tensor, vectors: Tensor, target: Tensor) -> tupl
     residuals = []
     for ridge in grid:
         shrink = values / (values + ridge)
-        left_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)
+        leave_one_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)
         fitted = vectors @ (shrink.unsqueeze(1) * projection)
-        residuals.append((target - fitted) / left_out.unsqueeze(1))
+        residuals.append((target - fitted) / leave_one_out.unsqueeze(1))
     stacked = torch.stack(residuals)
     best = stacked.pow(2).mean(dim=1).argmin(dim=0)
     outputs = torch.arange(target.shape[1], device=target.device)

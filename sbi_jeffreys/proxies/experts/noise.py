@@ -143,10 +143,10 @@ def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundReg
         weights, centre = best.net.pull(e)
         target = y - centre @ best.regression.cholesky.T
         again = best.regression.unfitted().fit(z, target, weights)
-        fitted, left_out, e = _with_noise(again, z, y)
-        if not left_out > value:
+        fitted, leave_one_out, e = _with_noise(again, z, y)
+        if not leave_one_out > value:
             break
-        best, value = fitted, left_out
+        best, value = fitted, leave_one_out
     return best
 
 
@@ -159,7 +159,7 @@ def _with_noise(
         Both, the mean log density of the pairs, each about what the others predict, and their
         whitened residuals `(N, dim_y)`.
     """
-    e = regression.whiten(y, z, regression.left_out)
+    e = regression.whiten(y, z, regression.leave_one_out)
     net = NoiseMixture(e)
     value = float(net.log_prob(e, z).mean() + regression.log_det)
     return AroundRegression(net, regression), value, e

@@ -81,7 +81,7 @@ class GaussianRegression(nn.Module):
     cholesky: Tensor
     #: What the fits to all other pairs predict for each pair, `(N, dim_y)`. In-sample residuals are
     #: smaller than those to come.
-    left_out: Tensor
+    leave_one_out: Tensor
 
     def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class GaussianRegression(nn.Module):
         for ridge in _RIDGE_GRID.to(z.device):
             shrink = s**2 / (s**2 + ridge)
             # The residual of each pair under the fit to all others, from the leverages.
-            left_out = 1.0 - ((u**2) @ shrink).clamp_max(1.0 - 1e-6)
-            residuals = (target - u @ (shrink.unsqueeze(1) * projection)) / left_out[:, None]
+            leave_one_out = 1.0 - ((u**2) @ shrink).clamp_max(1.0 - 1e-6)
+            residuals = (target - u @ (shrink.unsqueeze(1) * projection)) / leave_one_out[:, None]
             covariance = shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
                 best = value
-                self.left_out = (y - residuals / root * spread).to(y)
+                self.leave_one_out = (y - residuals / root * spread).to(y)
                 solution = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * projection) * spread
                 solution[0] += shift
                 self.coefficients = solution.to(y)
@@ -139,7 +139,7 @@ class GaussianRegression(nn.Module):
         Args:
             y: Shape `(*B, dim_y)`.
             z: Shape `(*B, dim_z)`.
-            mean: In place of m(z): rows of `left_out` for the pairs of the fit.
+            mean: In place of m(z): rows of `leave_one_out` for the pairs of the fit.
         """
         residuals = (y - (self.mean(z) if mean is None else mean)).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.cholesky, residuals, upper=False).squeeze(-1)
@@ -162,9 +162,9 @@ class GaussianRegression(nn.Module):
         normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
         return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det
 
-    def left_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
+    def leave_one_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
-        return self.log_prob(y, z, self.left_out)
+        return self.log_prob(y, z, self.leave_one_out)
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
@@ -197,15 +197,15 @@ class AroundRegression(nn.Module):
         """−log ℓ of pairs, shape `(B,)`."""
         return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
 
-    def left_out_loss(self, y: Tensor, z: Tensor, left_out: Tensor) -> Tensor:
+    def leave_one_out_loss(self, y: Tensor, z: Tensor, leave_one_out: Tensor) -> Tensor:
         """As `loss`, of pairs that the regression was fitted to: about what the others predict.
 
         Args:
             y: Shape `(B, dim_y)`.
             z: Shape `(B, dim_z)`.
-            left_out: Their rows of the regression's `left_out`, `(B, dim_y)`.
+            leave_one_out: Their rows of the regression's `leave_one_out`, `(B, dim_y)`.
         """
-        e = self.regression.whiten(y, z, left_out)
+        e = self.regression.whiten(y, z, leave_one_out)
         return self.net.loss(e, z) - self.regression.log_det
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:

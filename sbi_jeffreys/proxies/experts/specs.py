@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_MEMBERS", "MemberSpec", "RegressionSpec"]
+__all__ = ["DEFAULT_EXPERTS", "FlowExpert", "RegressionExpert"]
 
 
 @dataclass(frozen=True)
-class RegressionSpec:
+class RegressionExpert:
     """A Gaussian likelihood about a smooth function of θ, fitted in closed form.
 
     Attributes:
@@ -33,7 +33,7 @@ class RegressionSpec:
 
 
 @dataclass(frozen=True)
-class MemberSpec:
+class FlowExpert:
     """One likelihood net of the mixture.
 
     Attributes:
@@ -60,17 +60,17 @@ class MemberSpec:
 # regression wins outright where noise is additive; a net around it where the mean is smooth and the
 # noise is not constant. Their stacked mixture beat the best single member by 0.0–0.35 nats of
 # held-out likelihood.
-DEFAULT_MEMBERS: tuple[MemberSpec | RegressionSpec, ...] = (
-    RegressionSpec(1),
-    RegressionSpec(2),
-    RegressionSpec(1, kernel=True),
-    RegressionSpec(1, mixture=True),
-    RegressionSpec(2, mixture=True),
-    RegressionSpec(1, kernel=True, mixture=True),
-    MemberSpec("maf", weight_decay=0.3, around_regression=True),
-    MemberSpec("maf", weight_decay=0.3),
-    MemberSpec("maf", weight_decay=1.0),
-    MemberSpec("maf"),
-    MemberSpec("maf", weight_decay=0.3, marginal_transform=False),
-    MemberSpec("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
+DEFAULT_EXPERTS: tuple[FlowExpert | RegressionExpert, ...] = (
+    RegressionExpert(1),
+    RegressionExpert(2),
+    RegressionExpert(1, kernel=True),
+    RegressionExpert(1, mixture=True),
+    RegressionExpert(2, mixture=True),
+    RegressionExpert(1, kernel=True, mixture=True),
+    FlowExpert("maf", weight_decay=0.3, around_regression=True),
+    FlowExpert("maf", weight_decay=0.3),
+    FlowExpert("maf", weight_decay=1.0),
+    FlowExpert("maf"),
+    FlowExpert("maf", weight_decay=0.3, marginal_transform=False),
+    FlowExpert("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
 )

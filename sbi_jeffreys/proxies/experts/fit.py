@@ -26,11 +26,11 @@ from sbi_jeffreys.proxies.experts.regression import (
     GaussianRegression,
     num_features,
 )
-from sbi_jeffreys.proxies.experts.specs import MemberSpec, RegressionSpec
+from sbi_jeffreys.proxies.experts.specs import FlowExpert, RegressionExpert
 
 __all__ = [
-    "FittedMember",
-    "fit_members",
+    "FittedExpert",
+    "fit_experts",
     "fit_regression",
     "log_likelihood",
     "scales_of",
@@ -40,7 +40,7 @@ _CLEARLY = 2.0  # standard errors of the paired difference
 
 
 @dataclass(frozen=True)
-class FittedMember:
+class FittedExpert:
     """A member after its fit.
 
     Attributes:
@@ -55,7 +55,7 @@ class FittedMember:
     transform: MarginalTransform
     result: FitResult
     held_out: Tensor
-    spec: MemberSpec | RegressionSpec
+    spec: FlowExpert | RegressionExpert
 
 
 def log_likelihood(net: nn.Module, transform: MarginalTransform, x: Tensor, z: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ def log_likelihood(net: nn.Module, transform: MarginalTransform, x: Tensor, z: T
     return net.log_prob(transform(x).unsqueeze(0), z)[0] + transform.log_det(x)  # type: ignore[operator]
 
 
-def fit_members(
-    specs: Sequence[MemberSpec | RegressionSpec],
+def fit_experts(
+    specs: Sequence[FlowExpert | RegressionExpert],
     config: FitConfig,
     z: Tensor,
     x: Tensor,
@@ -73,7 +73,7 @@ def fit_members(
     on_epoch: Callable[[int, float], object] | None = None,
     scales: tuple[MarginalTransform, MarginalTransform] | None = None,
     stop: bool = True,
-) -> list[FittedMember]:
+) -> list[FittedExpert]:
     """Fit regressions, then nets until they are clearly beaten or none is left.
 
     Args:
@@ -91,11 +91,11 @@ def fit_members(
         The members fitted, at least one.
     """
     chosen, plain = scales_of(x[train]) if scales is None else scales
-    regressions = [s for s in specs if isinstance(s, RegressionSpec)]
-    nets = [s for s in specs if isinstance(s, MemberSpec)]
+    regressions = [s for s in specs if isinstance(s, RegressionExpert)]
+    nets = [s for s in specs if isinstance(s, FlowExpert)]
     if chosen.kinds == plain.kinds:
         nets = list(dict.fromkeys(replace(s, marginal_transform=True) for s in nets))
-    fitted: list[FittedMember] = []
+    fitted: list[FittedExpert] = []
     for spec in regressions:
         if spec.degree <= _max_degree(z[train]) or not nets:
             known = {m.spec: m.net for m in fitted}
@@ -103,7 +103,7 @@ def fit_members(
             with torch.no_grad():
                 held_out = log_likelihood(net, chosen, x[val], z[val])
             result = FitResult(-float(held_out.mean()), 0)
-            fitted.append(FittedMember(net, chosen, result, held_out, spec))
+            fitted.append(FittedExpert(net, chosen, result, held_out, spec))
     rivals = {True: FitResult(math.inf, 0), False: FitResult(math.inf, 0)}
     for spec in nets:
         transform = chosen if spec.marginal_transform else plain
@@ -126,7 +126,7 @@ def scales_of(x: Tensor) -> tuple[MarginalTransform, MarginalTransform]:
     return MarginalTransform.fit(x), MarginalTransform.fit(x, choose=False)
 
 
-def regression_won(fitted: Sequence[FittedMember]) -> bool:
+def regression_won(fitted: Sequence[FittedExpert]) -> bool:
     """Whether a regression clearly beats every net of x itself, and no net clearly beats it.
 
     Nets of both kinds must be there: of x, and of a regression's residuals. A failed fit, whose
@@ -134,7 +134,7 @@ def regression_won(fitted: Sequence[FittedMember]) -> bool:
     """
     nets: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether around a regression
     for member in fitted:
-        if isinstance(member.spec, MemberSpec):
+        if isinstance(member.spec, FlowExpert):
             nets[member.spec.around_regression].append(member.held_out)
     if not all(nets.values()):
         return False
@@ -142,7 +142,7 @@ def regression_won(fitted: Sequence[FittedMember]) -> bool:
         all(_gain(member.held_out, net) > _CLEARLY for net in nets[False])
         and all(_gain(member.held_out, net) > -_CLEARLY for net in nets[True])
         for member in fitted
-        if isinstance(member.spec, RegressionSpec)
+        if isinstance(member.spec, RegressionExpert)
     )
 
 
@@ -158,11 +158,11 @@ def _max_degree(z: Tensor) -> int:
 
 
 def fit_regression(
-    spec: RegressionSpec,
+    spec: RegressionExpert,
     transform: MarginalTransform,
     z: Tensor,
     x: Tensor,
-    known: Mapping[MemberSpec | RegressionSpec, nn.Module] | None = None,
+    known: Mapping[FlowExpert | RegressionExpert, nn.Module] | None = None,
 ) -> GaussianRegression | AroundRegression:
     """The regression of T(x) on z, fitted to pairs `(N, ·)`.
 
@@ -175,7 +175,7 @@ def fit_regression(
     return fit_noise(net, z, y) if spec.mixture else net
 
 
-def _fit_gaussian(spec: RegressionSpec, z: Tensor, y: Tensor) -> GaussianRegression:
+def _fit_gaussian(spec: RegressionExpert, z: Tensor, y: Tensor) -> GaussianRegression:
     """The regression of y on z, with Gaussian noise, fitted to pairs `(N, ·)`."""
     dims = z.shape[1], y.shape[1]
     net = KernelRegression(*dims) if spec.kernel else GaussianRegression(*dims, spec.degree)
@@ -183,7 +183,7 @@ def _fit_gaussian(spec: RegressionSpec, z: Tensor, y: Tensor) -> GaussianRegress
 
 
 def _best_regression(
-    fitted: Sequence[FittedMember], transform: MarginalTransform, z: Tensor, x: Tensor
+    fitted: Sequence[FittedExpert], transform: MarginalTransform, z: Tensor, x: Tensor
 ) -> GaussianRegression:
     """The simplest regression of T(x) on z that no other predicts pairs left out clearly better.
 
@@ -193,19 +193,19 @@ def _best_regression(
     own = [m.net for m in fitted if m.transform is transform]
     regressions = [net for net in own if isinstance(net, GaussianRegression)]
     if not regressions:
-        specs = (RegressionSpec(_max_degree(z)), RegressionSpec(1, kernel=True))
+        specs = (RegressionExpert(_max_degree(z)), RegressionExpert(1, kernel=True))
         regressions = [_fit_gaussian(spec, z, transform.dequantise(x)) for spec in specs]
     regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
     y = transform(x)
     with torch.no_grad():
-        scores = [net.left_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
+        scores = [net.leave_one_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
     best = max(scores, key=lambda score: float(score.mean()))
     clearly_beaten = [_gain(best, score) > _CLEARLY for score in scores]
     return regressions[clearly_beaten.index(False)]
 
 
 def _fit_net(
-    spec: MemberSpec,
+    spec: FlowExpert,
     transform: MarginalTransform,
     config: FitConfig,
     z: Tensor,
@@ -215,15 +215,15 @@ def _fit_net(
     on_epoch: Callable[[int, float], object] | None,
     rival: FitResult,
     regression: GaussianRegression | None,
-) -> FittedMember:
+) -> FittedExpert:
     """One likelihood net, fitted unless it falls hopelessly behind those before it."""
     y = transform(x)
     # Held-out losses are those of x, so that members on different scales can race each other.
     log_det = float(transform.log_det(x[val]).mean())
-    target, left_out = y[train], torch.zeros_like(y)
+    target, leave_one_out = y[train], torch.zeros_like(y)
     if regression is not None:
-        left_out[train] = regression.left_out
-        target = regression.whiten(target, z[train], regression.left_out)
+        leave_one_out[train] = regression.leave_one_out
+        target = regression.whiten(target, z[train], regression.leave_one_out)
     builder = likelihood_nn(spec.model, num_transforms=spec.num_transforms)
     net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
     if regression is not None:
@@ -236,10 +236,10 @@ def _fit_net(
             return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
         target = transform.dequantise(x[indices]) if noisy else y[indices]
         if isinstance(net, AroundRegression):
-            return net.left_out_loss(target, z[indices], left_out[indices])
+            return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
         return net.loss(target, z[indices])  # type: ignore[operator]
 
-    result = fit_network(net, loss, train, val, config, on_epoch, rival.hopeless)
+    result = fit_network(net, loss, train, val, config, on_epoch, rival.abandon_threshold)
     with torch.no_grad():
         held_out = log_likelihood(net, transform, x[val], z[val])
-    return FittedMember(net, transform, result, held_out, spec)
+    return FittedExpert(net, transform, result, held_out, spec)

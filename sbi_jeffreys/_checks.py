@@ -1,0 +1,212 @@
+"""Checks of arguments: every error names the argument, what was expected, what came, the remedy.
+
+A wrong kind of object is a `TypeError`, a value out of range a `ValueError`. Configs, posteriors,
+reports and figures all check with these few functions, so that their messages read alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_bool",
+    "check_callable",
+    "check_choice",
+    "check_float",
+    "check_instance",
+    "check_int",
+    "check_tensor",
+]
+
+
+def _kind(value: Any) -> str:
+    text = repr(value)
+    short = text if len(text) <= 60 else text[:57] + "…"
+    return f"{type(value).__name__} ({short})"
+
+
+def _remedy(remedy: str) -> str:
+    return f"; {remedy}." if remedy else "."
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """Require an integer in [minimum, maximum]; a bool or a float is none.
+
+    Args:
+        name: The argument's name, as the user wrote it.
+        value: What was passed.
+        minimum: Smallest value allowed.
+        maximum: Largest value allowed; None: no bound.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is out of range.
+    """
+    bounds = f"≥ {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int {bounds}, got {_kind(value)}; pass a whole number.")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name} must be an int {bounds}, got {value}; choose one in this range.")
+    return value
+
+
+def check_float(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Require a finite number in an interval whose ends may be excluded.
+
+    Args:
+        name: The argument's name.
+        value: What was passed.
+        low: Lower end.
+        high: Upper end; a finite value is required even where this is infinite.
+        low_open: Whether the lower end is excluded.
+        high_open: Whether the upper end is excluded.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is NaN, infinite or out of range.
+    """
+    left = "(" if low_open or math.isinf(low) else "["
+    right = ")" if high_open or math.isinf(high) else "]"
+    interval = f"{left}{low:g}, {high:g}{right}"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number in {interval}, got {_kind(value)}; pass a float.")
+    inside = (value > low if low_open else value >= low) and (
+        value < high if high_open else value <= high
+    )
+    if not inside or not math.isfinite(value):
+        raise ValueError(
+            f"{name} must be a finite number in {interval}, got {value}; choose one in this range."
+        )
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Require True or False.
+
+    Raises:
+        TypeError: If it is anything else, 0, 1 and strings included.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_kind(value)}; pass True or False.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Require one of a few strings.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is another one.
+    """
+    listed = ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {listed}, got {_kind(value)}; pass such a string.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}; choose one of these.")
+    return value
+
+
+def check_instance(name: str, value: Any, kinds: type | tuple[type, ...], remedy: str = "") -> Any:
+    """Require an object of a class, or of one of several.
+
+    Args:
+        name: The argument's name.
+        value: What was passed.
+        kinds: The class or classes.
+        remedy: What to write instead, without a full stop.
+
+    Raises:
+        TypeError: If it is of another class.
+    """
+    if not isinstance(value, kinds):
+        classes = kinds if isinstance(kinds, tuple) else (kinds,)
+        listed = " or ".join(cls.__name__ for cls in classes)
+        raise TypeError(
+            f"{name} must be of type {listed}, got {_kind(value)}"
+            + _remedy(remedy or f"pass a {classes[0].__name__}")
+        )
+    return value
+
+
+def check_callable(name: str, value: Any, what: str, remedy: str = "") -> Any:
+    """Require something that can be called; `what` says as what ("a function of theta and x").
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be {what}, got {_kind(value)}" + _remedy(remedy or "pass a function")
+        )
+    return value
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: Sequence[int | str] | None = None,
+    finite: bool = False,
+    remedy: str = "",
+) -> Tensor:
+    """Require a tensor of floating-point numbers of a shape.
+
+    Args:
+        name: The argument's name.
+        value: What was passed.
+        shape: Sizes; a string stands for any size and names it ("N", "D"). None: any shape.
+        finite: Whether NaN and ±∞ are refused.
+        remedy: What to write instead, without a full stop.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: If it is no tensor, or one of integers, booleans or complex numbers.
+        ValueError: If its shape is another, or something in it is not finite.
+    """
+    expected = "" if shape is None else f" of shape ({', '.join(map(str, shape))})"
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch tensor{expected}, got {_kind(value)}"
+            + _remedy(remedy or f"pass torch.as_tensor({name}, dtype=torch.float32)")
+        )
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be a tensor of floating-point numbers, got dtype {value.dtype}"
+            + _remedy(remedy or f"pass {name}.float()")
+        )
+    if shape is not None:
+        sizes = tuple(value.shape)
+        fits = len(sizes) == len(shape) and all(
+            isinstance(want, str) or want == size for want, size in zip(shape, sizes)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} must be a tensor{expected}, got shape {sizes}"
+                + _remedy(remedy or "reshape it")
+            )
+    if finite and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{name} must be finite, got NaN or inf in {bad} of {value.numel()} entries"
+            + _remedy(remedy or "drop or mask them")
+        )
+    return value
