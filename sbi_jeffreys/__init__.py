@@ -1,9 +1,11 @@
 """Posterior estimation with the symmetric Jeffreys divergence: a drop-in for sbi's NPE."""
 
 from sbi_jeffreys import diagnostics, objective
+from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys.diagnostics import plots
 from sbi_jeffreys.diagnostics.report import HeldOutReport, held_out_report
-from sbi_jeffreys.npe import NPE_Jeffreys
+from sbi_jeffreys.networks.builders import MainBuilder
+from sbi_jeffreys.npe import NPE_Jeffreys, register
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies import (
@@ -15,8 +17,8 @@ from sbi_jeffreys.proxies import (
     Proxy,
     RegressionExpert,
 )
-from sbi_jeffreys.registration import register
 from sbi_jeffreys.training import multipliers
+from sbi_jeffreys.training.report import TrainingReport
 
 __all__ = [
     "CorrectedPosterior",
@@ -26,10 +28,13 @@ __all__ = [
     "GivenProxy",
     "HeldOutReport",
     "JeffreysOptions",
+    "JeffreysWarning",
     "LikelihoodProxy",
+    "MainBuilder",
     "NPE_Jeffreys",
     "Proxy",
     "RegressionExpert",
+    "TrainingReport",
     "diagnostics",
     "held_out_report",
     "multipliers",

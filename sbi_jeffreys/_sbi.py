@@ -1,5 +1,17 @@
-"""Every non-public name of sbi that we use, and nothing else: when sbi moves, this file changes."""
+"""The only door to what is not public in sbi: names to import, and attributes to read or set.
 
+Round one of training needs nothing of this but the trainer's network. What later rounds need (the
+losses of a batch), what resuming and pickling need, and what reports need of somebody else's
+trainer or posterior is reached through the functions below. When sbi changes, this file changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sbi.inference import NPE
 from sbi.inference.posteriors.posterior_parameters import (
     ImportanceSamplingPosteriorParameters,
     MCMCPosteriorParameters,
@@ -7,33 +19,100 @@ from sbi.inference.posteriors.posterior_parameters import (
     RejectionPosteriorParameters,
 )
 from sbi.inference.potentials.base_potential import BasePotential
-from sbi.inference.trainers._contracts import LossArgsNPE, StartIndexContext, TrainConfig
-from sbi.inference.trainers.base import LossArgs
-from sbi.inference.trainers.npe.npe_c import NPE_C
-from sbi.neural_nets.estimators.base import (
-    ConditionalDensityEstimator,
-    ConditionalEstimatorBuilder,
-)
-from sbi.neural_nets.estimators.mixture_density_estimator import MixtureDensityEstimator
+from sbi.inference.trainers._contracts import LossArgsNPE
+from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.factory import model_builders
 from sbi.sbi_types import Tracker
 from sbi.utils.sbiutils import ImproperEmpirical
+from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = [
-    "NPE_C",
+    "NPE",
     "BasePotential",
     "ConditionalDensityEstimator",
-    "ConditionalEstimatorBuilder",
     "ImportanceSamplingPosteriorParameters",
     "ImproperEmpirical",
-    "LossArgs",
-    "LossArgsNPE",
     "MCMCPosteriorParameters",
-    "MixtureDensityEstimator",
     "PosteriorParameters",
     "RejectionPosteriorParameters",
-    "StartIndexContext",
     "Tracker",
-    "TrainConfig",
+    "best_weights_of",
+    "describe_round",
+    "device_of",
+    "latest_round",
+    "losses",
     "model_builders",
+    "network_of",
+    "prior_of",
+    "set_builder",
+    "set_device",
+    "tracker_of",
 ]
+
+
+def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:
+    """The trainer's network, None before training."""
+    return trainer._neural_net
+
+
+def prior_of(owner: Any) -> Distribution:
+    """The prior of a trainer; sbi's stand-in `ImproperEmpirical` if the user gave none."""
+    return owner._prior
+
+
+def device_of(owner: Any) -> torch.device:
+    """The device of a trainer or posterior."""
+    return torch.device(owner._device)
+
+
+def set_device(trainer: NPE, device: str) -> None:
+    """Let the trainer go on with another device."""
+    trainer._device = device
+
+
+def tracker_of(trainer: NPE) -> Tracker:
+    """Where the trainer logs its traces."""
+    return trainer._tracker
+
+
+def set_builder(trainer: NPE, builder: Any) -> None:
+    """Give back the builder that sbi drops when a trainer is pickled."""
+    trainer._build_neural_net = builder
+
+
+def latest_round(trainer: NPE) -> int:
+    """Index of the latest round of simulations, −1 without any."""
+    return max(trainer._data_round_index, default=-1)
+
+
+def best_weights_of(trainer: NPE) -> dict[str, Tensor] | None:
+    """The best weights of plain NPE so far, None before the first epoch."""
+    return trainer._best_model_state_dict
+
+
+def describe_round(trainer: NPE) -> str:
+    """sbi's description of the latest round: epochs and best validation loss."""
+    return trainer._describe_round(latest_round(trainer), trainer.summary)
+
+
+def losses(
+    trainer: NPE,
+    batch: Sequence[Tensor],
+    kernel: Callable[[Tensor], Tensor],
+    force_first_round_loss: bool,
+) -> Tensor:
+    """sbi's losses of a batch in the trainer's present round, `(B,)`: its proposal corrected for.
+
+    Args:
+        trainer: The trainer.
+        batch: θ, x and prior masks, as the trainer's loaders give them.
+        kernel: Calibration kernel.
+        force_first_round_loss: As in `train`.
+    """
+    arguments = LossArgsNPE(
+        proposal=trainer._proposal_roundwise[-1],
+        calibration_kernel=kernel,
+        force_first_round_loss=force_first_round_loss,
+    )
+    return trainer._get_losses(batch, arguments)

@@ -1,78 +1,73 @@
 r"""`NPE_Jeffreys`: neural posterior estimation with the symmetric Jeffreys divergence.
 
-NPE minimises the forward term F = E_π[−log p_φ(θ|x)] alone, and on few simulations maximum
-likelihood overfits: the posterior is wrong and too narrow. The Jeffreys divergence KL(π‖p_φ) +
-KL(p_φ‖π) adds the reverse direction, for which a proxy q_ψ(θ|x) ∝ p(θ) e^{f_ψ(θ,x)} stands in for
-the unknown π (Ben-Dov & Chamon, arXiv 2511.11159). Training has three parts:
+Training in five sentences. Plain NPE is trained first, by sbi's own `train()`; it gives the first
+main p_φ(θ|x) and the held-out loss that no result may fall behind. A proxy q_ψ(θ|x) is then fitted
+to the same simulations, by default p(θ) times a mixture of likelihoods of x, and its loss on
+held-out simulations says how far it can be trusted. In the symmetric stage the main is trained on,
+to minimise its reverse divergence R to the proxy subject to the constraint that its held-out loss
+is as low as the lowest that main or proxy ever reached; gradients of that constraint come from the
+simulations (F) and from pairs that the proxy generates (G). The multiplier λ, which weighs
+constraint against R, adapts after every epoch, and the constraint has a slack at a price, so that a
+requirement that cannot be met gives way. At the end the main has the last, annealed weights if they
+satisfy the constraint, otherwise the best ones on held-out simulations, plain NPE's included.
 
-    0. plain NPE with its early stopping: the first main, and the held-out value to beat;
-    1. the proxy, fitted to the same simulations, and how far it can be trusted;
-    2. the symmetric stage: main and proxy against each other under multipliers that adapt.
-
-The weights returned are the last, annealed ones if they satisfy the constraint within its tolerance
-and do not fall behind plain NPE on the held-out simulations; else the best ever seen on those.
+Source: Ben-Dov & Chamon, *Adaptive Symmetrization of the KL Divergence*, arXiv 2511.11159. The
+mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multipliers`.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from sbi.neural_nets import posterior_nn
+import sbi.inference
 from sbi.utils.torchutils import process_device
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
-from sbi_jeffreys._sbi import (
-    ConditionalDensityEstimator,
-    ConditionalEstimatorBuilder,
-    ImproperEmpirical,
-    PosteriorParameters,
-    StartIndexContext,
-    Tracker,
-)
-from sbi_jeffreys.networks.estimators import NamedBuilder, UnconstrainedBuilder
-from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, PosteriorParameters, Tracker
+from sbi_jeffreys.networks.builders import MainBuilder, is_config
+from sbi_jeffreys.networks.transforms import PriorTransform
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior, pooling_power
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training import persistence
-from sbi_jeffreys.training.arguments import (
-    check_constructor,
-    check_dataloader_kwargs,
-    check_rebuild,
-    check_simulations,
-    check_train,
-)
-from sbi_jeffreys.training.persistence import is_picklable
-from sbi_jeffreys.training.trainer import TRACES, SymmetricTrainer
+from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, check_simulations
+from sbi_jeffreys.training.report import TrainingReport
+from sbi_jeffreys.training.symmetric import TRACES
+from sbi_jeffreys.training.training import Training
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TRACES", "NPE_Jeffreys"]
+__all__ = ["TRACES", "NPE_Jeffreys", "register"]
 
 
-class NPE_Jeffreys(SymmetricTrainer):
+class NPE_Jeffreys(NPE):
     r"""Neural posterior estimation with the Jeffreys divergence: a drop-in for `sbi.inference.NPE`.
 
     Args:
         prior: Prior distribution, as sbi takes it. None: the empirical prior of the simulations.
-        density_estimator: The main model p_φ(θ|x): a name or builder of sbi's. A name is built in
-            transformed spaces (`JeffreysOptions.marginal_transforms`), sbi's `posterior_nn(...)` in
-            the prior's unconstrained space, any other builder as it comes.
+        density_estimator: The main model p_φ(θ|x): a name ("nsf", "maf", …), a `MainBuilder` where
+            x needs an embedding net, or one of sbi's typed configs: these are built in the prior's
+            unconstrained space. Any other builder, such as sbi's `posterior_nn(...)`, is used as it
+            is. None: "nsf".
         device: Training device.
         logging_level: As in sbi.
         summary_writer: Deprecated by sbi; use `tracker`.
         tracker: Where traces are logged; TensorBoard by default, as in sbi.
-        show_progress_bars: Whether training shows progress.
+        show_progress_bars: Whether training shows progress and prints its report.
         options: Everything about the symmetric objective.
 
     Raises:
-        TypeError: If `options` is not a `JeffreysOptions`.
+        TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
 
     Example:
         >>> import torch
@@ -93,7 +88,7 @@ class NPE_Jeffreys(SymmetricTrainer):
     def __init__(
         self,
         prior: Distribution | None = None,
-        density_estimator: str | ConditionalEstimatorBuilder[ConditionalDensityEstimator] = "nsf",
+        density_estimator: str | MainBuilder | Callable[[Tensor, Tensor], Any] | None = None,
         device: str = "cpu",
         logging_level: int | str = "WARNING",
         summary_writer: Any | None = None,
@@ -101,26 +96,149 @@ class NPE_Jeffreys(SymmetricTrainer):
         show_progress_bars: bool = True,
         options: JeffreysOptions | None = None,
     ) -> None:
-        check_constructor(logging_level, summary_writer, tracker, show_progress_bars, options)
+        check_constructor(
+            prior,
+            density_estimator,
+            device,
+            logging_level,
+            summary_writer,
+            tracker,
+            show_progress_bars,
+            options,
+        )
+        self.options = JeffreysOptions() if options is None else options
+        self._builder = self._choose_builder(density_estimator, prior)
         super().__init__(
             prior=prior,
-            density_estimator=density_estimator,  # type: ignore[arg-type]
+            density_estimator=self._builder,
             device=device,
             logging_level=logging_level,
             summary_writer=summary_writer,
             tracker=tracker,
             show_progress_bars=show_progress_bars,
         )
-        self.options = JeffreysOptions() if options is None else options
-        self._name = density_estimator if isinstance(density_estimator, str) else None
-        self._choose_builder()
-        self._start_anew()
-        self._summary.update({name: [] for name in (*TRACES, "proxy", "proxy_held_out")})
+        self._shows_progress = show_progress_bars
+        self._training = Training()
+        self.summary.update({name: [] for name in (*TRACES, "proxy", "proxy_held_out")})
+
+    def _choose_builder(self, given: Any, prior: Distribution | None) -> Callable[..., Any]:
+        """Our builder for names and configs; the user's own as it is."""
+        if given is None or isinstance(given, str) or is_config(given):
+            name = "nsf" if given is None else given
+            given = MainBuilder(name, marginal_transforms=self.options.marginal_transforms)
+        if isinstance(given, MainBuilder):
+            return given.with_prior(prior)
+        if prior is not None and PriorTransform.fit(prior) is not None:
+            warnings.warn(
+                "density_estimator is a builder of your own and is used as it is: the posterior "
+                "can put mass outside the prior's support, which sampling then rejects. "
+                "MainBuilder(name, embedding_net=...) of sbi_jeffreys builds the same networks "
+                "inside the support.",
+                JeffreysWarning,
+                stacklevel=3,
+            )
+        return given
 
     @property
     def proxy(self) -> Proxy | None:
         """The fitted proxy q_ψ of the last training, or None before it."""
-        return self._proxy
+        return self._training.proxy
+
+    @property
+    def training_report(self) -> TrainingReport | None:
+        """What the last training decided and what to do about it; None before it."""
+        return self._training.report
+
+    def train(
+        self,
+        num_atoms: int = 10,
+        training_batch_size: int = 200,
+        learning_rate: float = 5e-4,
+        validation_fraction: float = 0.1,
+        stop_after_epochs: int = 20,
+        max_num_epochs: int = 2**31 - 1,
+        clip_max_norm: float | None = 5.0,
+        calibration_kernel: Callable[[Tensor], Tensor] | None = None,
+        resume_training: bool = False,
+        force_first_round_loss: bool = False,
+        discard_prior_samples: bool = False,
+        use_combined_loss: bool = False,
+        retrain_from_scratch: bool = False,
+        show_train_summary: bool = False,
+        dataloader_kwargs: dict[str, Any] | None = None,
+    ) -> ConditionalDensityEstimator:
+        """Train plain NPE by sbi's `train`, then the symmetric stage; the arguments are sbi's.
+
+        Resuming continues where training stopped, on the same random stream: a symmetric stage
+        under way, or, where there is none, plain NPE. `max_num_epochs` bounds plain NPE, each
+        network of the proxy, and the epochs of the symmetric stage, one by one.
+
+        Returns:
+            The main p_φ(θ|x), in evaluation mode.
+
+        Raises:
+            TypeError, ValueError: If an argument or the simulations are not as they should be.
+            RuntimeError: Without simulations, or if there is nothing to resume.
+
+        Warns:
+            JeffreysWarning: If the result is not what the method promises; `training_report` has
+                the details.
+        """
+        given = {name: value for name, value in locals().items() if name in _TRAIN_ARGUMENTS}
+        arguments = TrainArguments(**given)
+        self._check_state(arguments)
+        return self._training.run(
+            self, super().train, self.options, arguments, self._shows_progress
+        )
+
+    def _check_state(self, arguments: TrainArguments) -> None:
+        """Refuse what contradicts the state of this object."""
+        trained = hasattr(self, "train_indices")
+        if arguments.resume_training and not trained:
+            raise RuntimeError(
+                "resume_training=True, but nothing was trained yet: call train() without it first."
+            )
+        if arguments.resume_training:
+            used, num = len(self.train_indices) + len(self.val_indices), self._training.available
+            if num is not None and len(self.get_simulations()[0]) != num:
+                raise ValueError(
+                    f"resume_training=True continues on the {used} simulations that training began "
+                    "with, but simulations were appended since. Call train() without it (with "
+                    "force_first_round_loss=True if they come from the prior)."
+                )
+        if self._builder is None and (arguments.retrain_from_scratch or not trained):
+            raise RuntimeError(
+                "density_estimator was lost when this object was pickled or copied, because it "
+                "cannot be pickled; a new network cannot be built (retrain_from_scratch=True). "
+                "Make a new NPE_Jeffreys with it and append the simulations of get_simulations(), "
+                "or give the density estimator by name or as a MainBuilder."
+            )
+
+    def get_dataloaders(
+        self,
+        starting_round: int = 0,
+        training_batch_size: int = 200,
+        validation_fraction: float = 0.1,
+        resume_training: bool = False,
+        dataloader_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[DataLoader, DataLoader]:
+        """sbi's loaders of training and held-out simulations, after a check of those.
+
+        Raises:
+            ValueError: If the simulations cannot be split or lie outside the prior.
+        """
+        theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
+        check_simulations(theta, _sbi.prior_of(self), validation_fraction)
+        self._training.starting_round = starting_round
+        return super().get_dataloaders(
+            starting_round,
+            training_batch_size,
+            validation_fraction,
+            resume_training,
+            dataloader_kwargs,
+        )
+
+    # ------------------------------------------------------------------ posteriors
 
     def build_corrected_posterior(
         self,
@@ -131,7 +249,7 @@ class NPE_Jeffreys(SymmetricTrainer):
         """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
 
         Not the default: it is as good as the proxy at the observation, which the effective sample
-        size (`CorrectedPosterior.effective_sample_size`) and `summary["proxy_held_out"]` tell.
+        size (`CorrectedPosterior.effective_sample_size`) and `training_report` tell.
 
         Args:
             num_candidates: Draws of the main that are weighted per observation.
@@ -143,22 +261,34 @@ class NPE_Jeffreys(SymmetricTrainer):
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.
             ValueError: If `num_candidates` or `power` is out of range.
+
+        Warns:
+            JeffreysWarning: If training refused the proxy.
         """
         main, proxy = self._main_and_proxy()
+        report = self.training_report
+        if report is not None and report.refused:
+            warnings.warn(
+                f"The draws are corrected towards a proxy that training refused "
+                f"({report.proxy_status.value}): prefer build_posterior().",
+                JeffreysWarning,
+                stacklevel=2,
+            )
         return CorrectedPosterior(
             deepcopy(main),
             deepcopy(proxy),
-            self._prior,
+            _sbi.prior_of(self),
             num_candidates,
             self._pooling_power() if power is None else power,
-            device=device or self._device,
+            device=device or str(_sbi.device_of(self)),
         )
 
     def _pooling_power(self) -> float:
         """β from the held-out simulations, which a later round draws from a proposal."""
-        if self._round > 0:
+        if _sbi.latest_round(self) > 0:
             return 1.0
-        theta, x = (t[self.val_indices].to(self._device) for t in self.get_simulations(0)[:2])
+        device = _sbi.device_of(self)
+        theta, x = (t[self.val_indices].to(device) for t in self.get_simulations(0)[:2])
         return pooling_power(*self._main_and_proxy(), theta, x)
 
     def build_proxy_posterior(
@@ -181,16 +311,17 @@ class NPE_Jeffreys(SymmetricTrainer):
             ValueError, TypeError: If `sample_with` or `posterior_parameters` are not as above.
         """
         main, proxy = self._main_and_proxy()
-        device = device or self._device
+        device = device or str(_sbi.device_of(self))
         return proxy_posterior(main, proxy, sample_with, posterior_parameters, device)
 
     def _main_and_proxy(self) -> tuple[ConditionalDensityEstimator, Proxy]:
-        if self._neural_net is None or self._proxy is None:
+        main = _sbi.network_of(self)
+        if main is None or self.proxy is None:
             raise RuntimeError(
                 "There is no proxy to build a posterior from. Call train() first; if it warned "
                 "that it fell back to plain NPE, use build_posterior() instead."
             )
-        return self._neural_net, self._proxy
+        return main, self.proxy
 
     # ------------------------------------------------------------------ saving
 
@@ -230,70 +361,41 @@ class NPE_Jeffreys(SymmetricTrainer):
                 f"{type(inference).__name__}.load."
             )
         if device is not None:
-            inference._device = device
-            for owner in (inference, inference._stage):
+            _sbi.set_device(inference, device)
+            for owner in (inference, inference._training.stage):
                 optimizer = getattr(owner, "optimizer", None)
                 if optimizer is not None:
                     persistence.place_step_counters(optimizer)
         return inference
 
     def __getstate__(self) -> dict[str, Any]:
-        """sbi's, with the builder where it can be pickled; one given by name is rebuilt."""
-        builder = self._build_neural_net
-        kept = self._name is not None or is_picklable(builder)
+        """sbi's, with the builder where it can be pickled."""
+        kept = persistence.is_picklable(self._builder)
         with warnings.catch_warnings():
             if kept:  # sbi would warn that retrain_from_scratch is lost
                 warnings.filterwarnings("ignore", message="When the inference object is pickled")
             state = super().__getstate__()
-        return state | {"_build_neural_net": builder if kept and self._name is None else None}
+        return state | {"_builder": self._builder if kept else None}
 
     def __setstate__(self, state_dict: dict[str, Any]) -> None:
         super().__setstate__(state_dict)
-        self._choose_builder()
+        _sbi.set_builder(self, self._builder)
 
-    def _choose_builder(self) -> None:
-        """Where the main is built: in transformed spaces where that can be done unasked."""
-        known = not isinstance(self._prior, ImproperEmpirical)  # sbi's stand-in for no prior
-        transformed = self.options.marginal_transforms
-        if self._name is not None:
-            named = NamedBuilder(self._name, self._prior if known else None)
-            self._build_neural_net = named if transformed else posterior_nn(model=self._name)
-        elif transformed and known:
-            self._build_neural_net = UnconstrainedBuilder.wrap(self._build_neural_net, self._prior)
 
-    # ------------------------------------------------------------------ what sbi does not check
+_TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)
 
-    def _get_start_index(self, context: StartIndexContext) -> int:
-        """sbi's first hook in `train`, so the first place to see the arguments."""
-        trained = hasattr(self, "train_indices")
-        check_train(self._num_atoms, self._use_combined_loss, context.resume_training, trained)
-        self._resuming = bool(context.resume_training)
-        return super()._get_start_index(context)
 
-    def get_dataloaders(
-        self,
-        starting_round: int = 0,
-        training_batch_size: int = 200,
-        validation_fraction: float = 0.1,
-        resume_training: bool = False,
-        dataloader_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[DataLoader, DataLoader]:
-        """sbi's loaders of training and held-out simulations, after a look at those."""
-        check_dataloader_kwargs(dataloader_kwargs)
-        theta = self.get_simulations(starting_round)[0].to(self._device)
-        check_simulations(theta, self._prior, validation_fraction)
-        return super().get_dataloaders(
-            starting_round,
-            training_batch_size,
-            validation_fraction,
-            resume_training,
-            dataloader_kwargs,
-        )
+def register() -> None:
+    """Let `sbi.inference.infer` know the method "npe_jeffreys"; calling it again changes nothing.
 
-    def _initialize_neural_network(self, retrain_from_scratch: bool, start_idx: int) -> None:
-        """sbi's, after checking that a new network can be built and is wanted; faster splines."""
-        if retrain_from_scratch or self._neural_net is None:
-            check_rebuild(self._name, self._build_neural_net, self._resuming)
-        super()._initialize_neural_network(retrain_from_scratch, start_idx)
-        assert self._neural_net is not None
-        with_fast_splines(self._neural_net)
+    `infer` looks methods up as upper-case attributes of `sbi.inference`. Setting one on somebody
+    else's package is not what an import may do, hence this explicit call.
+
+    Example:
+        >>> import sbi.inference
+        >>> from sbi_jeffreys import register
+        >>> register()
+        >>> sbi.inference.NPE_JEFFREYS.__name__
+        'NPE_Jeffreys'
+    """
+    sbi.inference.NPE_JEFFREYS = NPE_Jeffreys  # type: ignore[attr-defined]

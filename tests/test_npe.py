@@ -16,6 +16,10 @@ from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.npe import TRACES
 from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus, StageStatus
+from sbi_jeffreys.training.stage import SymmetricStage
+from sbi_jeffreys.training.symmetric import Best
 
 TINY = JeffreysOptions(
     experts=(FlowExpert("maf"),),
@@ -69,8 +73,11 @@ def test_summary_keeps_sbis_keys_and_adds_ours(inference):
     # Kept: the minimum, or the annealed weights within the constraint's tolerance of it.
     assert summary["best_validation_loss"][0] <= min(summary["held_out_forward"]) + TINY.tolerance
     assert {len(summary[name]) for name in TRACES} == {4}
-    assert summary["proxy"][0].split(";")[0] == "likelihood: vector x"
-    assert ("too flat" in summary["proxy"][0]) == (inference.proxy.inverse_temperature > 1)
+    assert summary["proxy"] == ["likelihood: vector x"]
+    report = inference.training_report
+    assert report.proxy_status is ProxyStatus.USED
+    assert report.stage_status is StageStatus.FINISHED
+    assert report.inverse_temperature == float(inference.proxy.inverse_temperature)
 
 
 def test_multiplier_and_slack_are_alive_in_training(inference):
@@ -144,18 +151,6 @@ def test_density_estimators(density_estimator):
     assert samples.shape == (10, 2)
 
 
-@pytest.mark.parametrize("density_estimator", ["nsf", "zuko_nsf"])
-def test_path_estimator(density_estimator):
-    options = JeffreysOptions(**{**vars(TINY), "reverse_estimator": "path"})
-    assert len(trained(options=options, density_estimator=density_estimator).summary["trust"]) == 4
-
-
-def test_path_estimator_refuses_what_cannot_be_reparameterised():
-    options = JeffreysOptions(**{**vars(TINY), "reverse_estimator": "path"})
-    with pytest.raises(ValueError, match="samples with gradients"):
-        trained(options=options, density_estimator="made")
-
-
 @pytest.mark.parametrize(
     "prior",
     [
@@ -186,15 +181,17 @@ def test_unconstrained_main_has_no_leakage(inference):
 @pytest.mark.parametrize(("last", "kept"), [(1.04, 1.04), (1.06, 1.0), (0.9, 0.9), (2.0, 1.0)])
 def test_annealed_weights_are_kept_within_the_tolerance(inference, monkeypatch, last, kept):
     """Best so far 1.0, tolerance 0.05, plain NPE 1.5: the last epoch reads `last`."""
-    monkeypatch.setattr(inference, "_best_val_loss", 1.0)
-    monkeypatch.setattr(inference, "_best_model_state_dict", {})
-    monkeypatch.setattr(inference._stage, "npe_nll", 1.5)
-    inference._keep(inference._stage, last)
-    assert inference._best_val_loss == kept
-    monkeypatch.setattr(inference, "_best_val_loss", 1.0)
-    monkeypatch.setattr(inference._stage, "npe_nll", 1.01)
-    inference._keep(inference._stage, 1.04)  # within the tolerance, but behind plain NPE
-    assert inference._best_val_loss == 1.0
+    symmetric, losses = inference._training.symmetric, torch.zeros(3)
+    so_far = Best(1.0, losses, {}, Kept.BEST)
+    monkeypatch.setattr(symmetric, "best", so_far)
+    monkeypatch.setattr(symmetric.stage, "npe_nll", 1.5)
+    symmetric.keep(last, losses)
+    assert symmetric.best.value == kept
+    assert symmetric.best.kept is (Kept.BEST if kept == 1.0 else Kept.LAST)
+    monkeypatch.setattr(symmetric, "best", so_far)
+    monkeypatch.setattr(symmetric.stage, "npe_nll", 1.01)
+    symmetric.keep(1.04, losses)  # within the tolerance, but behind plain NPE
+    assert symmetric.best.value == 1.0
 
 
 def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
@@ -207,7 +204,8 @@ def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
     monkeypatch.setattr(LikelihoodProxy, "fit", shuffled)
     torch.manual_seed(5)
     broken = trained(400, JeffreysOptions(**{**vars(TINY), "min_trust": 0.3}), max_num_epochs=60)
-    assert "not trusted" in broken.summary["proxy"][0]
+    assert broken.training_report.proxy_status is ProxyStatus.UNTRUSTED
+    assert broken.training_report.problems == (Problem.PROXY_REFUSED,)
     assert broken.summary["trust"] == []
     torch.manual_seed(5)
     plain = trained(400, JeffreysOptions(num_steps=0), max_num_epochs=60)
@@ -241,7 +239,7 @@ def test_constant_x_falls_back_with_a_warning():
 def test_proxy_without_plausible_draws_leaves_plain_npe(monkeypatch):
     nothing = torch.zeros(0, 2)
     monkeypatch.setattr(LikelihoodProxy, "sample_joint", lambda self, num: (nothing, nothing))
-    assert "implausible" in trained().summary["proxy"][0]
+    assert trained().training_report.proxy_status is ProxyStatus.IMPLAUSIBLE
 
 
 @pytest.mark.parametrize(("num", "batch"), [(6, 200), (30, 1), (25, 50)])
@@ -280,10 +278,10 @@ def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, batch, s
         inference.append_simulations(*simulate(num)).train(
             training_batch_size=batch, max_num_epochs=2
         )
-    stage = inference._stage
+    stage = inference._training.stage
     assert stage is not None
     assert (stage.num_steps, stage.step) == (steps, 2 * TINY.steps_per_epoch)
-    assert 10 * steps < len(stage.pool_x) <= 100 * steps  # less what is implausible
+    assert 10 * steps < len(stage.pool.x) <= 100 * steps  # less what is implausible
 
 
 def test_one_parameter_one_output():
@@ -312,22 +310,38 @@ def test_constant_dimension_of_x_is_no_obstacle():
     assert inference.proxy is not None
 
 
-@pytest.mark.parametrize("where", ["_train_epoch", "_summarize_epoch"])
-def test_interrupt_leaves_the_best_weights_usable(monkeypatch, where):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ValueError])
+@pytest.mark.parametrize(
+    ("owner", "where", "call"),
+    [
+        (NPE, "_train_epoch", 4),
+        (NPE, "_summarize_epoch", 2),
+        (LikelihoodProxy, "log_factor", 1),
+        (SymmetricStage, "_step", 3),
+        (SymmetricStage, "_step", 1),
+        (HeldOut, "reverse", 2),
+    ],
+)
+def test_any_exception_leaves_the_best_weights_usable(monkeypatch, owner, where, call, error):
     inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
     inference.append_simulations(*simulate(100))
-    calls, original = [0], getattr(NPE, where)
+    calls, original = [0], getattr(owner, where)
 
     def interrupted(self, *args, **kwargs):
         calls[0] += 1
-        if calls[0] == (4 if where == "_train_epoch" else 8):
-            raise KeyboardInterrupt
+        if calls[0] == call:
+            torch.set_grad_enabled(False)  # as when a signal arrives inside no_grad()
+            raise error
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(NPE_Jeffreys, where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(error):
         inference.train(max_num_epochs=5)
-    best = inference._best_model_state_dict
+    assert calls[0] == call
+    assert torch.is_grad_enabled()
+    symmetric = inference._training.symmetric
+    best = inference._best_model_state_dict if symmetric is None else symmetric.best.weights
+    assert not inference._neural_net.training
     for name, value in inference._neural_net.state_dict().items():
         assert torch.equal(value, best[name])
     inference.build_posterior().sample((3,), x=torch.zeros(2), show_progress_bars=False)
@@ -344,13 +358,13 @@ def test_interrupted_then_resumed_equals_uninterrupted():
             warnings.simplefilter("ignore")
             inference.train(max_num_epochs=2)
             if pause:
-                assert inference._stage is not None
-                assert not inference._stage.finished
+                assert inference._training.stage is not None
+                assert not inference._training.stage.finished
                 inference = pickle.loads(pickle.dumps(inference))
                 inference.train(resume_training=True, max_num_epochs=1)
             inference.train(resume_training=True, max_num_epochs=10)
-        assert inference._stage is not None
-        assert inference._stage.finished
+        assert inference._training.stage is not None
+        assert inference._training.stage.finished
         return list(inference._neural_net.parameters())
 
     for a, b in zip(run(False), run(True)):
@@ -361,8 +375,8 @@ def test_deepcopy_of_the_trainer_is_independent(inference):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = copy.deepcopy(inference)
-    assert other._stage.main is other._neural_net
-    assert other._stage.proxy is other._proxy
+    assert other._training.stage.main is other._neural_net
+    assert other._training.stage.proxy is other.proxy
     assert other._neural_net is not inference._neural_net
 
 

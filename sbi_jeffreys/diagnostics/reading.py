@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from sbi_jeffreys._sbi import NPE_C, ConditionalDensityEstimator
+from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.diagnostics.calibration import PairDraws, inside_prior
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, reverse_term
@@ -95,7 +95,7 @@ def read(
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
     """Unwrap a trainer or posterior."""
-    if isinstance(given, NPE_C):
+    if isinstance(given, NPE):
         if given._neural_net is None:
             raise RuntimeError("The inference is not trained yet: call train() first.")
         mains, prior = [given._neural_net], given._prior

@@ -21,7 +21,7 @@ import torch
 from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
 from torch import Tensor
 
-from sbi_jeffreys._sbi import NPE_C
+from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import (
     CoverageCurve,
     coverage_curve,
@@ -40,7 +40,7 @@ __all__ = ["CoverageCurve", "HeldOutReport", "held_out_report"]
 _MIN_PAIRS = 50
 _MIN_SAMPLES = 20
 
-Subject: TypeAlias = NPE_C | DirectPosterior | EnsemblePosterior
+Subject: TypeAlias = NPE | DirectPosterior | EnsemblePosterior
 
 
 @dataclass(frozen=True)

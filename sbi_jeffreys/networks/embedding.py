@@ -1,8 +1,8 @@
-"""Embedding nets of the main model: running them once per observation, and sharing them.
+"""Embedding nets of the main model: running them once per observation, and copying them.
 
 sbi's `log_prob(theta, x)` with K parameters per observation expands x to K copies *before* its
-embedding net; with a convolutional net on images that is most of the cost of every term that
-takes several θ per x. Nothing here changes a value, only how often the net runs.
+embedding net. With a convolutional net on images that is most of the cost of every term that takes
+several θ per x. What is here changes no value, only how often the net runs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ __all__ = ["embedded_once", "summary_net"]
 def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
     """A copy of the main's embedding net, z-scoring included, or a flattening one.
 
-    A copy, because the main's own net moves in the symmetric stage, and an energy fitted on its
-    summaries would move with it unasked.
+    A copy, because the main's own net changes in the symmetric stage, and an energy fitted on its
+    summaries would change with it.
 
     Args:
         main: A density estimator of sbi's (its `embedding_net` includes sbi's z-scoring of x).
@@ -37,35 +38,48 @@ def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
 
 @contextmanager
 def embedded_once(main: ConditionalDensityEstimator, x: Tensor) -> Iterator[None]:
-    """Inside, the main embeds `x` once, however many θ per observation it is evaluated at.
+    """Inside, the main embeds `x` once per call, however many θ per observation come with it.
 
-    The summaries carry gradients as they would otherwise. A condition that is not `x`, or `x`
-    repeated as a whole, is embedded as always. For deterministic nets (dropout is then drawn once
-    per observation instead of once per pair).
+    A forward hook hands the net the B distinct observations and repeats their summaries, which
+    carry gradients as usual. A condition that is not `x` repeated as a whole is embedded as always.
+    For deterministic nets (dropout is then drawn once per observation instead of once per pair).
 
     Args:
         main: A density estimator of sbi's; without an embedding net nothing happens.
-        x: The observations it will be conditioned on, shape `(B, *x_shape)`.
+        x: The observations that it will be conditioned on, shape `(B, *x_shape)`.
     """
     net = main.embedding_net
-    if net is None or "forward" in vars(net):  # already embedded once by a caller
+    if net is None:
         yield
         return
-    original, summaries = net.forward, net(x)
+    repeats = 1
 
-    def forward(condition: Tensor) -> Tensor:
-        repeats, rest = divmod(len(condition), len(x))
-        if rest or condition.shape[1:] != x.shape[1:] or not _same(condition[: len(x)], x):
-            return original(condition)
+    def take_one(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal repeats
+        repeats, rest = divmod(len(inputs[0]), len(x))
+        if repeats < 2 or rest or not _same(inputs[0], x):
+            repeats = 1
+            return None
+        return (x,)
+
+    def repeat(module: nn.Module, inputs: Any, summaries: Tensor) -> Tensor | None:
+        if repeats == 1:
+            return None
         return summaries.repeat(repeats, *(1,) * (summaries.ndim - 1))
 
-    net.forward = forward  # an attribute of the instance, which shadows the method
+    handles = [net.register_forward_pre_hook(take_one), net.register_forward_hook(repeat)]
     try:
         yield
     finally:
-        del net.forward
+        for handle in handles:
+            handle.remove()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equality of values with NaN equal to NaN: missing trials are encoded so."""
-    return bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+def _same(condition: Tensor, x: Tensor) -> bool:
+    """Whether the first and last rows of a condition are x, NaN equal to NaN (missing trials)."""
+    if condition.shape[1:] != x.shape[1:]:
+        return False
+    for a in (condition[: len(x)], condition[-len(x) :]):
+        if not bool(((a == x) | (torch.isnan(a) & torch.isnan(x))).all()):
+            return False
+    return True

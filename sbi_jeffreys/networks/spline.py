@@ -12,7 +12,7 @@ In bin k, with w, h its width and height, δ = h/w, d₀, d₁ the derivatives a
     y = y_k + h A/B,   dy/dx = δ² C/B²,
     A = δ ξ² + d₀ ξ(1 − ξ),   B = δ + β ξ(1 − ξ),   C = d₁ ξ² + 2δ ξ(1 − ξ) + d₀ (1 − ξ)².
 
-Networks stay nflows' own: `with_fast_splines` replaces one private method of the coupling layers.
+`with_fast_splines` replaces the coupling layers of a network that nflows built.
 """
 
 from __future__ import annotations
@@ -219,6 +219,27 @@ def _through_softmax(ctx: Any, g_left: Tensor, g_size: Tensor, out: Tensor) -> N
 class FastSplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
     """nflows' coupling layer with the spline in closed form."""
 
+    @classmethod
+    def like(cls, layer: PiecewiseRationalQuadraticCouplingTransform) -> FastSplineCoupling:
+        """A layer that computes the same as nflows' and shares its conditioner.
+
+        Args:
+            layer: With linear tails and a conditioner that knows its `hidden_features`.
+        """
+        transformed: Any = layer.transform_features
+        mask = torch.zeros(layer.features)
+        mask[transformed.cpu()] = 1
+        return cls(
+            mask,
+            lambda *sizes: layer.transform_net,
+            num_bins=layer.num_bins,
+            tails=layer.tails,
+            tail_bound=layer.tail_bound,
+            min_bin_width=layer.min_bin_width,
+            min_bin_height=layer.min_bin_height,
+            min_derivative=layer.min_derivative,
+        ).to(transformed.device)
+
     def _piecewise_cdf(
         self, inputs: Tensor, transform_params: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -236,10 +257,10 @@ class FastSplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
 
 
 def with_fast_splines(net: _Net) -> _Net:
-    """`net` itself, whose rational-quadratic coupling layers compute the same in less time.
+    """`net` itself, with its rational-quadratic coupling layers replaced by faster ones.
 
-    Values and gradients agree to rounding; weights, state dicts and everything else stay. Layers of
-    another kind, with other tails or another conditioner than sbi's, are left alone.
+    Values and gradients agree to rounding; weights and state dicts stay. Layers of another kind,
+    with other tails or another conditioner than sbi's, are left alone.
 
     Example:
         >>> from sbi.neural_nets import posterior_nn
@@ -247,8 +268,11 @@ def with_fast_splines(net: _Net) -> _Net:
         >>> with_fast_splines(net) is net
         True
     """
-    for layer in net.modules():
-        known = type(layer) is PiecewiseRationalQuadraticCouplingTransform
-        if known and layer.tails == "linear" and hasattr(layer.transform_net, "hidden_features"):
-            layer.__class__ = FastSplineCoupling
+    for parent in list(net.modules()):
+        for name, layer in list(parent.named_children()):
+            known = type(layer) is PiecewiseRationalQuadraticCouplingTransform
+            if not known or layer.unconditional_transform is not None or layer.tails != "linear":
+                continue
+            if hasattr(layer.transform_net, "hidden_features"):
+                setattr(parent, name, FastSplineCoupling.like(layer))
     return net

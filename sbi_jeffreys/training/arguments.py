@@ -1,30 +1,31 @@
-"""Checks of the arguments that sbi takes as they come: constructor and `train`.
-
-sbi's own dataclasses check the others, under the same promise: the error names the argument.
-"""
+"""Arguments of the constructor and of `train`, checked before any work is done."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from sbi.utils import within_support
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
-from sbi_jeffreys._sbi import ImproperEmpirical, model_builders
+from sbi_jeffreys._checks import (
+    check_bool,
+    check_callable,
+    check_float,
+    check_instance,
+    check_int,
+)
+from sbi_jeffreys._sbi import ImproperEmpirical
+from sbi_jeffreys.networks.builders import MainBuilder, is_config
 from sbi_jeffreys.options import JeffreysOptions
 
-__all__ = [
-    "check_constructor",
-    "check_dataloader_kwargs",
-    "check_rebuild",
-    "check_simulations",
-    "check_train",
-]
+__all__ = ["TrainArguments", "check_constructor", "check_simulations"]
 
 _TRACKER_METHODS = ("log_metric", "flush")  # of sbi's protocol, what training calls
 _WRITER_METHODS = ("add_scalar", "flush")
@@ -32,66 +33,161 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
 
 def check_constructor(
+    prior: Any,
+    density_estimator: Any,
+    device: Any,
     logging_level: Any,
     summary_writer: Any,
     tracker: Any,
     show_progress_bars: Any,
     options: Any,
 ) -> None:
-    """Check what `NPE_Jeffreys` is made from; sbi checks prior, device and builders.
-
-    Names of density estimators are checked where they are built, as in sbi (`check_rebuild`).
+    """Check what `NPE_Jeffreys` is made from.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
     """
-    if options is not None and not isinstance(options, JeffreysOptions):
+    if prior is not None and not isinstance(prior, Distribution):
         raise TypeError(
-            f"options must be a JeffreysOptions or None, got {type(options).__name__}; "
-            "write options=JeffreysOptions(num_steps=…, …)."
+            f"prior must be a torch distribution or None, got {type(prior).__name__}; wrap other "
+            "priors with sbi.utils.user_input_checks.process_prior."
         )
-    _check_bool("show_progress_bars", show_progress_bars)
+    kinds = density_estimator is None or isinstance(density_estimator, (str, MainBuilder))
+    network = isinstance(density_estimator, torch.nn.Module)
+    if network or not (kinds or is_config(density_estimator) or callable(density_estimator)):
+        raise TypeError(
+            "density_estimator must be None, a name such as 'nsf', a MainBuilder, one of sbi's "
+            f"configs, or a function of theta and x that builds a density estimator, got "
+            f"{type(density_estimator).__name__}; the name 'nsf' is a good start."
+        )
+    _check_device(device)
+    if options is not None:
+        remedy = "write options=JeffreysOptions(num_steps=…, …)"
+        check_instance("options", options, JeffreysOptions, remedy)
+    check_bool("show_progress_bars", show_progress_bars)
     _check_methods("tracker", tracker, _TRACKER_METHODS)
     _check_methods("summary_writer", summary_writer, _WRITER_METHODS)
     if isinstance(logging_level, bool) or not isinstance(logging_level, (int, str)):
         raise TypeError(
-            f"logging_level must be an int or one of {_LEVELS}, got {type(logging_level).__name__}."
+            f"logging_level must be an int or one of {_LEVELS}, got "
+            f"{type(logging_level).__name__}; pass 'WARNING'."
         )
     if isinstance(logging_level, str) and logging_level.upper() not in _LEVELS:
         raise ValueError(
             f"logging_level must be one of {_LEVELS} or a number such as "
-            f"{logging.WARNING}, got {logging_level!r}."
+            f"{logging.WARNING}, got {logging_level!r}; pass one of these."
         )
 
 
-def check_train(num_atoms: Any, use_combined_loss: Any, resume: Any, trained: bool) -> None:
-    """Check what sbi's `train` passes on unchecked.
-
-    Raises:
-        TypeError, ValueError: If `num_atoms` or `use_combined_loss` is wrong.
-        RuntimeError: If there is nothing to resume.
-    """
-    if not isinstance(num_atoms, int) or isinstance(num_atoms, bool):
-        raise TypeError(f"num_atoms must be an int ≥ 2, got {type(num_atoms).__name__}.")
-    if num_atoms < 2:
-        raise ValueError(f"num_atoms must be at least 2 (truth and one contrast), got {num_atoms}.")
-    _check_bool("use_combined_loss", use_combined_loss)
-    if resume and not trained:
-        raise RuntimeError(
-            "resume_training=True, but nothing was trained yet: call train() without it first."
+def _check_device(device: Any) -> None:
+    """Refuse what torch does not know as a device."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f"device must be a string such as 'cpu' or 'cuda:0', got {type(device).__name__} "
+            f"({device!r}); pass such a string."
         )
+    if str(device) == "gpu":  # sbi's word for whatever accelerator there is
+        return
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be a string such as 'cpu', 'gpu' or 'cuda:0', got {device!r}; pass one "
+            "that torch knows."
+        ) from error
 
 
-def check_dataloader_kwargs(kwargs: Any) -> None:
-    """Check that the keywords are a DataLoader's.
+@dataclass(frozen=True)
+class TrainArguments:
+    """The arguments of `train`, each checked. `for_sbi()` hands them to sbi's `train`.
 
     Raises:
-        TypeError: If they are no dict, or have a key that DataLoader does not know.
+        TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
     """
+
+    num_atoms: int
+    training_batch_size: int
+    learning_rate: float
+    validation_fraction: float
+    stop_after_epochs: int
+    max_num_epochs: int
+    clip_max_norm: float | None
+    calibration_kernel: Callable[[Tensor], Tensor] | None
+    resume_training: bool
+    force_first_round_loss: bool
+    discard_prior_samples: bool
+    use_combined_loss: bool
+    retrain_from_scratch: bool
+    show_train_summary: bool
+    dataloader_kwargs: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        check_int("num_atoms", self.num_atoms, 2)
+        for name in ("training_batch_size", "stop_after_epochs", "max_num_epochs"):
+            check_int(name, getattr(self, name), 1)
+        check_float("learning_rate", self.learning_rate, 0, low_open=True)
+        check_float("validation_fraction", self.validation_fraction, 0, 1, True, True)
+        if self.clip_max_norm is not None:
+            check_float("clip_max_norm", self.clip_max_norm, 0, low_open=True)
+        if self.calibration_kernel is not None:
+            what = "a function from x of shape (N, *x_shape) to weights of shape (N,)"
+            check_callable("calibration_kernel", self.calibration_kernel, what)
+        for name in _FLAGS:
+            check_bool(name, getattr(self, name))
+        _check_dataloader_kwargs(self.dataloader_kwargs)
+        if self.retrain_from_scratch and self.resume_training:
+            raise ValueError(
+                "retrain_from_scratch=True contradicts resume_training=True: a new network has no "
+                "training to resume. Drop one of them."
+            )
+
+    def for_sbi(self) -> dict[str, Any]:
+        """As keywords of sbi's `train`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """Weights of observations by the calibration kernel, `(N,)`; ones without one.
+
+        Raises:
+            ValueError: If the kernel returns another shape, or weights that are negative or not
+                finite.
+        """
+        if self.calibration_kernel is None:
+            return torch.ones(len(x), device=x.device)
+        weights = self.calibration_kernel(x)
+        if not isinstance(weights, Tensor) or weights.shape != (len(x),):
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"calibration_kernel must return a tensor of shape ({len(x)},), one weight for "
+                f"each x, got {got}; reduce over the dimensions of x."
+            )
+        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError(
+                "calibration_kernel must return finite weights ≥ 0, got "
+                f"{weights.min().item()} to {weights.max().item()}; clamp them."
+            )
+        return weights
+
+
+_FLAGS = (
+    "resume_training",
+    "force_first_round_loss",
+    "discard_prior_samples",
+    "use_combined_loss",
+    "retrain_from_scratch",
+    "show_train_summary",
+)
+
+
+def _check_dataloader_kwargs(kwargs: Any) -> None:
+    """Check that the keywords are a DataLoader's."""
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping):
-        raise TypeError(f"dataloader_kwargs must be a dict or None, got {type(kwargs).__name__}.")
+        raise TypeError(
+            f"dataloader_kwargs must be a dict or None, got {type(kwargs).__name__}; pass "
+            "keywords of torch.utils.data.DataLoader."
+        )
     known = inspect.signature(DataLoader.__init__).parameters
     unknown = sorted(str(key) for key in kwargs if key not in known)
     if unknown:
@@ -135,40 +231,9 @@ def check_simulations(
         row = int((~inside).nonzero()[0])
         raise ValueError(
             f"theta: expected parameters inside the prior's support, got {int((~inside).sum())} of "
-            f"{num} outside it, the first in row {row}: {theta[row].tolist()}; leave them out, or "
+            f"{num} outside it, the first in row {row}: {theta[row].tolist()}; drop them, or "
             "pass the prior that they were drawn from."
         )
-
-
-def check_rebuild(name: str | None, builder: Any, resuming: bool) -> None:
-    """Check that a new network can be built and is not asked for in the middle of a training.
-
-    Raises:
-        ValueError: If training is to be resumed with another network, or its name is unknown.
-        RuntimeError: If the builder was lost in pickling.
-    """
-    if resuming:
-        raise ValueError(
-            "retrain_from_scratch=True contradicts resume_training=True: a new network has no "
-            "training to resume. Drop one of them."
-        )
-    if name is not None and name not in model_builders:
-        raise ValueError(
-            f"density_estimator must be a builder or one of {', '.join(model_builders)}, got "
-            f"{name!r}."
-        )
-    if builder is None:
-        raise RuntimeError(
-            "density_estimator was lost when this object was pickled or copied, because it is a "
-            "closure; a new network cannot be built (retrain_from_scratch=True). Make a new "
-            "NPE_Jeffreys with it and append the simulations of get_simulations(), or give the "
-            "density estimator by name."
-        )
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__} ({value!r}).")
 
 
 def _check_methods(name: str, value: Any, methods: tuple[str, ...]) -> None:

@@ -93,33 +93,42 @@ class HeldOut:
         num = min(len(self.theta) - 1, _MAX_CONTRASTS)
         return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
 
-    def _mean(self, losses: Tensor) -> float:
-        return float((self.weights * losses).mean())
+    def mean(self, losses: Tensor) -> float:
+        """Mean of losses `(M,)`, weighted by the kernel; inf where it is not finite."""
+        value = float((self.weights * losses).mean())
+        return value if math.isfinite(value) else math.inf
 
     @torch.no_grad()
-    def main(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> float:
-        """F_val of the main; the atomic reading needs the prior and takes it from the proxy."""
+    def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
+        """Loss of the main at each pair, `(M,)`; the atomic one takes the prior from the proxy."""
         if not self.atomic or proxy is None:
-            return self._mean(-main.log_prob(self.theta.unsqueeze(0), self.x)[0])
+            return -main.log_prob(self.theta.unsqueeze(0), self.x)[0]
         theta = self._with_contrasts()
         with embedded_once(main, self.x):
             ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
-        return self._mean(ranking_nce_losses(ratio[0], ratio[1:]))
+        return ranking_nce_losses(ratio[0], ratio[1:])
 
     @torch.no_grad()
-    def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
-        """P_val of the proxy; inf where it cannot be evaluated."""
+    def proxy_losses(self, proxy: Proxy, main: ConditionalDensityEstimator) -> Tensor:
+        """Loss of the proxy at each pair, `(M,)`."""
         if self.atomic:
             theta = self._with_contrasts()
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
-            return self._mean(ranking_nce_losses(factor[0], factor[1:]))
+            return ranking_nce_losses(factor[0], factor[1:])
         num_samples = self._num_draws()
         losses = []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
             log_z, _ = defensive_log_normaliser(proxy, main, x, num_samples)
             losses.append(log_z - proxy.log_potential(theta.unsqueeze(0), x)[0])
-        value = self._mean(torch.cat(losses))
-        return value if math.isfinite(value) else math.inf
+        return torch.cat(losses)
+
+    def main(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> float:
+        """F_val of the main."""
+        return self.mean(self.main_losses(main, proxy))
+
+    def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
+        """P_val of the proxy; inf where it cannot be evaluated."""
+        return self.mean(self.proxy_losses(proxy, main))
 
     def _num_draws(self) -> int:
         """Draws per held-out pair."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +16,11 @@ from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, Proxy, build_proxy
 from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.loss import Pool
 from sbi_jeffreys.training.multipliers import trust
+from sbi_jeffreys.training.report import ProxyStatus
 
-__all__ = ["Prepared", "Simulations", "prepare"]
+__all__ = ["Budget", "Prepared", "Simulations", "prepare"]
 
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
@@ -45,24 +49,45 @@ class Prepared:
     """A fitted proxy and what was found out about it.
 
     Attributes:
-        proxy: None where there is none for this x.
-        note: Which proxy, why, and what speaks against it.
-        usable: Whether the symmetric stage should run.
-        proxy_nll: Held-out P_val, nats per pair.
-        main_nll: Held-out value of the main the proxy was compared with.
+        status: Whether the symmetric stage should run, and if not, why.
+        proxy: None where there is none for these simulations.
+        note: Which proxy, and why, in words.
+        proxy_losses: Held-out losses of the proxy, `(M,)`.
+        main_losses: Held-out losses of the main that the proxy was compared with, `(M,)`.
         trust: t in [0, 1].
-        pool: θ (or None) and x for the symmetric stage.
-        pool_weights: How often each of them is used, in proportion.
+        pool: Observations of the symmetric stage, where it should run.
+        proxy_value: P_val, the mean of `proxy_losses`.
+        main_value: V_NPE, the mean of `main_losses`.
+        atomic: Whether the losses are those of classifying θ among other pairs' θ.
     """
 
+    status: ProxyStatus
     proxy: Proxy | None
     note: str
-    usable: bool = False
-    proxy_nll: float = float("inf")
-    main_nll: float = float("inf")
+    proxy_losses: Tensor | None = None
+    main_losses: Tensor | None = None
     trust: float = 0.0
-    pool: tuple[Tensor | None, Tensor] | None = None
-    pool_weights: Tensor | None = None
+    pool: Pool | None = None
+    proxy_value: float = math.inf
+    main_value: float = math.inf
+    atomic: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the parts of the preparation may take.
+
+    Attributes:
+        num_steps: Steps of the symmetric stage, which the pool is drawn for.
+        max_epochs: Bound on the epochs of each of the proxy's networks.
+        patience: Epochs without improvement before a network's fit stops.
+        show_progress_bars: Whether to show progress.
+    """
+
+    num_steps: int
+    max_epochs: int
+    patience: int
+    show_progress_bars: bool
 
 
 def prepare(
@@ -70,11 +95,9 @@ def prepare(
     main: ConditionalDensityEstimator,
     simulations: Simulations,
     held_out: HeldOut,
+    kernel: Callable[[Tensor], Tensor],
     options: JeffreysOptions,
-    num_steps: int,
-    max_epochs: int,
-    patience: int,
-    show_progress_bars: bool,
+    budget: Budget,
 ) -> Prepared:
     """Fit the proxy that the options ask for, compare it with the main, draw its pool.
 
@@ -83,64 +106,66 @@ def prepare(
         main: The main after stage 0, at its best weights, in evaluation mode.
         simulations: Data and split.
         held_out: The held-out pairs.
+        kernel: Calibration kernel, which weighs the pool.
         options: The proxy's options.
-        num_steps: Of the symmetric stage.
-        max_epochs: Bound on the epochs of each of the proxy's networks.
-        patience: Their early stopping.
-        show_progress_bars: Whether to show progress.
+        budget: Bounds.
 
     Returns:
-        The proxy and the verdict on it.
+        The proxy and its status.
     """
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
     theta = simulations.theta[simulations.train]
     if bool((theta == theta[:1]).all()):
-        return Prepared(None, "theta is constant: there is nothing to learn about it")
+        note = "theta is constant: there is nothing to learn about it"
+        return Prepared(ProxyStatus.ABSENT, None, note)
     proxy, note = build_proxy(prior, main, simulations.x, options)
     if proxy is None:
-        return Prepared(None, note)
+        return Prepared(ProxyStatus.ABSENT, None, note)
     proxy.to(simulations.theta.device)
     if isinstance(proxy, EnergyProxy):
         proxy.set_proposal(main, atomic=held_out.atomic)
-    with tqdm(desc="Fitting proxy", disable=not show_progress_bars) as bar:
+    with tqdm(desc="Fitting proxy", disable=not budget.show_progress_bars) as bar:
         proxy.fit(
             simulations.theta,
             simulations.x,
             simulations.train,
             simulations.val,
             on_epoch=lambda epoch, value: bar.update(),
-            max_epochs=max_epochs,
-            patience=patience,
+            max_epochs=budget.max_epochs,
+            patience=budget.patience,
         )
-    note += _temper(proxy, main, held_out, options)
-    main_nll, proxy_nll = held_out.main(main, proxy), held_out.proxy(proxy, main)
-    t = float(trust(proxy_nll, main_nll)) if options.adaptive else 1.0
-    verdict = Prepared(proxy, note, False, proxy_nll, main_nll, t)
+    _temper(proxy, main, held_out, options)
+    main_losses, proxy_losses = (
+        held_out.main_losses(main, proxy),
+        held_out.proxy_losses(proxy, main),
+    )
+    values = held_out.mean(proxy_losses), held_out.mean(main_losses)
+    t = float(trust(*values)) if options.adaptive else 1.0
+    untrusted = ProxyStatus.UNTRUSTED
+    found = Prepared(
+        untrusted, proxy, note, proxy_losses, main_losses, t, None, *values, held_out.atomic
+    )
     if t < options.min_trust:
-        return _refuse(verdict, f"not trusted (t = {t:.2g})")
-    num_draws = options.draws_for(num_steps)
-    pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
-    if len(pool[1]) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
-        return _refuse(verdict, "its draws of x are implausible")
-    weights = tempering_weights(proxy, *pool)
-    return replace(verdict, usable=True, pool=pool, pool_weights=weights)
+        return found
+    num_draws = options.draws_for(budget.num_steps)
+    theta_pool, x_pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
+    if len(x_pool) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
+        return replace(found, status=ProxyStatus.IMPLAUSIBLE)
+    weights = kernel(x_pool)
+    if not bool(weights.sum() > 0):
+        return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)
+    weights = weights * tempering_weights(proxy, theta_pool, x_pool)
+    return replace(found, status=ProxyStatus.USED, pool=Pool(theta_pool, x_pool, weights))
 
 
 def _temper(
     proxy: Proxy, main: ConditionalDensityEstimator, held_out: HeldOut, options: JeffreysOptions
-) -> str:
-    """Set the proxy's temperature by held-out evidence; what to say about it."""
+) -> None:
+    """Set the proxy's temperature by held-out evidence."""
     proxy.inverse_temperature.fill_(1.0)
-    if not (options.adaptive and options.temper and proxy.can_be_tempered):
-        return ""
-    gamma = held_out.inverse_temperature(proxy, main)
-    proxy.inverse_temperature.fill_(gamma)
-    return "" if gamma == 1 else f"; held-out pairs find it too flat: log factor times {gamma:.2f}"
-
-
-def _refuse(verdict: Prepared, reason: str) -> Prepared:
-    return replace(verdict, note=f"{verdict.note}; {reason}, plain NPE kept")
+    if options.adaptive and options.temper and proxy.can_be_tempered:
+        proxy.inverse_temperature.fill_(held_out.inverse_temperature(proxy, main))
 
 
 def draw_pool(

@@ -10,11 +10,11 @@ from sbi_jeffreys import NPE_Jeffreys
 @pytest.mark.parametrize(
     ("name", "value", "error", "match"),
     [
-        ("prior", 3, AssertionError, "[Pp]rior"),
-        ("density_estimator", 3, AssertionError, "density estimator"),
-        ("density_estimator", torch.nn.Linear(1, 1), AssertionError, "density estimator"),
-        ("device", "gpuu", RuntimeError, "device"),
-        ("device", 3, RuntimeError, "device"),
+        ("prior", 3, TypeError, "prior must be"),
+        ("density_estimator", 3, TypeError, "density_estimator must be"),
+        ("density_estimator", torch.nn.Linear(1, 1), TypeError, "density_estimator must be"),
+        ("device", "gpuu", ValueError, "device"),
+        ("device", 3, TypeError, "device"),
         ("logging_level", [], TypeError, "logging_level"),
         ("logging_level", "LOUD", ValueError, "logging_level"),
         ("summary_writer", 3, TypeError, "summary_writer"),
@@ -68,12 +68,12 @@ def test_train(name, value, error):
     inference = fresh().append_simulations(*simulate(20))
     with pytest.raises(error, match=name):
         train(inference, **{name: value})
-    assert inference._neural_net is None or name == "calibration_kernel"
+    assert inference._neural_net is None
 
 
-def test_unknown_density_estimator_is_said_where_it_is_built():
+def test_unknown_density_estimator_is_said_at_once():
     with pytest.raises(ValueError, match=r"density_estimator.*nsf"):
-        train(fresh("nfs").append_simulations(*simulate(20)))
+        fresh("nfs")
 
 
 def test_train_needs_simulations():

@@ -96,7 +96,7 @@ def test_losses_of_later_rounds(kwargs):
 
 def test_first_round_loss_on_request_in_later_rounds():
     inference = second_round(trained(), force_first_round_loss=True)
-    assert inference._stage.pool_theta is not None
+    assert inference._training.stage.pool.theta is not None
 
 
 def test_retrain_from_scratch_builds_a_new_net_and_proxy():
@@ -118,10 +118,10 @@ def test_calibration_kernel_weighs_the_pool():
     """No pool observation with a negative first output is ever drawn."""
     inference = fresh().append_simulations(*simulate())
     train(inference, calibration_kernel=lambda x: (x[:, 0] > 0).float())
-    stage = inference._stage
-    assert torch.equal(stage.pool_weights, (stage.pool_x[:, 0] > 0).float())
-    rows = torch.multinomial(stage.pool_weights, 500, replacement=True)
-    assert bool((stage.pool_x[rows, 0] > 0).all())
+    stage = inference._training.stage
+    assert torch.equal(stage.pool.weights, (stage.pool.x[:, 0] > 0).float())
+    rows = torch.multinomial(stage.pool.weights, 500, replacement=True)
+    assert bool((stage.pool.x[rows, 0] > 0).all())
 
 
 def test_calibration_kernel_weighs_the_held_out_value():

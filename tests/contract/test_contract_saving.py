@@ -25,7 +25,8 @@ from sbi.neural_nets import posterior_nn
 
 from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.training import persistence
-from sbi_jeffreys.training.trainer import SymmetricTrainer
+from sbi_jeffreys.training.report import ProxyStatus
+from sbi_jeffreys.training.symmetric import SymmetricTraining
 
 
 def pickled(inference: NPE_Jeffreys) -> NPE_Jeffreys:
@@ -76,12 +77,12 @@ def test_after_append(duplicate):
 @WAYS
 def test_mid_symmetric_stage(duplicate):
     inference = trained(max_num_epochs=1)
-    assert not inference._stage.finished
+    assert not inference._training.stage.finished
     other = duplicate(inference)
     for one in (inference, other):
         train(one, 5, resume_training=True)
-        assert one._stage.finished
-        assert one._stage.main is one._neural_net
+        assert one._training.stage.finished
+        assert one._training.stage.main is one._neural_net
     assert torch.equal(weights(inference), weights(other))
 
 
@@ -143,13 +144,13 @@ def test_pickling_warns_of_what_is_lost_only():
 
 def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monkeypatch):
     """Pausing hands out the best weights; resuming goes on from the last ones."""
-    keep = SymmetricTrainer._keep
+    keep = SymmetricTraining.keep
     options = replace(TINY, num_steps=8)
 
-    def never_better(self, stage, value):
-        keep(self, stage, float("inf"))
+    def never_better(self, value, losses):
+        keep(self, float("inf"), losses)
 
-    monkeypatch.setattr(SymmetricTrainer, "_keep", never_better)
+    monkeypatch.setattr(SymmetricTraining, "keep", never_better)
 
     def last_weights(pauses: tuple[int, ...]) -> dict:
         torch.manual_seed(2)
@@ -157,8 +158,8 @@ def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monk
         for epochs in pauses:
             inference = pickled(inference)
             train(inference, epochs, resume_training=True)
-        assert inference._stage.step == 6
-        return inference._paused_state
+        assert inference._training.stage.step == 6
+        return inference._training.symmetric.last_weights
 
     once, twice = last_weights((2,)), last_weights((1, 1))
     assert all(torch.equal(once[name], twice[name]) for name in once)
@@ -185,7 +186,7 @@ def test_exhausted_budget_without_symmetric_stage_resumes_sbis_loop(through_pick
 def test_resuming_after_a_refused_proxy_goes_on_with_sbis_loop_and_tries_again(monkeypatch):
     monkeypatch.setattr("sbi_jeffreys.training.preparation.trust", lambda *values: 0.0)
     inference = trained(options=replace(TINY, min_trust=0.5))
-    assert "not trusted" in inference.summary["proxy"][0]
+    assert inference.training_report.proxy_status is ProxyStatus.UNTRUSTED
     train(inference, 5, resume_training=True)
     assert len(inference.summary["validation_loss"]) == 6
     assert len(inference.summary["proxy"]) == 2
@@ -206,7 +207,7 @@ def test_interrupt_in_stage_0_resumes(monkeypatch):
         inference.train(max_num_epochs=3)
     inference = pickled(inference)
     train(inference, 3, resume_training=True)
-    assert inference._stage.finished
+    assert inference._training.stage.finished
 
 
 # ---------------------------------------------------------------------- the file
@@ -288,6 +289,6 @@ def test_load_onto_a_device_and_go_on(tmp_path, device):
     trained(max_num_epochs=1).save(tmp_path / "a")
     inference = NPE_Jeffreys.load(tmp_path / "a", device=device)
     train(inference, 5, resume_training=True)
-    assert inference._stage.finished
+    assert inference._training.stage.finished
     theta, x = X_O[None].to(device), X_O.to(device)
     assert inference._neural_net.log_prob(theta, x).shape == (1, 1)

@@ -1,18 +1,18 @@
 """Where the main is built: in the prior's unconstrained space, unless that was not asked for."""
 
+import dataclasses
+import pickle
+import warnings
+
 import pytest
 import torch
-from contract_tools import PRIOR, fresh, trained
+from contract_tools import PRIOR, fresh, simulate, train, trained
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding
 from torch.distributions import MultivariateNormal
 
-from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
-from sbi_jeffreys.networks.estimators import (
-    NamedBuilder,
-    UnconstrainedBuilder,
-    UnconstrainedDensityEstimator,
-)
+from sbi_jeffreys import JeffreysOptions, JeffreysWarning, MainBuilder, NPE_Jeffreys
+from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
 
 
 def corner(num: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,11 +23,12 @@ def corner(num: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("marginal_transforms", [True, False])
-def test_a_builder_of_sbis_cannot_leak(marginal_transforms):
+def test_our_builder_with_an_embedding_net_cannot_leak(marginal_transforms):
     theta, x = corner()
-    builder = posterior_nn("maf", embedding_net=FCEmbedding(2, 2))
-    options = JeffreysOptions(num_steps=0, marginal_transforms=marginal_transforms)
-    inference = NPE_Jeffreys(PRIOR, builder, show_progress_bars=False, options=options)
+    builder = MainBuilder("maf", FCEmbedding(2, 2), marginal_transforms=marginal_transforms)
+    inference = NPE_Jeffreys(
+        PRIOR, builder, show_progress_bars=False, options=JeffreysOptions(num_steps=0)
+    )
     net = inference.append_simulations(theta, x).train(max_num_epochs=5)
     draws = net.sample(torch.Size((200,)), x[:20]).reshape(-1, 2)
     inside = ((draws >= -1) & (draws <= 1)).all(-1).float().mean()
@@ -39,31 +40,97 @@ def own(theta, x):
     return posterior_nn("maf")(theta, x)
 
 
-@pytest.mark.parametrize(
-    "builder",
-    [
-        own,
-        NamedBuilder("maf", PRIOR),
-        posterior_nn("mdn"),
-        posterior_nn("maf", z_score_theta="none"),
-        posterior_nn("maf", z_score_theta="transform_to_unconstrained", x_dist=PRIOR),
-    ],
-)
-def test_other_builders_are_used_as_they_come(builder):
-    assert UnconstrainedBuilder.wrap(builder, PRIOR) is builder
+@pytest.mark.parametrize("builder", [own, posterior_nn("maf")])
+def test_another_builder_is_used_as_it_is_with_a_warning(builder):
+    with pytest.warns(JeffreysWarning, match=r"outside the prior's support.*MainBuilder"):
+        inference = NPE_Jeffreys(PRIOR, builder, show_progress_bars=False)
+    assert inference._build_neural_net is builder
+
+
+def test_without_a_bounded_prior_another_builder_loses_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", JeffreysWarning)
+        NPE_Jeffreys(MultivariateNormal(torch.zeros(2), torch.eye(2)), own)
+        NPE_Jeffreys(None, own)
 
 
 def test_an_unbounded_prior_needs_no_transform():
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
-    builder = UnconstrainedBuilder.wrap(posterior_nn("maf"), prior)
-    assert not isinstance(builder(*corner()), UnconstrainedDensityEstimator)
+    net = MainBuilder("maf").with_prior(prior)(*corner())
+    assert not isinstance(net, UnconstrainedDensityEstimator)
 
 
-def test_a_wrapped_builder_is_forgotten_in_pickles_as_sbis_is(tmp_path):
-    inference = trained(posterior_nn("maf"))
-    inference.save(tmp_path / "inference.pt")
-    loaded = NPE_Jeffreys.load(tmp_path / "inference.pt")
-    assert isinstance(loaded._neural_net, UnconstrainedDensityEstimator)
-    with pytest.raises(RuntimeError, match="by name"):
-        loaded.train(retrain_from_scratch=True, force_first_round_loss=True)
-    assert isinstance(fresh(posterior_nn("maf"))._build_neural_net, UnconstrainedBuilder)
+@pytest.mark.parametrize("model", ["mdn", "maf"])
+def test_a_mixture_models_theta_itself(model):
+    net = MainBuilder(model).with_prior(PRIOR)(*corner())
+    assert isinstance(net, UnconstrainedDensityEstimator) == (model == "maf")
+
+
+def test_settings_reach_the_network():
+    sizes = [
+        sum(p.numel() for p in MainBuilder("maf", hidden_features=h)(*corner()).parameters())
+        for h in (10, 50)
+    ]
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_a_second_network_does_not_start_from_the_trained_embedding():
+    embedding = FCEmbedding(2, 2)
+    builder = MainBuilder("maf", embedding)
+    first = builder(*corner())
+    with torch.no_grad():
+        for p in first.embedding_net.parameters():
+            p.add_(1.0)
+    parameters = [p for p in builder(*corner()).embedding_net.parameters() if p.requires_grad]
+    assert len(parameters) == len(list(embedding.parameters()))
+    for ours, theirs in zip(parameters, embedding.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_builder_survives_pickling_and_builds_again():
+    inference = pickle.loads(pickle.dumps(trained(MainBuilder("maf", FCEmbedding(2, 2)))))
+    inference.append_simulations(*simulate())
+    train(inference, retrain_from_scratch=True, force_first_round_loss=True)
+    assert isinstance(inference._neural_net, UnconstrainedDensityEstimator)
+
+
+def test_a_typed_config_is_built_like_a_name():
+    @dataclasses.dataclass(frozen=True)
+    class NSFConfig:
+        embedding_net: torch.nn.Module = dataclasses.field(default_factory=torch.nn.Identity)
+        z_score_condition: str = "independent"
+        hidden_features: int = 20
+
+        def build(self, batch_input, batch_condition):
+            builder = posterior_nn(
+                "maf",
+                hidden_features=self.hidden_features,
+                embedding_net=self.embedding_net,
+                z_score_x=self.z_score_condition,
+            )
+            return builder(batch_input, batch_condition)
+
+    theta, x = corner()
+    for config in (NSFConfig(), NSFConfig(embedding_net=FCEmbedding(2, 2))):
+        net = MainBuilder(config).with_prior(PRIOR)(theta, x.exp())
+        assert isinstance(net, UnconstrainedDensityEstimator)
+        assert bool(torch.isfinite(net.log_prob(theta[:5].unsqueeze(0), x[:5].exp())).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", JeffreysWarning)
+        inference = fresh(NSFConfig())
+    assert isinstance(inference._builder, MainBuilder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (("nfs",), ValueError, "density_estimator .*nsf.* got 'nfs'"),
+        ((3,), TypeError, "model must be a name"),
+        ((own,), TypeError, "model must be a name"),
+        (("nsf", 3), TypeError, "embedding_net must be of type Module, got int"),
+        (("nsf", None, 1), TypeError, "marginal_transforms must be a bool"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        MainBuilder(*arguments)

@@ -1,0 +1,202 @@
+"""Building the main model: an sbi density estimator in the space in which it learns best.
+
+θ goes to the prior's unconstrained space and a vector x through marginal transforms. Both are exact
+bijections: the posterior stays what it is, and mass outside a box or below zero is impossible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from sbi.neural_nets import posterior_nn
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from sbi_jeffreys._checks import check_bool, check_instance
+from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
+from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform
+
+__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config"]
+
+Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
+
+
+class _Standardised(nn.Module):
+    """Marginal transform of x followed by z-scoring: the condition that the main sees."""
+
+    def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
+        super().__init__()
+        self.transform = transform
+        y = transform(x)
+        std = y.std(dim=0).clamp_min(1e-7) if len(y) > 1 else torch.ones_like(y[0])
+        # Constants, but parameters: sbi asks an embedding net's first parameter for its device.
+        self.mean = nn.Parameter(y.mean(dim=0), requires_grad=False)
+        self.std = nn.Parameter(std, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.transform(x) - self.mean) / self.std
+
+
+class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
+    """p(θ|x) of an estimator p(u|x) over u = T(θ), T the prior's map to unconstrained space.
+
+    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support.
+
+    Args:
+        estimator: A density estimator of u given x.
+        transform: θ ↔ u.
+    """
+
+    def __init__(self, estimator: ConditionalDensityEstimator, transform: PriorTransform) -> None:
+        super().__init__(estimator.net, estimator.input_shape, estimator.condition_shape)
+        self.estimator, self.transform = estimator, transform
+
+    @property
+    def embedding_net(self) -> nn.Module | None:
+        """The wrapped estimator's embedding net."""
+        return self.estimator.embedding_net
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """log p(θ|x), shape `(sample_dim, batch_dim)`; see sbi's base class."""
+        u, log_det, inside = self.transform(input)
+        log_prob = self.estimator.log_prob(u, condition, **kwargs) + log_det
+        return torch.where(inside, log_prob, -torch.inf)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+        """Negative log density of pairs, shape `(batch_dim,)`."""
+        return -self.log_prob(input.unsqueeze(0), condition, **kwargs)[0]
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any) -> Tensor:
+        """Samples of θ, shape `(*sample_shape, batch_dim, D)`."""
+        return self.transform.inverse(self.estimator.sample(sample_shape, condition, **kwargs))
+
+    def sample_and_log_prob(
+        self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Samples of θ and their log densities."""
+        theta = self.sample(sample_shape, condition, **kwargs)
+        flat = theta.reshape(-1, *theta.shape[-2:])
+        return theta, self.log_prob(flat, condition).reshape(theta.shape[:-1])
+
+
+def is_config(model: Any) -> bool:
+    """Whether `model` is one of sbi's typed model configs (`NSFConfig()`, …; sbi after 0.27)."""
+    instance = dataclasses.is_dataclass(model) and not isinstance(model, type)
+    return instance and callable(getattr(model, "build", None))
+
+
+class MainBuilder:
+    """Builds the main model p_φ(θ|x), with an embedding net where x needs one; picklable.
+
+    Give it to `NPE_Jeffreys` in place of sbi's `posterior_nn(...)`, which does not know the prior:
+    the trainer hands its prior to the builder, so that θ is modelled in unconstrained space and no
+    mass leaks out of the prior's support. A mixture density network ("mdn") models θ as it is:
+    sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
+
+    Args:
+        model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …), or one of
+            sbi's typed configs.
+        embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. With a
+            config, set the config's own `embedding_net` instead.
+        marginal_transforms: Whether θ and, without embedding net, a vector x are transformed.
+        **settings: Further arguments of sbi's `posterior_nn`, such as `hidden_features=100`. For a
+            config, set them in the config.
+
+    Raises:
+        TypeError: If `model` is neither a name nor a config, or `embedding_net` is no module.
+        ValueError: If sbi has no model of this name, or a config comes with other arguments.
+
+    Example:
+        >>> import torch
+        >>> from sbi_jeffreys import MainBuilder, NPE_Jeffreys
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+        >>> inference = NPE_Jeffreys(density_estimator=MainBuilder("maf", embedding_net=net))
+    """
+
+    def __init__(
+        self,
+        model: Any = "nsf",
+        embedding_net: nn.Module | None = None,
+        marginal_transforms: bool = True,
+        **settings: Any,
+    ) -> None:
+        if embedding_net is not None:
+            check_instance("embedding_net", embedding_net, nn.Module)
+        check_bool("marginal_transforms", marginal_transforms)
+        if is_config(model):
+            if embedding_net is not None or settings:
+                names = ["embedding_net"] * (embedding_net is not None) + list(settings)
+                raise ValueError(
+                    f"model is a {type(model).__name__}, which has settings of its own, but got "
+                    f"{', '.join(names)} beside it; set them in the config."
+                )
+        elif not isinstance(model, str):
+            raise TypeError(
+                f"model must be a name such as 'nsf' or one of sbi's model configs, got "
+                f"{type(model).__name__}; pass any other builder to NPE_Jeffreys itself."
+            )
+        elif model not in model_builders:
+            raise ValueError(
+                f"density_estimator must be a builder, a config of sbi's, or one of "
+                f"{', '.join(model_builders)}, got {model!r}; choose one of these."
+            )
+        self.model, self.embedding_net, self.settings = model, embedding_net, settings
+        self.marginal_transforms = marginal_transforms
+        self.prior: Distribution | None = None
+
+    def with_prior(self, prior: Distribution | None) -> MainBuilder:
+        """A copy that builds in the unconstrained space of this prior; None leaves θ as it is."""
+        twin = MainBuilder.__new__(MainBuilder)
+        vars(twin).update(vars(self) | {"prior": prior})
+        return twin
+
+    @property
+    def _is_mixture(self) -> bool:
+        """Whether the model is a mixture of Gaussians over θ itself."""
+        name = self.model if isinstance(self.model, str) else type(self.model).__name__
+        return name.lower() in ("mdn", "mdnconfig")
+
+    def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:
+        """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
+        build = self._build(x)
+        known = self.marginal_transforms and self.prior is not None and not self._is_mixture
+        transform = PriorTransform.fit(self.prior) if known and self.prior is not None else None
+        if transform is None:
+            return with_fast_splines(build(theta, x))
+        estimator = with_fast_splines(build(transform(theta)[0], x))
+        return UnconstrainedDensityEstimator(estimator, transform)
+
+    def _build(self, x: Tensor) -> Build:
+        """sbi's builder, with a vector x transformed and z-scored where no net embeds it."""
+        embedding = None
+        vector = x.ndim == 2 and bool(torch.isfinite(x).all()) and bool((x != x[:1]).any())
+        if self.marginal_transforms and vector and not self._embeds():
+            transform = MarginalTransform.fit(x)
+            embedding = None if transform.is_identity else _Standardised(transform, x)
+        if not isinstance(self.model, str):
+            changes = {} if embedding is None else _condition(embedding, "z_score_condition")
+            config = dataclasses.replace(self.model, **changes) if changes else self.model
+            return lambda theta, x: config.build(batch_input=theta, batch_condition=x)
+        if embedding is not None:
+            return posterior_nn(self.model, **self.settings, **_condition(embedding, "z_score_x"))
+        if self.embedding_net is None:
+            return posterior_nn(self.model, **self.settings)
+        # A copy, so that a second network does not start from the first one's trained embedding.
+        return posterior_nn(self.model, embedding_net=deepcopy(self.embedding_net), **self.settings)
+
+    def _embeds(self) -> bool:
+        """Whether the user chose how x enters: by an embedding net or by a z-scoring of x."""
+        if isinstance(self.model, str):
+            return self.embedding_net is not None or "z_score_x" in self.settings
+        net = getattr(self.model, "embedding_net", None)
+        return net is not None and not isinstance(net, nn.Identity)
+
+
+def _condition(embedding: nn.Module, z_score: str) -> dict[str, Any]:
+    """Arguments by which sbi's builders take an x that is transformed and z-scored already."""
+    return {"embedding_net": embedding, z_score: "none"}

@@ -1,0 +1,112 @@
+"""From the state of a training to its report: which problems there are, and how large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
+from sbi_jeffreys.training.preparation import Prepared
+from sbi_jeffreys.training.report import (
+    REFUSED,
+    Estimate,
+    Kept,
+    Problem,
+    ProxyStatus,
+    StageStatus,
+    TrainingReport,
+)
+from sbi_jeffreys.training.symmetric import SymmetricTraining
+
+__all__ = ["make_report"]
+
+_GAP = 0.5  # nats by which a main may be behind its proxy
+_CLEARLY = 2.0  # standard errors
+
+
+def make_report(
+    prepared: Prepared | None,
+    symmetric: SymmetricTraining | None,
+    seconds: Sequence[float],
+) -> TrainingReport:
+    """The report of a training.
+
+    Args:
+        prepared: The proxy, None where none was asked for.
+        symmetric: The symmetric stage, where there is one.
+        seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
+    """
+    status = ProxyStatus.NOT_FITTED if prepared is None else prepared.status
+    proxy = None if prepared is None else prepared.proxy
+    main_losses = None if symmetric is None else symmetric.best.losses
+    gap = _gap(main_losses, prepared)
+    multiplier = None
+    if symmetric is not None:
+        multiplier = float(symmetric.stage.multipliers.multipliers[0])
+    return TrainingReport(
+        proxy_status=status,
+        proxy="none asked for" if prepared is None else prepared.note,
+        experts=_experts(proxy),
+        trust=0.0 if prepared is None else prepared.trust,
+        inverse_temperature=1.0 if proxy is None else float(proxy.inverse_temperature),
+        stage_status=StageStatus.NOT_RUN if symmetric is None else symmetric.status,
+        kept=Kept.PLAIN_NPE if symmetric is None else symmetric.best.kept,
+        npe=_estimate(None if prepared is None else prepared.main_losses),
+        proxy_held_out=_estimate(None if prepared is None else prepared.proxy_losses),
+        main=_estimate(main_losses),
+        gap=gap,
+        multiplier=multiplier,
+        skipped_steps=0 if symmetric is None else symmetric.stage.skipped,
+        restarts=0 if symmetric is None else symmetric.restarts,
+        seconds=(seconds[0], seconds[1], seconds[2]),
+        problems=tuple(_problems(status, symmetric, gap)),
+        atomic=prepared is not None and prepared.atomic,
+    )
+
+
+def _estimate(losses: Tensor | None) -> Estimate | None:
+    return None if losses is None else Estimate.of(losses)
+
+
+def _gap(main_losses: Tensor | None, prepared: Prepared | None) -> Estimate | None:
+    """Held-out loss of the main above its proxy's, pair by pair."""
+    if main_losses is None or prepared is None or prepared.proxy_losses is None:
+        return None
+    return Estimate.of(main_losses - prepared.proxy_losses)
+
+
+def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
+    """Names and weights of a likelihood proxy's experts."""
+    if not isinstance(proxy, LikelihoodProxy):
+        return ()
+    return tuple((str(k + 1), float(weight)) for k, weight in enumerate(proxy.weights))
+
+
+def _problems(
+    status: ProxyStatus, symmetric: SymmetricTraining | None, gap: Estimate | None
+) -> list[Problem]:
+    found = []
+    if status is ProxyStatus.ABSENT:
+        found.append(Problem.NO_PROXY)
+    if status is ProxyStatus.NO_KERNEL_WEIGHT:
+        found.append(Problem.KERNEL)
+    elif status in REFUSED:
+        found.append(Problem.PROXY_REFUSED)
+    if symmetric is None:
+        return found
+    stage = symmetric.stage
+    if symmetric.status is StageStatus.PAUSED:
+        found.append(Problem.STAGE_PAUSED)
+    elif symmetric.status is StageStatus.STOPPED:
+        found.append(Problem.STAGE_STOPPED)
+    else:
+        behind = gap is not None and math.isfinite(gap.value) and gap.value > _GAP
+        if behind and gap is not None and gap.value > _CLEARLY * gap.error:
+            found.append(Problem.MAIN_BEHIND_PROXY)
+        elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
+            found.append(Problem.MULTIPLIER_AT_BOUND)
+    if stage.skipped:
+        found.append(Problem.STEPS_SKIPPED)
+    return found

@@ -1,0 +1,176 @@
+r"""The loss of one step of the symmetric stage: batches in, a scalar out.
+
+    L = [λ (w_F F + t G) + t R] / (1 + λ),      w_F = 0.1 t + (1 − t),
+
+with the forward term F on training simulations, G, the forward term on pairs drawn from the proxy,
+the reverse term R, the multiplier λ and the trust t ∈ (0, 1] in the proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.objective import (
+    forward_term,
+    reverse_vargrad_loss,
+    reweighted_forward_term,
+)
+from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["PERIOD", "Pool", "RealBatch", "StageLoss", "SymmetricLoss", "weigh"]
+
+#: Training simulations of one step: θ, x and kernel weights, or, where the round's loss is not the
+#: negative log density, sbi's losses themselves.
+RealBatch = tuple[Tensor, Tensor, Tensor] | Tensor
+#: What the stage calls: step, multiplier λ, and a function that returns the next training batch.
+StageLoss = Callable[[int, Tensor, Callable[[], RealBatch]], tuple[Tensor, dict[str, Tensor]]]
+
+PERIOD = 4  # steps between two turns of R, and of F
+_REAL_WEIGHT = 0.1  # w_F at full trust: the weight of training simulations beside proxy pairs
+_WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
+
+
+@dataclass
+class Pool:
+    """Observations that G and R are evaluated at.
+
+    Attributes:
+        theta: Parameters drawn with them from the proxy's joint, `(N, D)`; None: there are none,
+            and G reweights the main's own samples.
+        x: Shape `(N, *x_shape)`.
+        weights: How often each is drawn, in proportion, `(N,)`.
+    """
+
+    theta: Tensor | None
+    x: Tensor
+    weights: Tensor
+
+    def draw(self, num: int) -> Tensor:
+        """Rows of `num` draws with replacement."""
+        return torch.multinomial(self.weights, num, replacement=True)
+
+
+def weigh(terms: dict[str, Tensor], multiplier: Tensor, trust: float) -> Tensor:
+    """L = [λ (w_F F + t G) + t R] / (1 + λ); F and R are in every fourth step and count fourfold.
+
+    Args:
+        terms: Scalars `generated` (G) and, in turn, `forward` (F) or `reverse` (R).
+        multiplier: λ ≥ 0.
+        trust: t in (0, 1].
+    """
+    loss = multiplier * trust * terms["generated"]
+    if "forward" in terms:
+        weight = _REAL_WEIGHT * trust + (1 - trust)
+        loss = loss + PERIOD * multiplier * weight * terms["forward"]
+    if "reverse" in terms:
+        loss = loss + PERIOD * trust * terms["reverse"]
+    return loss / (1 + multiplier)
+
+
+class SymmetricLoss:
+    """L of one step on fresh batches; picklable.
+
+    G is in every step. R and F are in every fourth, in turn, and count fourfold: unbiased at a
+    quarter of their cost. F has little weight beside G, and the samples of R are expensive.
+
+    Args:
+        main: The density estimator.
+        proxy: A fitted proxy.
+        pool: Observations for G and R.
+        options: Sizes of the batches and the barrier of R.
+        trust: t in (0, 1].
+    """
+
+    def __init__(
+        self,
+        main: ConditionalDensityEstimator,
+        proxy: Proxy,
+        pool: Pool,
+        options: JeffreysOptions,
+        trust: float,
+    ) -> None:
+        self.main, self.proxy, self.pool = main, proxy, pool
+        self.options, self.trust = options, trust
+
+    def __call__(
+        self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L and the terms it is made of.
+
+        Args:
+            step: Number of the step, from 0: says whose turn it is.
+            multiplier: λ.
+            next_real: Returns the next batch of training simulations.
+        """
+        terms = self.terms(step, next_real)
+        return weigh(terms, multiplier, self.trust), terms
+
+    def terms(self, step: int, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
+        """`generated`, and in turn `reverse` (steps 0, 4, …) or `forward` (steps 1, 5, …)."""
+        turn = step % PERIOD
+        real = next_real() if turn == 1 else None
+        with_reverse = turn == 0
+        pairs = real if isinstance(real, tuple) else None
+        if self.pool.theta is None:
+            terms = self._reweighted_terms(with_reverse)
+            if pairs is not None:
+                theta, x, weights = pairs
+                log_p = self.main.log_prob(theta.unsqueeze(0), x)[0]
+                terms["forward"] = -(weights * log_p).mean()
+        else:
+            terms = self._pool_terms(pairs, with_reverse)
+        if isinstance(real, Tensor):
+            terms["forward"] = real.mean()
+        return terms
+
+    def _pool_terms(
+        self, real: tuple[Tensor, Tensor, Tensor] | None, with_reverse: bool
+    ) -> dict[str, Tensor]:
+        """G on pairs of the pool, and F or R where asked for, by one pass through the main."""
+        assert self.pool.theta is not None
+        num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
+        rows = self.pool.draw(max(num_pairs, num_x))
+        theta, x = [self.pool.theta[rows[:num_pairs]]], [self.pool.x[rows[:num_pairs]]]
+        log_q = None
+        if real is not None:
+            theta.append(real[0])
+            x.append(real[1])
+        if with_reverse:
+            x_reverse = self.pool.x[rows[:num_x]]
+            theta_k, log_q = self._samples(x_reverse, self.options.reverse_samples)
+            theta.append(theta_k.flatten(0, 1))
+            x.extend([x_reverse] * len(theta_k))
+        log_p = self.main.log_prob(torch.cat(theta).unsqueeze(0), torch.cat(x))[0]
+        terms = {"generated": forward_term(log_p[:num_pairs])}
+        if real is not None:
+            terms["forward"] = -(real[2] * log_p[num_pairs:]).mean()
+        if log_q is not None:
+            log_p_k = log_p[num_pairs:].reshape(log_q.shape)
+            terms["reverse"] = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
+        return terms
+
+    def _reweighted_terms(self, with_reverse: bool) -> dict[str, Tensor]:
+        """G and R from the main's samples alone, for proxies that have no samples of x."""
+        num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
+        x = self.pool.x[self.pool.draw(max(num_pairs, num_x))[:num_x]]
+        theta_k, log_q = self._samples(x, max(_WAKE_SAMPLES, self.options.reverse_samples))
+        with embedded_once(self.main, x):
+            log_p = self.main.log_prob(theta_k, x)
+        terms = {"generated": reweighted_forward_term(log_p, log_q)}
+        if with_reverse:
+            terms["reverse"] = reverse_vargrad_loss(log_p, log_q, self.options.reverse_barrier)
+        return terms
+
+    @torch.no_grad()
+    def _samples(self, x: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Detached θ_k ∼ p_φ(·|x), `(K, B, D)`, and log q̃_ψ(θ_k, x), `(K, B)`."""
+        with embedded_once(self.main, x):
+            theta = self.main.sample(torch.Size((num_samples,)), x)
+        return theta, self.proxy.log_potential(theta, x)

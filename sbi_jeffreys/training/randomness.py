@@ -1,0 +1,45 @@
+"""A random stream that belongs to a training and is kept with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["RandomStream"]
+
+
+class RandomStream:
+    """Torch's random numbers for one training, so that resuming it continues where it stopped.
+
+    The stream starts from torch's global generator, so `torch.manual_seed` governs it, and leaves
+    that generator one draw further, however long training was. Threads share torch's generator:
+    trainings in several threads of one process disturb each other's numbers; use processes.
+    """
+
+    def __init__(self) -> None:
+        self._state: Tensor | None = None
+
+    def start_anew(self) -> None:
+        """Begin another stream at the next use."""
+        self._state = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream inside, from the global one again after it."""
+        state = self._state
+        if state is None:
+            seed = int(torch.randint(2**31, (1,)))
+            state = torch.Generator().manual_seed(seed).get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state.cpu())  # loading onto a device moved it there
+            try:
+                yield
+            finally:
+                self.mark()
+
+    def mark(self) -> None:
+        """Remember where the stream is now."""
+        self._state = torch.get_rng_state()

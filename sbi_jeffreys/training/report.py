@@ -1,0 +1,202 @@
+"""What training decided, as values; the words are made from them.
+
+`NPE_Jeffreys.training_report` holds a `TrainingReport` after every training. Printed, it says in a
+few lines which proxy was used and how far it was trusted, how main and proxy do on held-out
+simulations, which weights were kept, and what to do about anything that went wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+__all__ = ["REFUSED", "Estimate", "Kept", "Problem", "ProxyStatus", "StageStatus", "TrainingReport"]
+
+
+class ProxyStatus(Enum):
+    """What became of the proxy."""
+
+    NOT_FITTED = "not fitted, because the symmetric stage has no steps"
+    ABSENT = "there is no proxy for these simulations"
+    USED = "used"
+    UNTRUSTED = "refused, because it explains held-out simulations much worse than plain NPE does"
+    IMPLAUSIBLE = "refused, because its draws do not look like simulations"
+    NO_KERNEL_WEIGHT = "refused, because the calibration kernel is zero at every draw"
+
+
+class StageStatus(Enum):
+    """How far the symmetric stage got."""
+
+    NOT_RUN = "not run"
+    PAUSED = "paused before its last step"
+    FINISHED = "finished"
+    STOPPED = "stopped because the held-out loss stayed far above plain NPE's"
+
+
+class Kept(Enum):
+    """Whose weights the main has."""
+
+    PLAIN_NPE = "those of plain NPE"
+    BEST = "the best on held-out simulations"
+    LAST = "the last, annealed ones"
+
+
+class Problem(Enum):
+    """What keeps a result from being what the method promises; the value says what to do."""
+
+    NO_PROXY = "plain NPE was kept; simulate with more varied parameters or outputs"
+    PROXY_REFUSED = (
+        "plain NPE was kept; run more simulations, or pass a proxy that suits x "
+        "(JeffreysOptions(proxy='energy') or a GivenProxy)"
+    )
+    KERNEL = "plain NPE was kept; widen calibration_kernel"
+    STAGE_PAUSED = "continue with train(resume_training=True)"
+    STAGE_STOPPED = (
+        "the best weights before it were kept; lower JeffreysOptions.learning_rate_factor, or run "
+        "more simulations"
+    )
+    MULTIPLIER_AT_BOUND = (
+        "the main could not reach its proxy's held-out loss; raise JeffreysOptions.num_steps, use "
+        "a larger density_estimator, or correct the draws with build_corrected_posterior()"
+    )
+    MAIN_BEHIND_PROXY = (
+        "raise JeffreysOptions.num_steps, use a larger density_estimator, or correct the draws "
+        "with build_corrected_posterior()"
+    )
+    STEPS_SKIPPED = (
+        "look for outliers in x and for a prior or likelihood that is not finite; lower the "
+        "learning_rate"
+    )
+
+
+#: A proxy was fitted, but plain NPE was kept.
+REFUSED = (ProxyStatus.UNTRUSTED, ProxyStatus.IMPLAUSIBLE, ProxyStatus.NO_KERNEL_WEIGHT)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over held-out pairs, in nats, with its standard error (NaN for a single pair)."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, losses: Tensor) -> Estimate:
+        """From one loss per pair, `(M,)`."""
+        losses = losses.double()
+        spread = float(losses.std()) if len(losses) > 1 else math.nan
+        return cls(float(losses.mean()), spread / math.sqrt(len(losses)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """The outcome of one call of `train`; `str(report)` is the whole of it in words.
+
+    Attributes:
+        proxy_status: What became of the proxy.
+        proxy: Which proxy was chosen, and why, in words.
+        experts: Names and mixture weights of a likelihood proxy's experts.
+        trust: t in [0, 1], how far the proxy was followed.
+        inverse_temperature: γ of the proxy.
+        stage_status: How far the symmetric stage got.
+        kept: Whose weights the main has.
+        npe: Held-out loss of plain NPE.
+        proxy_held_out: Held-out loss of the proxy, None without one.
+        main: Held-out loss of the main that was kept.
+        gap: Held-out loss of that main minus the proxy's, pair by pair; None without a proxy.
+        multiplier: λ at the end, None without a symmetric stage.
+        skipped_steps: Steps that were left out because their gradient was not finite.
+        restarts: How often the stage went back to its best weights at half the step size.
+        seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
+        problems: What keeps the result from being what the method promises.
+        atomic: Whether held-out losses are those of a classifier of θ among other pairs' θ (later
+            rounds), not negative log densities.
+    """
+
+    proxy_status: ProxyStatus
+    proxy: str
+    experts: tuple[tuple[str, float], ...]
+    trust: float
+    inverse_temperature: float
+    stage_status: StageStatus
+    kept: Kept
+    npe: Estimate | None
+    proxy_held_out: Estimate | None
+    main: Estimate | None
+    gap: Estimate | None
+    multiplier: float | None
+    skipped_steps: int
+    restarts: int
+    seconds: tuple[float, float, float]
+    problems: tuple[Problem, ...]
+    atomic: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether there is a proxy that was not used."""
+        return self.proxy_status in REFUSED
+
+    def describe(self, problem: Problem) -> str:
+        """One of the problems in words: what it is, the figures, and what to do."""
+        words = _NAMES[problem]
+        if problem in (Problem.NO_PROXY, Problem.PROXY_REFUSED, Problem.KERNEL):
+            words = f"NPE_Jeffreys falls back to plain NPE. {words} ({self.proxy})"
+        elif problem is Problem.MAIN_BEHIND_PROXY and self.gap is not None:
+            words += f" by {self.gap} nats"
+        elif problem is Problem.STEPS_SKIPPED:
+            words += f" ({self.skipped_steps} steps)"
+        return f"{words}: {problem.value}."
+
+    def __str__(self) -> str:
+        """Two to four lines, and one for each problem."""
+        lines = [self._proxy_words(), self._held_out_words(), self._stage_words()]
+        lines += [self.describe(problem) for problem in self.problems]
+        return "\n".join(line for line in lines if line)
+
+    def _proxy_words(self) -> str:
+        words = f"Proxy ({self.proxy}): {self.proxy_status.value}"
+        if self.proxy_status is ProxyStatus.USED:
+            words += f" with trust {self.trust:.2f}"
+        if self.inverse_temperature != 1:
+            words += f", tempered with γ = {self.inverse_temperature:.2f}"
+        if self.experts:
+            words += "; experts " + ", ".join(
+                f"{name} {weight:.2f}" for name, weight in self.experts
+            )
+        return words + "."
+
+    def _held_out_words(self) -> str:
+        if self.npe is None:
+            return ""
+        unit = "classification loss" if self.atomic else "negative log density"
+        parts = [f"plain NPE {self.npe}"]
+        if self.proxy_held_out is not None:
+            parts.append(f"proxy {self.proxy_held_out}")
+        if self.main is not None:
+            parts.append(f"main {self.main}")
+        return f"Held-out {unit} in nats: {', '.join(parts)}."
+
+    def _stage_words(self) -> str:
+        plain, proxy, stage = self.seconds
+        cost = f"plain NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s"
+        return (
+            f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; {cost}."
+        )
+
+
+_NAMES = {
+    Problem.NO_PROXY: "There is no proxy",
+    Problem.PROXY_REFUSED: "The proxy is not as good as plain NPE or not like the simulations",
+    Problem.KERNEL: "The calibration kernel excludes every draw of the proxy",
+    Problem.STAGE_PAUSED: "The epoch budget max_num_epochs ended the symmetric stage",
+    Problem.STAGE_STOPPED: "The symmetric stage diverged and was stopped",
+    Problem.MULTIPLIER_AT_BOUND: "The multiplier was at its bound at the end",
+    Problem.MAIN_BEHIND_PROXY: "The main is behind its proxy on held-out simulations",
+    Problem.STEPS_SKIPPED: "Steps were skipped because their gradient was not finite",
+}

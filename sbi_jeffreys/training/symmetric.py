@@ -1,0 +1,168 @@
+"""The one record of the symmetric part of a training, and the loop over its epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.loss import RealBatch
+from sbi_jeffreys.training.report import Kept, StageStatus
+from sbi_jeffreys.training.stage import SymmetricStage
+
+__all__ = ["TRACES", "Best", "SymmetricTraining"]
+
+#: Per-epoch traces of the symmetric stage in `summary`, all in nats except the last three.
+TRACES = (
+    "forward_term",
+    "generated_term",
+    "reverse_term",
+    "held_out_forward",
+    "held_out_reverse",
+    "entropy_estimate",
+    "multiplier",
+    "slack",
+    "trust",
+)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The weights to hand out, with their held-out value. Replaced whole, so that an interrupt
+    cannot separate the two."""
+
+    value: float
+    losses: Tensor  # of the held-out pairs, `(M,)`
+    weights: dict[str, Tensor]
+    kept: Kept
+
+
+@dataclass
+class SymmetricTraining:
+    """State of the symmetric part of a training: picklable, and all there is beside the network.
+
+    Attributes:
+        stage: The stage with its multipliers and optimiser.
+        best: The weights to hand out.
+        last_weights: Those of the last step, while the best ones are in the main; else None.
+        status: How far the stage got.
+        restarts: How often it went back to its best weights at half the step size.
+        always_at_bound: Whether λ was at its upper bound in the second half of the stage.
+    """
+
+    stage: SymmetricStage
+    best: Best
+    last_weights: dict[str, Tensor] | None = None
+    status: StageStatus = StageStatus.PAUSED
+    restarts: int = 0
+    always_at_bound: bool = True
+
+    @property
+    def proxy(self) -> Proxy:
+        """The stage's proxy."""
+        return self.stage.proxy
+
+    def run(
+        self,
+        held_out: HeldOut,
+        next_real: Callable[[], RealBatch],
+        max_epochs: int,
+        on_epoch: Callable[[dict[str, float], float, float], None],
+        show_progress_bars: bool,
+    ) -> int:
+        """Run what is left of the stage, at most `max_epochs` epochs; leave the best weights.
+
+        Whatever ends it, an interrupt or another exception included, the main has its best weights
+        in evaluation mode afterwards.
+
+        Args:
+            held_out: Held-out pairs.
+            next_real: Returns the next batch of training simulations.
+            max_epochs: Bound on the epochs of this call.
+            on_epoch: Called with the values of `TRACES`, the training loss, and the seconds.
+            show_progress_bars: Whether to show progress.
+
+        Returns:
+            Number of epochs run.
+        """
+        stage = self.stage
+        if self.status is StageStatus.STOPPED:
+            return 0
+        left = -(-(stage.num_steps - stage.step) // stage.options.steps_per_epoch)
+        bar = tqdm(
+            range(min(left, max_epochs)), desc="Symmetric stage", disable=not show_progress_bars
+        )
+        epochs = 0
+        try:
+            self.resume()
+            for _ in bar:
+                start = time.perf_counter()
+                terms = stage.run_epoch(next_real)
+                losses = held_out.main_losses(stage.main, self.proxy)
+                value = held_out.mean(losses)
+                self.keep(value, losses)
+                traces = self._traces(terms, value, held_out)
+                on_epoch(traces, terms["forward"], time.perf_counter() - start)
+                stage.update_multipliers(value)
+                if 2 * stage.step > stage.num_steps:
+                    self.always_at_bound &= stage.at_bound
+                epochs += 1
+                bar.set_postfix(held_out=f"{value:.3f}", best=f"{self.best.value:.3f}")
+        finally:
+            self.pause()
+        return epochs
+
+    def keep(self, value: float, losses: Tensor) -> None:
+        """Keep the main's weights if they are the best yet; at the end, prefer the annealed ones.
+
+        The minimum over an epoch-by-epoch trace of a hundred held-out pairs is a lucky epoch as
+        often as a good one. All iterates within the tolerance satisfy the constraint, and of those
+        the last one has the smallest R: it is kept, unless it falls behind plain NPE.
+
+        Args:
+            value: Held-out value of the main as it is now.
+            losses: The losses that it is the mean of, `(M,)`.
+        """
+        stage = self.stage
+        bound = min(self.best.value + stage.options.tolerance, stage.npe_nll)
+        annealed = stage.finished and value <= bound
+        if value < self.best.value or annealed:
+            kept = Kept.LAST if stage.finished else Kept.BEST
+            self.best = Best(value, losses, deepcopy(stage.main.state_dict()), kept)
+
+    def pause(self) -> None:
+        """Put the best weights into the main, and keep the last ones for resuming."""
+        main = self.stage.main
+        if self.stage.finished:
+            self.status = StageStatus.FINISHED
+        elif self.last_weights is None:
+            self.last_weights = deepcopy(main.state_dict())
+        main.load_state_dict(self.best.weights)
+        main.eval()
+
+    def resume(self) -> None:
+        """Put the last weights back into the main."""
+        if self.last_weights is not None:
+            self.stage.main.load_state_dict(self.last_weights)
+            self.last_weights = None
+
+    def _traces(self, terms: dict[str, float], value: float, held_out: HeldOut) -> dict[str, float]:
+        stage = self.stage
+        values = (
+            terms["forward"],
+            terms["generated"],
+            terms["reverse"],
+            value,
+            held_out.reverse(stage.main, self.proxy),
+            stage.entropy,
+            float(stage.multipliers.multipliers[0]),
+            float(stage.multipliers.slack[0]),
+            stage.trust,
+        )
+        return dict(zip(TRACES, values))
