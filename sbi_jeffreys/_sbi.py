@@ -47,6 +47,7 @@ __all__ = [
     "prior_of",
     "set_builder",
     "set_device",
+    "set_network",
     "tracker_of",
 ]
 
@@ -54,6 +55,11 @@ __all__ = [
 def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:
     """The trainer's network, None before training."""
     return trainer._neural_net
+
+
+def set_network(trainer: NPE, network: ConditionalDensityEstimator) -> None:
+    """Give the trainer a trained network."""
+    trainer._neural_net = network
 
 
 def prior_of(owner: Any) -> Distribution:

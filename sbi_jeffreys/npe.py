@@ -339,11 +339,55 @@ class NPE_Jeffreys(NPE):
         Raises:
             TypeError: If something in it cannot be pickled.
         """
-        persistence.save(self, path)
+        main, tensors = _sbi.network_of(self), {}
+        if main is not None:
+            theta, x, _ = self.get_simulations()
+            tensors = {"theta": theta, "x": x, "train": self.train_indices, "val": self.val_indices}
+            tensors["main"] = dict(main.state_dict())
+        persistence.save(self, path, tensors)
+
+    def load_weights(self, path: str | os.PathLike[str]) -> Self:
+        """Take simulations and the main's weights from a saved file; no code of the file is run.
+
+        For a file that you do not trust: make an `NPE_Jeffreys` as it was made (same prior and
+        `density_estimator`), call this, and build posteriors. The proxy is not restored.
+
+        Args:
+            path: A file written by `save` after a training in one round.
+
+        Returns:
+            self.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else, or its weights do not fit this object's network.
+            RuntimeError: If this object has simulations already.
+        """
+        if _sbi.latest_round(self) >= 0:
+            raise RuntimeError(
+                "load_weights needs an object without simulations; make a new NPE_Jeffreys."
+            )
+        saved = persistence.load_tensors(path, str(_sbi.device_of(self)))
+        if "main" not in saved:
+            raise ValueError(f"{path} holds no trained main; save it after train().")
+        self.append_simulations(saved["theta"], saved["x"], exclude_invalid_x=False)
+        self.train_indices, self.val_indices = saved["train"], saved["val"]
+        rows = saved["train"].cpu()
+        main = self._builder(saved["theta"].cpu()[rows], saved["x"].cpu()[rows])
+        try:
+            main.load_state_dict(saved["main"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {path} do not fit the density_estimator of this object: {error}. "
+                "Make it with the prior and density_estimator that the file was saved with."
+            ) from error
+        _sbi.set_network(self, main.to(_sbi.device_of(self)).eval())
+        return self
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | None = None) -> Self:
-        """Read what `save` wrote. Loading runs code from the file: load only files you trust.
+        """Read what `save` wrote. This runs code from the file: for one that you do not trust, use
+        `load_weights`.
 
         Args:
             path: The file.
