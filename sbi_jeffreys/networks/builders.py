@@ -7,6 +7,7 @@ bijections: the posterior stays what it is, and mass outside a box or below zero
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -16,12 +17,12 @@ from sbi.neural_nets import posterior_nn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_bool, check_instance
+from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform
 
-__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config"]
+__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config", "main_builder"]
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
@@ -195,6 +196,35 @@ class MainBuilder:
             return self.embedding_net is not None or "z_score_x" in self.settings
         net = getattr(self.model, "embedding_net", None)
         return net is not None and not isinstance(net, nn.Identity)
+
+
+def main_builder(
+    given: Any, prior: Distribution | None, marginal_transforms: bool
+) -> Callable[..., Any]:
+    """What builds the main: a `MainBuilder` for names and configs, the user's own as it is.
+
+    Args:
+        given: A name, a config, a `MainBuilder`, any other builder, or None for "nsf".
+        prior: The prior whose unconstrained space the main is built in.
+        marginal_transforms: Of the `MainBuilder` that is made for a name or config.
+
+    Warns:
+        JeffreysWarning: If a builder of the user's own does not know the bounds of the prior.
+    """
+    if given is None or isinstance(given, str) or is_config(given):
+        name = "nsf" if given is None else given
+        given = MainBuilder(name, marginal_transforms=marginal_transforms)
+    if isinstance(given, MainBuilder):
+        return given.with_prior(prior)
+    if prior is not None and PriorTransform.fit(prior) is not None:
+        warnings.warn(
+            "density_estimator is a builder of your own and is used as it is: the posterior can "
+            "put mass outside the prior's support, which sampling then rejects. MainBuilder(name, "
+            "embedding_net=...) of sbi_jeffreys builds the same networks inside the support.",
+            JeffreysWarning,
+            stacklevel=3,
+        )
+    return given
 
 
 def _condition(embedding: nn.Module, z_score: str) -> dict[str, Any]:

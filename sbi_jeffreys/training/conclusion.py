@@ -1,4 +1,4 @@
-"""From the state of a training to its report: which problems there are, and how large."""
+"""From the state of a training to its report and to the trainer's summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
 from sbi_jeffreys.training.preparation import Prepared
 from sbi_jeffreys.training.report import (
@@ -18,9 +20,9 @@ from sbi_jeffreys.training.report import (
     StageStatus,
     TrainingReport,
 )
-from sbi_jeffreys.training.symmetric import SymmetricTraining
+from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 
-__all__ = ["make_report"]
+__all__ = ["complete_summary", "make_report"]
 
 _GAP = 0.5  # nats by which a main may be behind its proxy
 _CLEARLY = 2.0  # standard errors
@@ -64,6 +66,30 @@ def make_report(
         problems=tuple(_problems(status, symmetric, gap)),
         atomic=prepared is not None and prepared.atomic,
     )
+
+
+def complete_summary(trainer: NPE, epochs: int, plain: bool, best: float) -> None:
+    """Count the symmetric stage into sbi's entries of a call of `train`, and log it.
+
+    Args:
+        trainer: The trainer, whose `summary` and tracker they are.
+        epochs: Epochs of the symmetric stage in this call.
+        plain: Whether plain NPE was trained in this call, so that sbi made its entries.
+        best: Held-out value of the weights kept.
+    """
+    summary, tracker = trainer.summary, _sbi.tracker_of(trainer)
+    totals = {"epochs_trained": epochs, "best_validation_loss": best}
+    if plain:
+        totals["epochs_trained"] += summary["epochs_trained"].pop()
+        summary["best_validation_loss"].pop()
+    for name, value in totals.items():
+        summary[name].append(value)
+        tracker.log_metric(name=name, value=value, step=_sbi.latest_round(trainer) + 1)
+    for name in (*TRACES, "validation_loss", "training_loss", "epoch_durations_sec"):
+        first = len(summary[name]) - epochs
+        for step, value in enumerate(summary[name][first:], start=first):
+            tracker.log_metric(name=name, value=value, step=step)
+    tracker.flush()
 
 
 def _estimate(losses: Tensor | None) -> Estimate | None:
