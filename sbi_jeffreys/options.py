@@ -13,7 +13,6 @@ from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert, Regress
 __all__ = ["JeffreysOptions"]
 
 _PROXIES = ("auto", "likelihood", "energy")
-_ESTIMATORS = ("vargrad", "path")
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
@@ -61,8 +60,6 @@ class JeffreysOptions:
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
-        reverse_estimator: "vargrad" (any density estimator) or "path" (reparameterised; for flows
-            that sample with gradients).
         reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
             a far tail, are capped.
         adaptive: Whether multipliers, slack, trust and temperature adapt; if False they stay at
@@ -87,8 +84,8 @@ class JeffreysOptions:
         TypeError, ValueError: Naming the field, what was expected and what came.
 
     Example:
-        >>> JeffreysOptions(num_steps=500).reverse_estimator
-        'vargrad'
+        >>> JeffreysOptions(num_steps=500).num_steps
+        500
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
@@ -103,7 +100,6 @@ class JeffreysOptions:
     proxy_batch_size: int = 512
     reverse_batch_size: int = 50
     reverse_samples: int = 4
-    reverse_estimator: Literal["vargrad", "path"] = "vargrad"
     reverse_barrier: float = 10.0
     adaptive: bool = True
     initial_multiplier: float | None = None
@@ -118,10 +114,6 @@ class JeffreysOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.proxy, Proxy) and self.proxy not in _PROXIES:
             raise ValueError(f"proxy must be one of {_PROXIES} or a Proxy, got {self.proxy!r}.")
-        if self.reverse_estimator not in _ESTIMATORS:
-            raise ValueError(
-                f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
-            )
         kinds = (FlowExpert, RegressionExpert)
         if not self.experts or not all(isinstance(m, kinds) for m in self.experts):
             raise TypeError(

@@ -26,13 +26,11 @@ class Contrasts:
         theta: θ_k, shape `(K, B, D)`.
         offset: log p(θ_k) − log m(θ_k|x), shape `(K, B)`; −∞ outside the prior.
         offset_true: The same at the pairs' own θ, shape `(B,)`.
-        log_prior_true: log p(θ) there, shape `(B,)`.
     """
 
     theta: Tensor
     offset: Tensor
     offset_true: Tensor
-    log_prior_true: Tensor
 
     def pick(self, rows: Tensor, num: int) -> Contrasts:
         """A random `num` of them for the pairs at `rows`."""
@@ -41,7 +39,6 @@ class Contrasts:
             self.theta[which, rows],
             self.offset[which, rows],
             self.offset_true[rows],
-            self.log_prior_true[rows],
         )
 
 
@@ -67,7 +64,6 @@ def draw_contrasts(
         torch.cat([p.theta for p in parts], dim=1),
         torch.cat([p.offset for p in parts], dim=1),
         torch.cat([p.offset_true for p in parts]),
-        torch.cat([p.log_prior_true for p in parts]),
     )
 
 
@@ -85,7 +81,7 @@ def _draw(
     log_prior, share = proxy.log_prior(everything), from_main / num
     log_m = torch.logaddexp(log_main + math.log(share), log_prior + math.log(1 - share))
     offset = torch.where(torch.isfinite(log_prior), log_prior - log_m, -torch.inf)
-    return Contrasts(drawn, offset[1:], offset[0], log_prior[0])
+    return Contrasts(drawn, offset[1:], offset[0])
 
 
 def draw_atoms(theta: Tensor, num: int) -> Contrasts:
@@ -100,4 +96,4 @@ def draw_atoms(theta: Tensor, num: int) -> Contrasts:
     shift = torch.randint(1, max(2, batch), (num, batch), device=device)
     others = theta[(torch.arange(batch, device=device) + shift) % batch]
     none = torch.zeros_like(others[..., 0])
-    return Contrasts(others, none, none[0], none[0])
+    return Contrasts(others, none, none[0])
