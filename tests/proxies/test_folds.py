@@ -128,7 +128,7 @@ def test_the_option_reaches_the_proxy(folds):
     )
     inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=options)
     inference.append_simulations(theta, x).train(max_num_epochs=2)
-    proxy = inference._proxy
+    proxy = inference.proxy
     assert isinstance(proxy, LikelihoodProxy)
     assert isinstance(proxy.nets[0], Bag) == (folds > 1)
 
