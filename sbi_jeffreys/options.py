@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert, RegressionExpert
+from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, Expert, check_experts
 
 __all__ = ["JeffreysOptions"]
 
@@ -89,7 +89,7 @@ class JeffreysOptions:
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
-    experts: tuple[FlowExpert | RegressionExpert, ...] = DEFAULT_EXPERTS
+    experts: tuple[Expert, ...] = DEFAULT_EXPERTS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     proxy_folds: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -114,12 +114,7 @@ class JeffreysOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.proxy, Proxy) and self.proxy not in _PROXIES:
             raise ValueError(f"proxy must be one of {_PROXIES} or a Proxy, got {self.proxy!r}.")
-        kinds = (FlowExpert, RegressionExpert)
-        if not self.experts or not all(isinstance(m, kinds) for m in self.experts):
-            raise TypeError(
-                "experts must be a non-empty tuple of FlowExpert and RegressionExpert, "
-                f"got {self.experts!r}."
-            )
+        check_experts(self.experts)
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
         if not isinstance(self.energy, EnergyConfig):

@@ -1,40 +1,26 @@
-"""What a likelihood proxy is made of: regressions and likelihood nets, and the default."""
+"""Flow experts: sbi's conditional density estimators of x given θ, fitted by maximum likelihood."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-__all__ = ["DEFAULT_EXPERTS", "FlowExpert", "RegressionExpert"]
+import torch
+from sbi.neural_nets import likelihood_nn
+from torch import Tensor, nn
 
+from sbi_jeffreys.networks.fitting import fit_network
+from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression
+from sbi_jeffreys.proxies.experts.regression import best_regression
 
-@dataclass(frozen=True)
-class RegressionExpert:
-    """A Gaussian likelihood about a smooth function of θ, fitted in closed form.
-
-    Attributes:
-        degree: 1 (linear) or 2 (with squares and products). A quadratic whose features are more
-            than half of the training pairs is left out.
-        kernel: Whether the line (degree 1) has a kernel regression on top.
-        mixture: Whether the noise is a mixture of Gaussians, of as many components as BIC chooses.
-
-    Raises:
-        ValueError: If the degree is another, or a kernel goes with degree 2.
-    """
-
-    degree: int = 2
-    kernel: bool = False
-    mixture: bool = False
-
-    def __post_init__(self) -> None:
-        if self.degree not in (1, 2):
-            raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
-        if self.kernel and self.degree != 1:
-            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
+__all__ = ["FlowExpert"]
 
 
 @dataclass(frozen=True)
-class FlowExpert:
-    """One likelihood net of the mixture.
+class FlowExpert(Expert):
+    """One likelihood net.
 
     Attributes:
         model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
@@ -42,9 +28,9 @@ class FlowExpert:
         learning_rate: Its step size.
         num_transforms: Transforms of a flow.
         marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
-            anyway, members that differ in this alone are fitted once.
+            anyway, experts that differ in this alone are fitted once.
         around_regression: Whether it models the whitened residuals of a regression on θ in place of
-            x itself: of the one whose leave-one-out likelihood is the best.
+            x itself: of the regression with the best leave-one-out likelihood.
     """
 
     model: str = "maf"
@@ -54,23 +40,40 @@ class FlowExpert:
     marginal_transform: bool = True
     around_regression: bool = False
 
+    def on_one_scale(self) -> FlowExpert:
+        """With `marginal_transform`, whose value does not matter there."""
+        return replace(self, marginal_transform=True)
 
-# Members differ on purpose: on the tuning tasks the strongly decayed maf wins where the likelihood
-# is simple, the free one where it is sharp, the spline flow joins them on skewed or 1-D x, and a
-# regression wins outright where noise is additive; a net around it where the mean is smooth and the
-# noise is not constant. Their stacked mixture beat the best single member by 0.0–0.35 nats of
-# held-out likelihood.
-DEFAULT_EXPERTS: tuple[FlowExpert | RegressionExpert, ...] = (
-    RegressionExpert(1),
-    RegressionExpert(2),
-    RegressionExpert(1, kernel=True),
-    RegressionExpert(1, mixture=True),
-    RegressionExpert(2, mixture=True),
-    RegressionExpert(1, kernel=True, mixture=True),
-    FlowExpert("maf", weight_decay=0.3, around_regression=True),
-    FlowExpert("maf", weight_decay=0.3),
-    FlowExpert("maf", weight_decay=1.0),
-    FlowExpert("maf"),
-    FlowExpert("maf", weight_decay=0.3, marginal_transform=False),
-    FlowExpert("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
-)
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> FittedExpert:
+        """Fit the net, or abandon the fit early; see `Expert.fit`."""
+        transform = data.scales[0 if self.marginal_transform else 1]
+        z, x, train = data.z, data.x, data.train
+        y = transform(x)
+        target, leave_one_out, regression = y[train], torch.zeros_like(y), None
+        if self.around_regression:
+            regression = best_regression(before, transform, z[train], x[train])
+            leave_one_out[train] = regression.leave_one_out
+            target = regression.whiten(target, z[train], regression.leave_one_out)
+        builder = likelihood_nn(self.model, num_transforms=self.num_transforms)
+        net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
+        if regression is not None:
+            net = AroundRegression(net, regression)
+        # Held-out losses are those of x, so that experts on different scales can be compared.
+        log_det = float(transform.log_det(x[data.val]).mean())
+        noisy = bool(transform.integer.any())  # if not, each step would transform to the same y
+
+        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
+            if not training:
+                return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
+            target = transform.dequantise(x[indices]) if noisy else y[indices]
+            if isinstance(net, AroundRegression):
+                return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
+            return net.loss(target, z[indices])  # type: ignore[operator]
+
+        config = replace(
+            data.config, learning_rate=self.learning_rate, weight_decay=self.weight_decay
+        )
+        result = fit_network(net, loss, train, data.val, config, data.on_epoch, abandon_above)
+        return data.fitted(self, net, transform, result)

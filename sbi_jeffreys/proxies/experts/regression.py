@@ -1,0 +1,106 @@
+"""Regression experts: likelihoods about a smooth function of θ, fitted in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.gaussian import (
+    GaussianRegression,
+    num_features,
+)
+from sbi_jeffreys.proxies.experts.kernel import KernelRegression
+from sbi_jeffreys.proxies.experts.noise import fit_noise
+
+__all__ = ["CLEARLY", "RegressionExpert", "best_regression", "paired_gain"]
+
+CLEARLY = 2.0  # standard errors of the paired difference
+
+
+@dataclass(frozen=True)
+class RegressionExpert(Expert):
+    """A likelihood with additive noise about a smooth function of θ, fitted in closed form.
+
+    Attributes:
+        degree: 1 (linear) or 2 (with squares and products). A quadratic with more features than
+            half of the training pairs is not fitted.
+        kernel: Whether a kernel regression is added to the line (degree 1).
+        mixture: Whether the noise is a mixture of Gaussians, with as many components as BIC
+            chooses, instead of one Gaussian.
+
+    Raises:
+        ValueError: If the degree is another, or a kernel goes with degree 2.
+    """
+
+    degree: int = 2
+    kernel: bool = False
+    mixture: bool = False
+    closed_form: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.degree not in (1, 2):
+            raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
+        if self.kernel and self.degree != 1:
+            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
+
+    def has_enough_pairs(self, data: ExpertData) -> bool:
+        """Whether the degree is one that the training pairs suffice for."""
+        return self.degree <= _max_degree(data.z[data.train])
+
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float = math.inf
+    ) -> FittedExpert:
+        """Fit to T(x); see `Expert.fit`. A mixture starts from the fit with Gaussian noise."""
+        transform = data.scales[0]
+        z, y = data.z[data.train], transform.dequantise(data.x[data.train])
+        known = {expert.spec: expert.net for expert in before}
+        net = known.get(replace(self, mixture=False))
+        if not isinstance(net, GaussianRegression):
+            net = self.fit_gaussian(z, y)
+        return data.fitted(self, fit_noise(net, z, y) if self.mixture else net, transform)
+
+    def fit_gaussian(self, z: Tensor, y: Tensor) -> GaussianRegression:
+        """The regression of y on z with Gaussian noise, fitted to pairs `(N, ·)`."""
+        dims = z.shape[1], y.shape[1]
+        net = KernelRegression(*dims) if self.kernel else GaussianRegression(*dims, self.degree)
+        return net.to(y.device).fit(z, y)
+
+
+def _max_degree(z: Tensor) -> int:
+    """The degree of the polynomial that training pairs z `(N, D)` suffice for."""
+    return 2 if num_features(z.shape[1], 2) <= len(z) // 2 else 1
+
+
+def paired_gain(ours: Tensor, theirs: Tensor) -> float:
+    """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed."""
+    gain = ours - theirs
+    return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
+
+
+def best_regression(
+    fitted: Sequence[FittedExpert], transform: MarginalTransform, z: Tensor, x: Tensor
+) -> GaussianRegression:
+    """The simplest regression of T(x) on z that no other one clearly beats in leave-one-out.
+
+    Of the experts fitted so far; where none is of T(x), of two fitted for the purpose. The simplest
+    one, because the residuals inherit what a mean has overfitted.
+    """
+    own = [expert.net for expert in fitted if expert.transform is transform]
+    regressions = [net for net in own if isinstance(net, GaussianRegression)]
+    if not regressions:
+        specs = (RegressionExpert(_max_degree(z)), RegressionExpert(1, kernel=True))
+        regressions = [spec.fit_gaussian(z, transform.dequantise(x)) for spec in specs]
+    regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
+    y = transform(x)
+    with torch.no_grad():
+        scores = [net.leave_one_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
+    best = max(scores, key=lambda score: float(score.mean()))
+    clearly_beaten = [paired_gain(best, score) > CLEARLY for score in scores]
+    return regressions[clearly_beaten.index(False)]
