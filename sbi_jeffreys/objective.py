@@ -30,7 +30,6 @@ __all__ = [
     "log_normaliser",
     "proxy_fit",
     "ranking_nce_losses",
-    "reverse_path_loss",
     "reverse_term",
     "reverse_vargrad_loss",
     "reweighted_forward_term",
@@ -165,35 +164,10 @@ def reverse_vargrad_loss(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) ->
     if log_p.shape[0] < 2:
         raise ValueError(
             f"log_p needs at least two samples of θ per observation for a variance, got shape "
-            f"{tuple(log_p.shape)}; use reverse_samples ≥ 2 or the `path` estimator."
+            f"{tuple(log_p.shape)}; use reverse_samples ≥ 2."
         )
     ratio = robust_log_ratio(log_p, log_q.detach(), barrier)
     return 0.5 * ratio.var(dim=0).mean()
-
-
-def reverse_path_loss(
-    log_p_frozen: Tensor, log_q: Tensor, log_p: Tensor, barrier: float = 10.0
-) -> Tensor:
-    """Path-gradient loss for R ("sticking the landing").
-
-    E[log p_φ̄(θ_φ|x) − log q̃_ψ(θ_φ, x)] with reparameterised θ_φ and frozen parameters φ̄ inside the
-    density, so that only the path carries gradient (Roeder et al. 2017, arXiv 1703.09194; Vaitl et
-    al. 2022, arXiv 2206.09016). The path ends at the support's boundary: samples outside contribute
-    the bounded score-function term barrier·log p_φ(θ) instead, which lowers their density.
-
-    Args:
-        log_p_frozen: log p_φ̄(θ_φ|x), gradient through θ only, shape `(K, B)`.
-        log_q: log q̃_ψ(θ_φ, x), gradient through θ, shape `(K, B)`; −∞ outside the prior.
-        log_p: log p_φ(θ̄|x) at the detached samples, gradient through φ, shape `(K, B)`; used
-            outside the prior only.
-        barrier: Height in nats of the penalty outside, positive.
-
-    Returns:
-        Scalar loss.
-    """
-    inside = torch.isfinite(log_q.detach())
-    ratio = log_p_frozen - torch.where(inside, log_q, torch.zeros_like(log_q))
-    return torch.where(inside, ratio, barrier * log_p).mean()
 
 
 def ranking_nce_losses(log_ratio: Tensor, log_ratio_contrast: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any, Literal
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert, RegressionExpert
+from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, Expert, check_experts
 
 __all__ = ["JeffreysOptions"]
 
 _PROXIES = ("auto", "likelihood", "energy")
-_ESTIMATORS = ("vargrad", "path")
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
@@ -62,8 +61,6 @@ class JeffreysOptions:
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
-        reverse_estimator: "vargrad" (any density estimator) or "path" (reparameterised; for flows
-            that sample with gradients).
         reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
             a far tail, are capped.
         adaptive: Whether multipliers, slack, trust and temperature adapt; if False they stay at
@@ -93,12 +90,12 @@ class JeffreysOptions:
         TypeError, ValueError: Naming the field, what was expected and what came.
 
     Example:
-        >>> JeffreysOptions(num_steps=500).reverse_estimator
-        'vargrad'
+        >>> JeffreysOptions(num_steps=500).num_steps
+        500
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
-    experts: tuple[FlowExpert | RegressionExpert, ...] = DEFAULT_EXPERTS
+    experts: tuple[Expert, ...] = DEFAULT_EXPERTS
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     proxy_folds: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -109,7 +106,6 @@ class JeffreysOptions:
     proxy_batch_size: int = 512
     reverse_batch_size: int = 50
     reverse_samples: int = 4
-    reverse_estimator: Literal["vargrad", "path"] = "vargrad"
     reverse_barrier: float = 10.0
     adaptive: bool = True
     initial_multiplier: float | None = None
@@ -126,16 +122,7 @@ class JeffreysOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.proxy, Proxy) and self.proxy not in _PROXIES:
             raise ValueError(f"proxy must be one of {_PROXIES} or a Proxy, got {self.proxy!r}.")
-        if self.reverse_estimator not in _ESTIMATORS:
-            raise ValueError(
-                f"reverse_estimator must be one of {_ESTIMATORS}, got {self.reverse_estimator!r}."
-            )
-        kinds = (FlowExpert, RegressionExpert)
-        if not self.experts or not all(isinstance(m, kinds) for m in self.experts):
-            raise TypeError(
-                "experts must be a non-empty tuple of FlowExpert and RegressionExpert, "
-                f"got {self.experts!r}."
-            )
+        check_experts(self.experts)
         if not isinstance(self.proxy_fit, FitConfig):
             raise TypeError(f"proxy_fit must be a FitConfig, got {type(self.proxy_fit).__name__}.")
         if not isinstance(self.energy, EnergyConfig):

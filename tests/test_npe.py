@@ -456,7 +456,6 @@ def test_unknown_train_keyword_raises():
         ("proxy_batch_size", 0, ValueError),
         ("reverse_batch_size", 0, ValueError),
         ("reverse_samples", 1, ValueError),
-        ("reverse_estimator", "score", ValueError),
         ("reverse_barrier", -1.0, ValueError),
         ("adaptive", "yes", TypeError),
         ("marginal_transforms", 1, TypeError),

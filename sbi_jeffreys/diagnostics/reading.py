@@ -18,7 +18,7 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, reverse_term
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.training.held_out import defensive_log_normaliser
+from sbi_jeffreys.proxies.partition import defensive_log_normaliser
 
 __all__ = ["Reading", "read"]
 

@@ -12,8 +12,9 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
+from sbi_jeffreys.proxies.experts import FlowExpert, RegressionExpert
 from sbi_jeffreys.proxies.given import GivenProxy
-from sbi_jeffreys.proxies.likelihood import FlowExpert, LikelihoodProxy, RegressionExpert
+from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
 
 if TYPE_CHECKING:
     from sbi_jeffreys.options import JeffreysOptions

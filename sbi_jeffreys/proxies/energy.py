@@ -2,16 +2,14 @@ r"""Energy proxy: q̃_ψ(θ, x) = p(θ) e^{f_ψ(θ, s(x))}, for x that has no tr
 
 Images, time series, sets of trials, anything with an embedding net: f_ψ is one of sbi's classifier
 networks on (θ, summary of x), the prior is exact. Real pairs fit it, with contrasts θ_k from a
-*defensive mixture* of the main (¾) and the prior (¼), m(θ|x), by
+*defensive mixture* of the main (¾) and the prior (¼), m(θ|x), by ranking noise-contrastive
+estimation: −log softmax of the true θ's v = log q̃_ψ − log m among those of the contrasts (Ma &
+Collins 2018, arXiv 1809.01812), which is bounded, and consistent for any m that covers the
+posterior.
 
-    nce   −log softmax of the true θ's v = log q̃_ψ − log m among the contrasts' (ranking NCE; Ma &
-          Collins 2018, arXiv 1809.01812): bounded, consistent for any m that covers the posterior;
-    iml   log Ẑ_ψ(x) − log q̃_ψ(θ, x), Ẑ_ψ by importance sampling from m (maximum likelihood, as in
-          Ben-Dov & Chamon, arXiv 2511.11159): the proxy's fit P itself.
-
-In later rounds the pairs come from a proposal p̃(θ), and both would fit p̃'s posterior instead of the
-prior's. Contrasts that follow p̃ too, the θ of other pairs, cancel it (the atomic loss of Greenberg
-et al. 2019, arXiv 1905.07488).
+In later rounds the pairs come from a proposal p̃(θ), and the loss would fit the posterior under p̃
+instead of the prior. Contrasts that follow p̃ as well, the θ of other pairs, cancel it (the atomic
+loss of Greenberg et al. 2019, arXiv 1905.07488).
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import summary_net
 from sbi_jeffreys.networks.fitting import FitResult, fit_network
 from sbi_jeffreys.objective import effective_sample_size as kish_sample_size
-from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
+from sbi_jeffreys.objective import ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig, EnergyNet
 from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
@@ -194,45 +192,7 @@ class EnergyProxy(Proxy):
     ) -> Tensor:
         """Losses of pairs θ `(B, D)` with summaries `(B, S)` against their contrasts, `(B,)`."""
         factor = net(torch.cat([theta.unsqueeze(0), contrasts.theta]), summary)
-        ratio = factor[1:] + contrasts.offset
-        if self.config.fit_with == "iml":
-            log_z = log_normaliser(ratio, torch.zeros_like(ratio))
-            return log_z - factor[0] - contrasts.log_prior_true
-        return ranking_nce_losses(factor[0] + contrasts.offset_true, ratio)
-
-    # ------------------------------------------------------------------ joint training
-
-    def joint_parameters(self) -> list[nn.Parameter]:
-        """The energy's trainable parameters, unfrozen: hand them to an optimiser of their own."""
-        net = self._fitted()
-        chosen = [p for name, p in net.named_parameters() if name in net.trainable]
-        for p in chosen:
-            p.requires_grad_(True)
-        return chosen
-
-    def joint_loss(self, theta: Tensor, x: Tensor, main: ConditionalDensityEstimator) -> Tensor:
-        """Mean loss of a minibatch against fresh contrasts from the main as it is now.
-
-        For alternating with the main's steps: the contrasts are detached, only ψ carries gradient.
-
-        Args:
-            theta: Real pairs' parameters, shape `(B, D)`.
-            x: Their simulations, shape `(B, *x_shape)`.
-            main: The current main.
-
-        Returns:
-            Scalar in nats.
-
-        Raises:
-            RuntimeError: Before `fit`, or without `joint_parameters` having been called.
-        """
-        net = self._fitted()
-        if not any(p.requires_grad for p in net.head.parameters()):
-            raise RuntimeError(
-                "The energy is frozen after fit: build the optimiser from joint_parameters() first."
-            )
-        contrasts = self.draw(theta, x, self.config.num_contrasts, main)
-        return self.losses(net, theta, net.summarise(x), contrasts).mean()
+        return ranking_nce_losses(factor[0] + contrasts.offset_true, factor[1:] + contrasts.offset)
 
 
 class _Loss:

@@ -16,7 +16,6 @@ __all__ = ["EnergyConfig", "EnergyNet"]
 
 _MAX_Z = 10.0  # a summary that never varied in training must not throw the energy off
 _CLASSIFIERS = ("mlp", "resnet")
-_FITS = ("nce", "iml")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class EnergyConfig:
     Attributes:
         classifier: sbi's `classifier_nn` model for f_ψ: "mlp" (with layer norm) or "resnet".
         hidden_features: Width of f_ψ.
-        fit_with: "nce" or "iml"; see `sbi_jeffreys.proxies.energy`.
         share_embedding: Whether s is the main's embedding net as it is, copied and fixed (every x
             is embedded once for the whole fit), or a copy that is trained further with the energy.
         num_contrasts: Contrasts K per pair and step.
@@ -40,7 +38,6 @@ class EnergyConfig:
 
     classifier: Literal["mlp", "resnet"] = "mlp"
     hidden_features: int = 64
-    fit_with: Literal["nce", "iml"] = "nce"
     share_embedding: bool = False
     num_contrasts: int = 32
     refresh_epochs: int = 10
@@ -51,9 +48,8 @@ class EnergyConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("classifier", _CLASSIFIERS), ("fit_with", _FITS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        if self.classifier not in _CLASSIFIERS:
+            raise ValueError(f"classifier must be one of {_CLASSIFIERS}, got {self.classifier!r}.")
         for name, minimum in (("hidden_features", 1), ("num_contrasts", 4), ("refresh_epochs", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -117,8 +113,6 @@ class EnergyNet(nn.Module):
         if config.share_embedding:
             self.embedding.requires_grad_(False)
         self.embedding.eval()
-        #: Names of the parameters that are fitted; after the fit, nothing requires a gradient.
-        self.trainable = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> EnergyNet:
         super().train(mode)

@@ -1,32 +1,24 @@
-"""Cross-fitted members: what a likelihood proxy does with few simulations.
+"""Cross-fitted experts: what a likelihood proxy does with few simulations.
 
-With a hundred simulations ten are held out, and ten pairs cannot tell which member is best: where
-a linear regression was the exact model, stacking on them left it half of the weight. So every
-member is fitted once per fold of the *training* pairs, and the weights come from the pairs that
+Of a hundred simulations ten are held out, and ten pairs cannot tell which expert is best. So every
+expert is fitted once per fold of the *training* pairs, and the weights come from the pairs that
 each fit has not seen: all of the training pairs instead of ten, while the trainer's own held-out
-pairs, on which proxy and main are compared, stay untouched. The fits of a net are kept and averaged
-(bagging; Breiman 1996), which is worth what the smaller training sets cost and more: on the
-tuning tasks, 100 simulations, 0.27 nats of likelihood with ten folds, at ten times the time. Ten
-are better than five, whose nets see fewer pairs: 0.14 nats on average, 0.3 where x are counts.
+pairs, on which proxy and main are compared, stay untouched. The fits of a network are kept and
+averaged (bagging; Breiman 1996).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
-from sbi_jeffreys.proxies.experts.fit import (
-    FittedExpert,
-    fit_experts,
-    fit_regression,
-    scales_of,
-)
-from sbi_jeffreys.proxies.experts.specs import FlowExpert, RegressionExpert
+from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
+from sbi_jeffreys.proxies.experts.fit import fit_experts
 
 __all__ = ["Bag", "fit_folds"]
 
@@ -48,7 +40,7 @@ class Bag(nn.Module):
         return torch.logsumexp(log_prob, dim=0) - math.log(len(self.nets))
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
-        """Draws of y, shape `(*sample_shape, B, dim_y)`; the fits take turns at random."""
+        """Draws of y, shape `(*sample_shape, B, dim_y)`, each row of z from a random fit."""
         which = torch.randint(len(self.nets), (len(z),))
         parts = [(which == k).nonzero().squeeze(-1) for k in range(len(self.nets))]
         drawn = [
@@ -58,51 +50,45 @@ class Bag(nn.Module):
 
 
 def fit_folds(
-    specs: Sequence[FlowExpert | RegressionExpert],
+    specs: Sequence[Expert],
     config: FitConfig,
     z: Tensor,
     x: Tensor,
     train: Tensor,
     num_folds: int,
-    on_epoch: Callable[[int, float], object] | None = None,
+    on_epoch: OnEpoch = None,
 ) -> list[FittedExpert]:
-    """Every member, fitted once per fold; nets are bagged, a regression is fitted to all at last.
+    """Fit every expert once per fold, then bag networks and refit closed forms to all pairs.
 
     Args:
         specs: What to fit.
-        config: How nets are fitted.
+        config: How networks are fitted.
         z: Transformed parameters `(N, D)`.
         x: Simulations `(N, dim_x)`.
-        train: Indices of training pairs; each is left out once.
+        train: Indices of training pairs; each is unseen by one of the fits.
         num_folds: Number of folds, at least 2.
-        on_epoch: Called after every epoch of a net.
+        on_epoch: Called after every epoch of a network.
 
     Returns:
-        The members, whose `held_out` are the training pairs, each under the fit that left it out.
+        The experts, whose `held_out` are the training pairs, each under the fit that has not seen
+        it.
     """
     scales = scales_of(x[train])
     folds = train[torch.randperm(len(train))].tensor_split(num_folds)
     fits = []
-    for k, leave_one_out in enumerate(folds):
+    for k, unseen in enumerate(folds):
         rest = torch.cat([*folds[:k], *folds[k + 1 :]])
-        fitted = fit_experts(specs, config, z, x, rest, leave_one_out, on_epoch, scales, stop=False)
-        fits.append({member.spec: member for member in fitted})
+        fitted = fit_experts(specs, config, z, x, rest, unseen, on_epoch, scales, stop=False)
+        fits.append({expert.spec: expert for expert in fitted})
     kept = [spec for spec in fits[0] if all(spec in fit for fit in fits)]
-    return [_together(spec, [fit[spec] for fit in fits], z, x, train) for spec in kept]
+    data = ExpertData(z, x, train, train, config, scales, on_epoch)
+    return [_together(spec, [fit[spec] for fit in fits], data) for spec in kept]
 
 
-def _together(
-    spec: FlowExpert | RegressionExpert,
-    fits: Sequence[FittedExpert],
-    z: Tensor,
-    x: Tensor,
-    train: Tensor,
-) -> FittedExpert:
-    """One member from its fits to the folds."""
+def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> FittedExpert:
+    """One expert from its fits to the folds."""
     held_out = torch.cat([fit.held_out for fit in fits])
     result = FitResult(-float(held_out.mean()), sum(fit.result.epochs for fit in fits))
-    transform = fits[0].transform
-    net: nn.Module = Bag([fit.net for fit in fits])
-    if isinstance(spec, RegressionExpert):
-        net = fit_regression(spec, transform, z[train], x[train])
-    return FittedExpert(net, transform, result, held_out, spec)
+    bag = None if spec.closed_form else Bag([fit.net for fit in fits])
+    net = bag or spec.fit(data, (), math.inf).net
+    return FittedExpert(net, fits[0].transform, result, held_out, spec)

@@ -109,8 +109,8 @@ class GivenProxy(Proxy):
         _check_values(values, num * batch)
         if torch.is_grad_enabled() and theta.requires_grad and not values.requires_grad:
             raise ValueError(
-                "log_likelihood returned values without a gradient to theta, which "
-                "reverse_estimator='path' needs; write it in torch or use 'vargrad'."
+                "log_likelihood returned values without a gradient to theta, which was asked "
+                "for; write it in torch, or use a sampler without gradients (slice_np, rejection)."
             )
         return values.to(theta).reshape(num, batch)
 

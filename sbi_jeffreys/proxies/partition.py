@@ -1,4 +1,8 @@
-"""Contrasts θ_k for fitting an energy: draws from a known density that covers the posterior."""
+"""The partition function of a proxy, and contrasts for an energy: draws from a defensive mixture.
+
+m(θ|x) = ¾ p_φ(θ|x) + ¼ p(θ), of main and prior, covers the posterior also where the main does not:
+m ≥ p/4 bounds the importance weights q̃_ψ/m by 4 exp(γ f_ψ) (Hesterberg 1995).
+"""
 
 from __future__ import annotations
 
@@ -10,46 +14,102 @@ from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.objective import effective_sample_size, log_normaliser
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["Contrasts", "draw_atoms", "draw_contrasts"]
+__all__ = [
+    "Contrasts",
+    "defensive_draws",
+    "defensive_log_normaliser",
+    "draw_atoms",
+    "draw_contrasts",
+]
 
 _MAIN_SHARE = 0.75
 _CHUNK = 50_000  # pairs per call of the main: bounds memory
 
 
+@torch.no_grad()
+def defensive_draws(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    x: Tensor,
+    num: int,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws θ_k ∼ m(·|x), those of the main first, with their densities.
+
+    Args:
+        proxy: Supplies the prior.
+        main: Trained density estimator of θ given x.
+        x: Observations `(B, *x_shape)`.
+        num: K, draws per observation, at least 2.
+        first: Further θ `(B, D)` to evaluate, put before the draws.
+
+    Returns:
+        θ `(K, B, D)`, log m `(K, B)` and log p(θ) `(K, B)`; K + 1 in place of K with `first`.
+    """
+    from_main = min(num - 1, max(1, round(_MAIN_SHARE * num)))
+    with embedded_once(main, x):
+        theta = main.sample(torch.Size((from_main,)), x)
+        # Drawn flat: not every prior takes two-dimensional sample shapes.
+        flat = proxy.prior.sample(torch.Size(((num - from_main) * len(x),))).to(theta)
+        theta = torch.cat([theta, flat.reshape(-1, *theta.shape[1:])])
+        if first is not None:
+            theta = torch.cat([first.unsqueeze(0), theta])
+        # Where the main fails, the points are left to the prior's share of the mixture.
+        log_main = main.log_prob(theta, x).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    log_prior = proxy.log_prior(theta)
+    log_m = torch.logaddexp(
+        log_main + math.log(from_main / num), log_prior + math.log1p(-from_main / num)
+    )
+    return theta, log_m, log_prior
+
+
+@torch.no_grad()
+def defensive_log_normaliser(
+    proxy: Proxy, main: ConditionalDensityEstimator, x: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """log Ẑ_ψ(x) by importance sampling from m, and the effective sample size.
+
+    Args:
+        proxy: A fitted proxy.
+        main: Supplies most of the draws.
+        x: Observations `(B, *x_shape)`.
+        num: Draws per observation, at least 4.
+
+    Returns:
+        log Ẑ `(B,)`, and Kish's effective sample sizes in [0, num], `(B,)`.
+    """
+    theta, log_m, _ = defensive_draws(proxy, main, x, num)
+    log_q = proxy.log_potential(theta, x)
+    return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
+
+
 @dataclass
 class Contrasts:
-    """K contrasts of B pairs, with what turns f_ψ into v = log q̃_ψ − log m there.
+    """K contrasts of B pairs, and the offset that turns f_ψ into v = log q̃_ψ − log m.
 
     Attributes:
         theta: θ_k, shape `(K, B, D)`.
         offset: log p(θ_k) − log m(θ_k|x), shape `(K, B)`; −∞ outside the prior.
         offset_true: The same at the pairs' own θ, shape `(B,)`.
-        log_prior_true: log p(θ) there, shape `(B,)`.
     """
 
     theta: Tensor
     offset: Tensor
     offset_true: Tensor
-    log_prior_true: Tensor
 
     def pick(self, rows: Tensor, num: int) -> Contrasts:
         """A random `num` of them for the pairs at `rows`."""
         which = torch.randperm(len(self.theta), device=rows.device)[:num].unsqueeze(1)
-        return Contrasts(
-            self.theta[which, rows],
-            self.offset[which, rows],
-            self.offset_true[rows],
-            self.log_prior_true[rows],
-        )
+        return Contrasts(self.theta[which, rows], self.offset[which, rows], self.offset_true[rows])
 
 
-@torch.no_grad()
 def draw_contrasts(
     proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor, num: int
 ) -> Contrasts:
-    """Contrasts from the defensive mixture m(θ|x) of main (¾) and prior (¼).
+    """Contrasts from the defensive mixture, in random order: any subset is the mixture, too.
 
     Args:
         proxy: Supplies the prior.
@@ -57,35 +117,15 @@ def draw_contrasts(
         theta: The pairs' own θ, shape `(B, D)`.
         x: Observations, shape `(B, *x_shape)`.
         num: K, contrasts per pair, at least 2.
-
-    Returns:
-        Contrasts in random order, so that any subset of them is the mixture, too.
     """
-    rows = max(1, _CHUNK // num)
-    parts = [_draw(proxy, main, t, o, num) for t, o in zip(theta.split(rows), x.split(rows))]
-    return Contrasts(
-        torch.cat([p.theta for p in parts], dim=1),
-        torch.cat([p.offset for p in parts], dim=1),
-        torch.cat([p.offset_true for p in parts]),
-        torch.cat([p.log_prior_true for p in parts]),
-    )
-
-
-def _draw(
-    proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor, num: int
-) -> Contrasts:
-    from_main = min(num - 1, max(1, round(_MAIN_SHARE * num)))
-    theta_prior = proxy.prior.sample(torch.Size((num - from_main, len(x)))).to(theta)
-    with embedded_once(main, x):
-        theta_main = main.sample(torch.Size((from_main,)), x)
-        drawn = torch.cat([theta_main, theta_prior])[torch.randperm(num, device=theta.device)]
-        everything = torch.cat([theta.unsqueeze(0), drawn])
-        # A main that fails somewhere leaves those points to the prior's share of the mixture.
-        log_main = main.log_prob(everything, x).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    log_prior, share = proxy.log_prior(everything), from_main / num
-    log_m = torch.logaddexp(log_main + math.log(share), log_prior + math.log(1 - share))
-    offset = torch.where(torch.isfinite(log_prior), log_prior - log_m, -torch.inf)
-    return Contrasts(drawn, offset[1:], offset[0], log_prior[0])
+    rows, thetas, offsets = max(1, _CHUNK // num), [], []
+    for own, observed in zip(theta.split(rows), x.split(rows)):
+        drawn, log_m, log_prior = defensive_draws(proxy, main, observed, num, own)
+        thetas.append(drawn[1:])
+        offsets.append(torch.where(torch.isfinite(log_prior), log_prior - log_m, -torch.inf))
+    order = torch.randperm(num, device=theta.device)
+    offset = torch.cat(offsets, dim=1)
+    return Contrasts(torch.cat(thetas, dim=1)[order], offset[1:][order], offset[0])
 
 
 def draw_atoms(theta: Tensor, num: int) -> Contrasts:
@@ -100,4 +140,4 @@ def draw_atoms(theta: Tensor, num: int) -> Contrasts:
     shift = torch.randint(1, max(2, batch), (num, batch), device=device)
     others = theta[(torch.arange(batch, device=device) + shift) % batch]
     none = torch.zeros_like(others[..., 0])
-    return Contrasts(others, none, none[0], none[0])
+    return Contrasts(others, none, none[0])

@@ -18,58 +18,16 @@ from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.objective import effective_sample_size, log_normaliser, ranking_nce_losses
+from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_normaliser
 from sbi_jeffreys.training.temperature import inverse_temperature
 
-__all__ = ["HeldOut", "defensive_log_normaliser"]
+__all__ = ["HeldOut"]
 
-_MAIN_SHARE = 0.75
 _MAX_CONTRASTS = 50
 _EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
 _ROWS = 25  # held-out pairs per network call: bounds memory
-
-
-@torch.no_grad()
-def defensive_log_normaliser(
-    proxy: Proxy, main: ConditionalDensityEstimator, x: Tensor, num_samples: int
-) -> tuple[Tensor, Tensor]:
-    """log Ẑ_ψ(x) and the effective sample size, by sampling ¾ main, ¼ prior.
-
-    Args:
-        proxy: The energy.
-        main: Supplies most of the proposal.
-        x: Observations `(B, *x_shape)`.
-        num_samples: Draws per observation, at least 4.
-
-    Returns:
-        log Ẑ `(B,)` and effective sample sizes in [0, num_samples] `(B,)`.
-    """
-    theta, log_m = _defensive_draws(proxy, main, x, num_samples)
-    log_q = proxy.log_potential(theta, x)
-    return log_normaliser(log_q, log_m), effective_sample_size(log_q - log_m)
-
-
-def _defensive_draws(
-    proxy: Proxy,
-    main: ConditionalDensityEstimator,
-    x: Tensor,
-    num_samples: int,
-    first: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """θ_k ∼ m(·|x), ¾ main and ¼ prior, and log m of them; `first` `(B, D)` goes before them."""
-    from_main = max(1, round(_MAIN_SHARE * num_samples))
-    from_prior = (num_samples - from_main) * len(x)  # drawn flat: not every prior takes 2-D shapes
-    log_share = math.log(from_main / num_samples)
-    log_rest = math.log1p(-from_main / num_samples)
-    with embedded_once(main, x):
-        theta = main.sample(torch.Size((from_main,)), x)
-        theta_prior = proxy.prior.sample(torch.Size((from_prior,))).to(theta)
-        theta = torch.cat([theta, theta_prior.reshape(-1, *theta.shape[1:])])
-        if first is not None:
-            theta = torch.cat([first.unsqueeze(0), theta])
-        log_p = main.log_prob(theta, x)
-    return theta, torch.logaddexp(log_p + log_share, proxy.log_prior(theta) + log_rest)
 
 
 @dataclass
@@ -143,8 +101,7 @@ class HeldOut:
             return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
         offsets, factors = [], []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
-            theta, log_m = _defensive_draws(proxy, main, x, self._num_draws(), theta)
-            log_prior = proxy.log_prior(theta)
+            theta, log_m, log_prior = defensive_draws(proxy, main, x, self._num_draws(), theta)
             offsets.append(log_prior - log_m)
             factors.append(proxy.log_potential(theta, x) - log_prior)
         factor = torch.cat(factors, dim=1) / proxy.inverse_temperature

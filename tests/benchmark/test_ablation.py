@@ -18,7 +18,7 @@ from sbi_jeffreys.benchmark.evaluation import simulations_for
 from sbi_jeffreys.benchmark.methods import FitContext
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE
-from sbi_jeffreys.proxies.likelihood import DEFAULT_EXPERTS, FlowExpert
+from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, FlowExpert
 
 CONTEXT = FitContext(fast=True)
 OPTIONS = CONTEXT.options()
@@ -131,7 +131,7 @@ def test_raw_counts_are_neither_dequantised_nor_transformed():
     trainer = argparse.Namespace(_prior=task.prior)
     raw = CONDITIONS["raw"].build(trainer, OPTIONS)
     raw.fit(theta, x, torch.arange(50), torch.arange(50, 60))
-    transform = raw.transforms[0]
+    transform = raw.fitted[0].transform
     assert set(transform.kinds) == {"identity"}
     assert not bool(transform.integer.any())
     assert raw.log_factor(theta[None, :5], x[:5]).shape == (1, 5)

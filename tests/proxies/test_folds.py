@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies import LikelihoodProxy
-from sbi_jeffreys.proxies.experts.fit import fit_regression, log_likelihood, scales_of
+from sbi_jeffreys.proxies.experts.base import ExpertData, scales_of
 from sbi_jeffreys.proxies.folds import Bag, fit_folds
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
@@ -61,16 +61,16 @@ def test_a_pair_is_judged_by_the_fit_that_left_it_out():
     (member,) = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
     torch.manual_seed(3)
     folds = train[torch.randperm(53)].tensor_split(4)
-    scale, _ = scales_of(x[train])
+    scales = scales_of(x[train])
     expected = []
-    for k, leave_one_out in enumerate(folds):
+    for k, unseen in enumerate(folds):
         rest = torch.cat([fold for j, fold in enumerate(folds) if j != k])
-        net = fit_regression(RegressionExpert(1), scale, z[rest], x[rest])
-        expected.append(log_likelihood(net, scale, x[leave_one_out], z[leave_one_out]))
+        data = ExpertData(z, x, rest, unseen, QUICK, scales)
+        expected.append(RegressionExpert(1).fit(data, ()).held_out)
     torch.testing.assert_close(member.held_out, torch.cat(expected))
     # What is kept is fitted to all of them, once.
-    whole = fit_regression(RegressionExpert(1), scale, z[train], x[train])
-    torch.testing.assert_close(member.net.coefficients, whole.coefficients)
+    whole = RegressionExpert(1).fit(ExpertData(z, x, train, train, QUICK, scales), ())
+    torch.testing.assert_close(member.net.coefficients, whole.net.coefficients)
 
 
 def test_nets_of_all_folds_are_kept():
@@ -130,7 +130,7 @@ def test_the_option_reaches_the_proxy(folds):
     inference.append_simulations(theta, x).train(max_num_epochs=2)
     proxy = inference.proxy
     assert isinstance(proxy, LikelihoodProxy)
-    assert isinstance(proxy.nets[0], Bag) == (folds > 1)
+    assert isinstance(proxy.fitted[0].net, Bag) == (folds > 1)
 
 
 def test_too_many_folds_are_refused():

@@ -11,8 +11,8 @@ from sbi_jeffreys import FlowExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.experts import kernel as _kernel
 from sbi_jeffreys.proxies.experts.fit import fit_experts
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
-from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
 
 NOISE = torch.tensor([[0.2, 0.0], [0.1, 0.1]])  # Cholesky factor
 

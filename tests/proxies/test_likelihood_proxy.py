@@ -84,11 +84,11 @@ def test_a_member_may_get_no_draws(fitted):
     torch.manual_seed(2)
     members = (RegressionExpert(1), RegressionExpert(1, mixture=True))
     proxy = LikelihoodProxy(fitted[0].prior, members, QUICK).fit(*fitted[1:], TRAIN, VAL)
-    for weights in torch.eye(len(proxy.nets)):
+    for weights in torch.eye(len(proxy.fitted)):
         proxy.weights = weights
         theta, x = proxy.sample_joint(500)
         assert len(theta) == len(x) > 400
-    assert len(proxy.nets) == len(members)
+    assert len(proxy.fitted) == len(members)
 
 
 def test_normaliser_is_the_evidence(fitted):

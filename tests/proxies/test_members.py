@@ -10,9 +10,10 @@ from sbi_jeffreys import FlowExpert, JeffreysOptions, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies import LikelihoodProxy
-from sbi_jeffreys.proxies.experts import fit as _members
-from sbi_jeffreys.proxies.experts.fit import FittedExpert, fit_experts, regression_won
-from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
+from sbi_jeffreys.proxies.experts import FittedExpert
+from sbi_jeffreys.proxies.experts import flow as _flow
+from sbi_jeffreys.proxies.experts.fit import closed_form_won, fit_experts
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 
 MATRIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0]])
 NOISE = torch.tensor([[0.3, 0.0, 0.0], [0.2, 0.1, 0.0], [0.0, 0.0, 0.5]])  # Cholesky factor
@@ -122,13 +123,13 @@ def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing
     found_more = fitted(base + noise + 0.1, FlowExpert(around_regression=True))
     worse = fitted(base + noise - 0.1, FlowExpert())
     failed = fitted(torch.full((100,), -math.inf), FlowExpert())
-    assert regression_won([best, same, worse])
-    assert not regression_won([best, same])  # a net of x itself was not asked yet
-    assert not regression_won([best, worse])
-    assert not regression_won([best, found_more, worse])
-    assert not regression_won([best, same, fitted(base + noise, FlowExpert())])
-    assert not regression_won([same, worse])
-    assert not regression_won([best, same, failed])
+    assert closed_form_won([best, same, worse])
+    assert not closed_form_won([best, same])  # a net of x itself was not asked yet
+    assert not closed_form_won([best, worse])
+    assert not closed_form_won([best, found_more, worse])
+    assert not closed_form_won([best, same, fitted(base + noise, FlowExpert())])
+    assert not closed_form_won([same, worse])
+    assert not closed_form_won([best, same, failed])
 
 
 def test_nets_are_left_out_where_a_regression_has_won():
@@ -155,7 +156,7 @@ def test_a_net_races_the_best_of_its_like(monkeypatch):
         bars.append(abandon_above)
         return FitResult(1.0, 150, next(early))
 
-    monkeypatch.setattr(_members, "fit_network", fit)
+    monkeypatch.setattr(_flow, "fit_network", fit)
     z, x = linear(60)
     around = FlowExpert("maf", 0.3, around_regression=True)
     specs = (around, FlowExpert("maf"), FlowExpert("maf", 0.3), FlowExpert("maf", 1.0))

@@ -10,11 +10,12 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from sbi_jeffreys import FlowExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.transforms import MarginalTransform
-from sbi_jeffreys.proxies.experts import regression as _regression
-from sbi_jeffreys.proxies.experts.fit import fit_experts, fit_regression
+from sbi_jeffreys.proxies.experts import gaussian as _gaussian
+from sbi_jeffreys.proxies.experts.base import ExpertData
+from sbi_jeffreys.proxies.experts.fit import fit_experts
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
 from sbi_jeffreys.proxies.experts.noise import NoiseMixture, fit_noise
-from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
 
 NOTHING = torch.zeros(1, 1)
 
@@ -135,11 +136,11 @@ def test_pairs_of_no_weight_have_no_say(net):
 
 
 def test_left_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(monkeypatch):
-    monkeypatch.setattr(_regression, "_RIDGE_GRID", torch.tensor([0.5], dtype=torch.float64))
+    monkeypatch.setattr(_gaussian, "_RIDGE_GRID", torch.tensor([0.5], dtype=torch.float64))
     z, y = glitches(40)
     weights = torch.rand(40) + 0.1
     net = GaussianRegression(2, 2, 1).fit(z, y, weights)
-    target, shift, spread, root = _regression.standardised(y, weights)
+    target, shift, spread, root = _gaussian.standardised(y, weights)
     features = root * net._features(z).double()
     for i in (0, 17):
         rest = torch.arange(40) != i
@@ -152,10 +153,13 @@ def test_left_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(mon
 def test_a_mixture_starts_from_the_gaussian_fit_and_is_a_likelihood_of_x():
     z, x = glitches(300)
     spec, scale = RegressionExpert(2, mixture=True), MarginalTransform.fit(x, choose=False)
-    known = fit_regression(replace(spec, mixture=False), scale, z, x)
+    rows = torch.arange(300)
+    data = ExpertData(z, x, rows, rows, FitConfig(), (scale, scale))
+    known = replace(spec, mixture=False).fit(data, ()).net
     assert isinstance(known, GaussianRegression)
     spoilt = known.unfitted().fit(z, -x)
-    own, given = (fit_regression(spec, scale, z, x, k) for k in ({}, {RegressionExpert(2): spoilt}))
+    before = data.fitted(RegressionExpert(2), spoilt, scale)
+    own, given = (spec.fit(data, known).net for known in ((), (before,)))
     assert isinstance(own, AroundRegression)
     assert isinstance(given, AroundRegression)
     assert float(own.loss(x, z).mean()) < float(given.loss(x, z).mean()) - 0.1

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sbi_jeffreys.proxies.experts.regression import (
+from sbi_jeffreys.proxies.experts.gaussian import (
     GaussianRegression,
     shrunk_covariance,
     standardised,

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from sbi_jeffreys.proxies.experts.regression import AroundRegression, GaussianRegression
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 
 __all__ = ["NoiseMixture", "fit_noise"]
 

@@ -1,213 +1,106 @@
-r"""Likelihoods in closed form: y = m(θ) + e, m a ridge polynomial and e Gaussian.
-
-The oldest synthetic likelihood (Wood 2010) is the right one for many simulators with additive
-noise, and then no network fitted to a thousand simulations comes near it. It costs milliseconds, so
-it is always tried; the stacking weights decide. Its residuals, whitened, are also what a network
-may model in place of y: the network then learns how the simulator *differs* from the regression.
-"""
+"""Regression experts: likelihoods about a smooth function of θ, fitted in closed form."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = [
-    "AroundRegression",
-    "GaussianRegression",
-    "num_features",
-    "shrunk_covariance",
-    "standardised",
-]
+from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.gaussian import (
+    GaussianRegression,
+    num_features,
+)
+from sbi_jeffreys.proxies.experts.kernel import KernelRegression
+from sbi_jeffreys.proxies.experts.noise import fit_noise
 
-_RIDGE_GRID = torch.logspace(-3, 3, 13, dtype=torch.float64)
+__all__ = ["CLEARLY", "RegressionExpert", "best_regression", "paired_gain"]
 
-
-def num_features(dim: int, degree: int) -> int:
-    """Polynomial features in `dim` dimensions up to `degree` (1 or 2), the constant included."""
-    return 1 + dim + (dim * (dim + 1) // 2 if degree == 2 else 0)
+CLEARLY = 2.0  # standard errors of the paired difference
 
 
-def shrunk_covariance(residuals: Tensor) -> Tensor:
-    """Covariance of residuals `(N, D)` shrunk towards its diagonal; positive definite.
+@dataclass(frozen=True)
+class RegressionExpert(Expert):
+    """A likelihood with additive noise about a smooth function of θ, fitted in closed form.
 
-    Oracle-approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, eq. 23) of the correlations.
-    """
-    num, dim = residuals.shape
-    std = residuals.pow(2).mean(dim=0).sqrt().clamp_min(1e-12)
-    correlation = (residuals / std).T @ (residuals / std) / num
-    squares, ratio = float((correlation**2).sum()), 1.0 - 2.0 / dim
-    excess = squares - dim  # how far the correlations are from the identity
-    estimate = (ratio * squares + dim**2) / (num + ratio)
-    shrinkage = 1.0 if excess <= estimate else estimate / excess
-    eye = torch.eye(dim).to(correlation)
-    return ((1 - shrinkage) * correlation + shrinkage * eye) * std * std.unsqueeze(1)
+    Attributes:
+        degree: 1 (linear) or 2 (with squares and products). A quadratic with more features than
+            half of the training pairs is not fitted.
+        kernel: Whether a kernel regression is added to the line (degree 1).
+        mixture: Whether the noise is a mixture of Gaussians, with as many components as BIC
+            chooses, instead of one Gaussian.
 
-
-def standardised(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Targets `(N, D)` of zero mean and unit variance, times the roots of the weights.
-
-    Returns:
-        Those, the mean and the standard deviation taken from y, and the roots `(N, 1)` of the
-        weights, whose mean is made 1.
-    """
-    y = y.double()
-    if weights is None:
-        weights = torch.ones(len(y)).to(y)
-    weights = (weights.to(y) / weights.to(y).mean()).unsqueeze(1)
-    shift = (weights * y).mean(dim=0)
-    spread = (weights * (y - shift) ** 2).mean(dim=0).sqrt().clamp_min(1e-12)
-    root = weights.clamp_min(1e-12).sqrt()
-    return root * (y - shift) / spread, shift, spread, root
-
-
-class GaussianRegression(nn.Module):
-    """ℓ(y|z) = N(y; W'φ(z), Σ), φ the polynomials of standardised z up to `degree`.
-
-    The ridge penalty maximises the leave-one-out likelihood, and Σ is the (shrunk) covariance of
-    the leave-one-out residuals: an overfitted mean pays with a wider Σ. `fit` is in closed form.
-
-    Args:
-        dim_z: Dimensions of the condition.
-        dim_y: Dimensions of y.
-        degree: 1 or 2.
+    Raises:
+        ValueError: If the degree is another, or a kernel goes with degree 2.
     """
 
-    centre: Tensor
-    scale: Tensor
-    coefficients: Tensor
-    cholesky: Tensor
-    #: What the fits to all other pairs predict for each pair, `(N, dim_y)`. In-sample residuals are
-    #: smaller than those to come.
-    leave_one_out: Tensor
+    degree: int = 2
+    kernel: bool = False
+    mixture: bool = False
+    closed_form: ClassVar[bool] = True
 
-    def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
-        super().__init__()
-        self.degree = degree
-        self.register_buffer("centre", torch.zeros(dim_z))
-        self.register_buffer("scale", torch.ones(dim_z))
-        self.register_buffer("coefficients", torch.zeros(num_features(dim_z, degree), dim_y))
-        self.register_buffer("cholesky", torch.eye(dim_y))
+    def __post_init__(self) -> None:
+        if self.degree not in (1, 2):
+            raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
+        if self.kernel and self.degree != 1:
+            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
 
-    def unfitted(self) -> GaussianRegression:
-        """Another of the same kind."""
-        return GaussianRegression(len(self.centre), len(self.cholesky), self.degree).to(self.scale)
+    def has_enough_pairs(self, data: ExpertData) -> bool:
+        """Whether the degree is one that the training pairs suffice for."""
+        return self.degree <= _max_degree(data.z[data.train])
 
-    def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> GaussianRegression:
-        """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`; by least squares, whatever N is.
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float = math.inf
+    ) -> FittedExpert:
+        """Fit to T(x); see `Expert.fit`. A mixture starts from the fit with Gaussian noise."""
+        transform = data.scales[0]
+        z, y = data.z[data.train], transform.dequantise(data.x[data.train])
+        known = {expert.spec: expert.net for expert in before}
+        net = known.get(replace(self, mixture=False))
+        if not isinstance(net, GaussianRegression):
+            net = self.fit_gaussian(z, y)
+        return data.fitted(self, fit_noise(net, z, y) if self.mixture else net, transform)
 
-        With weights `(N,)`, the noise of a pair has the covariance Σ / weight.
-        """
-        self.centre = z.mean(dim=0)
-        self.scale = z.std(dim=0).clamp_min(1e-7)
-        target, shift, spread, root = standardised(y, weights)
-        u, s, vt = torch.linalg.svd(root * self._features(z).double(), full_matrices=False)
-        projection, best = u.T @ target, math.inf
-        for ridge in _RIDGE_GRID.to(z.device):
-            shrink = s**2 / (s**2 + ridge)
-            # The residual of each pair under the fit to all others, from the leverages.
-            leave_one_out = 1.0 - ((u**2) @ shrink).clamp_max(1.0 - 1e-6)
-            residuals = (target - u @ (shrink.unsqueeze(1) * projection)) / leave_one_out[:, None]
-            covariance = shrunk_covariance(residuals)
-            if (value := float(torch.logdet(covariance))) < best:
-                best = value
-                self.leave_one_out = (y - residuals / root * spread).to(y)
-                solution = vt.T @ ((s / (s**2 + ridge)).unsqueeze(1) * projection) * spread
-                solution[0] += shift
-                self.coefficients = solution.to(y)
-                factor = torch.linalg.cholesky(covariance)
-                self.cholesky = (factor * spread.unsqueeze(1)).to(y)
-        return self
-
-    def _features(self, z: Tensor) -> Tensor:
-        z = (z - self.centre) / self.scale
-        columns = [torch.ones_like(z[..., :1]), z]
-        if self.degree == 2:
-            i, j = torch.triu_indices(z.shape[-1], z.shape[-1]).to(z.device)
-            columns.append(z[..., i] * z[..., j])
-        return torch.cat(columns, dim=-1)
-
-    def mean(self, z: Tensor) -> Tensor:
-        """m(z), shape `(*B, dim_y)`."""
-        return self._features(z) @ self.coefficients
-
-    def whiten(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
-        """Residuals L⁻¹(y − m(z)) with Σ = LL'; standard normal where the model is right.
-
-        Args:
-            y: Shape `(*B, dim_y)`.
-            z: Shape `(*B, dim_z)`.
-            mean: In place of m(z): rows of `leave_one_out` for the pairs of the fit.
-        """
-        residuals = (y - (self.mean(z) if mean is None else mean)).unsqueeze(-1)
-        return torch.linalg.solve_triangular(self.cholesky, residuals, upper=False).squeeze(-1)
-
-    def colour(self, e: Tensor, z: Tensor) -> Tensor:
-        """The inverse of `whiten`: y = m(z) + L e."""
-        return self.mean(z) + e @ self.cholesky.T
-
-    @property
-    def log_det(self) -> Tensor:
-        """log |det ∂ whiten / ∂y|, the same everywhere."""
-        return -self.cholesky.diagonal().log().sum()
-
-    def log_prob(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
-        """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension.
-
-        `mean` as in `whiten`.
-        """
-        e = self.whiten(y, z, mean)
-        normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
-        return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det
-
-    def leave_one_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
-        return self.log_prob(y, z, self.leave_one_out)
-
-    def loss(self, y: Tensor, z: Tensor) -> Tensor:
-        """−log ℓ of pairs, shape `(B,)`."""
-        return -self.log_prob(y, z)
-
-    def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
-        """Draws of y, shape `(*sample_shape, B, dim_y)`."""
-        shape = (*sample_shape, len(z), len(self.cholesky))
-        return self.colour(torch.randn(shape).to(self.cholesky), z)
+    def fit_gaussian(self, z: Tensor, y: Tensor) -> GaussianRegression:
+        """The regression of y on z with Gaussian noise, fitted to pairs `(N, ·)`."""
+        dims = z.shape[1], y.shape[1]
+        net = KernelRegression(*dims) if self.kernel else GaussianRegression(*dims, self.degree)
+        return net.to(y.device).fit(z, y)
 
 
-class AroundRegression(nn.Module):
-    """A density estimator of the whitened residuals of a regression, as a density of y.
+def _max_degree(z: Tensor) -> int:
+    """The degree of the polynomial that training pairs z `(N, D)` suffice for."""
+    return 2 if num_features(z.shape[1], 2) <= len(z) // 2 else 1
 
-    Args:
-        net: One of sbi's conditional density estimators, of residuals given z.
-        regression: Fitted; stays as it is.
+
+def paired_gain(ours: Tensor, theirs: Tensor) -> float:
+    """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed."""
+    gain = ours - theirs
+    return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
+
+
+def best_regression(
+    fitted: Sequence[FittedExpert], transform: MarginalTransform, z: Tensor, x: Tensor
+) -> GaussianRegression:
+    """The simplest regression of T(x) on z that no other one clearly beats in leave-one-out.
+
+    Of the experts fitted so far; where none is of T(x), of two fitted for the purpose. The simplest
+    one, because the residuals inherit what a mean has overfitted.
     """
-
-    def __init__(self, net: nn.Module, regression: GaussianRegression) -> None:
-        super().__init__()
-        self.net: Any = net
-        self.regression = regression
-
-    def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ(y|z) for y `(S, B, dim_y)`, z `(B, dim_z)`, shape `(S, B)`."""
-        return self.net.log_prob(self.regression.whiten(y, z), z) + self.regression.log_det
-
-    def loss(self, y: Tensor, z: Tensor) -> Tensor:
-        """−log ℓ of pairs, shape `(B,)`."""
-        return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
-
-    def leave_one_out_loss(self, y: Tensor, z: Tensor, leave_one_out: Tensor) -> Tensor:
-        """As `loss`, of pairs that the regression was fitted to: about what the others predict.
-
-        Args:
-            y: Shape `(B, dim_y)`.
-            z: Shape `(B, dim_z)`.
-            leave_one_out: Their rows of the regression's `leave_one_out`, `(B, dim_y)`.
-        """
-        e = self.regression.whiten(y, z, leave_one_out)
-        return self.net.loss(e, z) - self.regression.log_det
-
-    def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
-        """Draws of y, shape `(*sample_shape, B, dim_y)`."""
-        return self.regression.colour(self.net.sample(sample_shape, z), z)
+    own = [expert.net for expert in fitted if expert.transform is transform]
+    regressions = [net for net in own if isinstance(net, GaussianRegression)]
+    if not regressions:
+        specs = (RegressionExpert(_max_degree(z)), RegressionExpert(1, kernel=True))
+        regressions = [spec.fit_gaussian(z, transform.dequantise(x)) for spec in specs]
+    regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
+    y = transform(x)
+    with torch.no_grad():
+        scores = [net.leave_one_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
+    best = max(scores, key=lambda score: float(score.mean()))
+    clearly_beaten = [paired_gain(best, score) > CLEARLY for score in scores]
+    return regressions[clearly_beaten.index(False)]

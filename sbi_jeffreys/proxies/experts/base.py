@@ -1,0 +1,143 @@
+"""What every kind of expert offers: settings that can be fitted, and the fitted density of x."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sbi_jeffreys.networks.fitting import FitConfig, FitResult
+from sbi_jeffreys.networks.transforms import MarginalTransform
+
+__all__ = ["Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
+
+OnEpoch = Callable[[int, float], object] | None
+
+
+def scales_of(x: Tensor) -> tuple[MarginalTransform, MarginalTransform]:
+    """The marginal transform chosen for x `(N, dim_x)`, and the one that keeps the scale of x."""
+    return MarginalTransform.fit(x), MarginalTransform.fit(x, choose=False)
+
+
+class FittedExpert(nn.Module):
+    """A density of x given the transformed parameters z, ℓ(x|z) = ℓ(T(x)|z) |∂T/∂x|.
+
+    Args:
+        net: Density estimator of y = T(x), with the methods `log_prob(y, z)`, y `(S, B, dim_y)`,
+            and `sample(sample_shape, z)` of sbi's estimators.
+        transform: T.
+        result: Held-out loss and epochs of the fit.
+        held_out: log ℓ(x|z) of the held-out pairs, shape `(M,)`.
+        spec: The settings that it was fitted from.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        transform: MarginalTransform,
+        result: FitResult,
+        held_out: Tensor,
+        spec: Expert,
+    ) -> None:
+        super().__init__()
+        self.net: Any = net
+        self.transform = transform
+        self.result, self.held_out, self.spec = result, held_out, spec
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        """log ℓ(x|z) as a density of x for pairs `(N, ·)`, shape `(N,)`."""
+        return self.net.log_prob(self.transform(x).unsqueeze(0), z)[0] + self.transform.log_det(x)
+
+    def set_bounds(self, x: Tensor) -> None:
+        """Call plausible what lies in the box of T(x), x `(N, dim_x)`, widened by a tenth."""
+        low, high = self.transform.bounds(x)
+        margin = 0.1 * (high - low)
+        self.register_buffer("lower", low - margin)
+        self.register_buffer("upper", high + margin)
+
+    def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A draw of x for each row of z, and whether it is plausible.
+
+        Outside the box an estimator extrapolates, and the main would be trained on what no
+        simulation has shown. A draw that is not finite is not plausible.
+
+        Returns:
+            Shapes `(N, dim_x)` and `(N,)`.
+        """
+        y = self.net.sample(torch.Size((1,)), z)[0]
+        plausible = ((y >= self.lower) & (y <= self.upper)).all(dim=-1)
+        return self.transform.inverse(y), plausible
+
+
+@dataclass(frozen=True)
+class ExpertData:
+    """What experts are fitted to, and how.
+
+    Attributes:
+        z: Transformed parameters `(N, D)`.
+        x: Simulations `(N, dim_x)`.
+        train: Indices of training pairs.
+        val: Indices of held-out pairs.
+        config: How networks are fitted.
+        scales: The marginal transform chosen for x, and the one that keeps its scale.
+        on_epoch: Called after every epoch of a network.
+    """
+
+    z: Tensor
+    x: Tensor
+    train: Tensor
+    val: Tensor
+    config: FitConfig
+    scales: tuple[MarginalTransform, MarginalTransform]
+    on_epoch: OnEpoch = None
+
+    def fitted(
+        self,
+        spec: Expert,
+        net: nn.Module,
+        transform: MarginalTransform,
+        result: FitResult | None = None,
+    ) -> FittedExpert:
+        """A net after its fit, evaluated on the held-out pairs; without epochs, no result."""
+        expert = FittedExpert(net, transform, FitResult(0.0, 0), self.z.new_zeros(0), spec)
+        with torch.no_grad():
+            expert.held_out = expert.log_prob(self.x[self.val], self.z[self.val])
+        expert.result = result or FitResult(-float(expert.held_out.mean()), 0)
+        return expert
+
+
+class Expert(ABC):
+    """A kind of expert; its instances are frozen dataclasses of settings.
+
+    A new kind is a subclass in a file of its own, and one line in `experts.EXPERT_KINDS`.
+    """
+
+    #: Whether it is fitted in closed form. Such experts are fitted first, and once more to all
+    #: training pairs after cross-fitting, where the fits of a network are averaged.
+    closed_form: ClassVar[bool] = False
+    #: Whether it models the residuals of an expert in closed form, in place of x itself.
+    around_regression: bool = False
+
+    @abstractmethod
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> FittedExpert:
+        """Fit to the training pairs; `data.fitted(self, net, transform)` makes the result.
+
+        Args:
+            data: Pairs, scales and settings.
+            before: The experts fitted to the same pairs so far.
+            abandon_above: Held-out loss after twenty epochs above which the fit may be abandoned.
+        """
+
+    def has_enough_pairs(self, data: ExpertData) -> bool:
+        """Whether the training pairs suffice for it."""
+        return True
+
+    def on_one_scale(self) -> Expert:
+        """The same settings where the chosen scale of x is its own; equal ones are fitted once."""
+        return self

@@ -1,0 +1,79 @@
+"""Flow experts: sbi's conditional density estimators of x given θ, fitted by maximum likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from sbi.neural_nets import likelihood_nn
+from torch import Tensor, nn
+
+from sbi_jeffreys.networks.fitting import fit_network
+from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression
+from sbi_jeffreys.proxies.experts.regression import best_regression
+
+__all__ = ["FlowExpert"]
+
+
+@dataclass(frozen=True)
+class FlowExpert(Expert):
+    """One likelihood net.
+
+    Attributes:
+        model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
+        weight_decay: Decoupled weight decay of its fit.
+        learning_rate: Its step size.
+        num_transforms: Transforms of a flow.
+        marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
+            anyway, experts that differ in this alone are fitted once.
+        around_regression: Whether it models the whitened residuals of a regression on θ in place of
+            x itself: of the regression with the best leave-one-out likelihood.
+    """
+
+    model: str = "maf"
+    weight_decay: float = 0.0
+    learning_rate: float = 4e-3
+    num_transforms: int = 5
+    marginal_transform: bool = True
+    around_regression: bool = False
+
+    def on_one_scale(self) -> FlowExpert:
+        """With `marginal_transform`, whose value does not matter there."""
+        return replace(self, marginal_transform=True)
+
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> FittedExpert:
+        """Fit the net, or abandon the fit early; see `Expert.fit`."""
+        transform = data.scales[0 if self.marginal_transform else 1]
+        z, x, train = data.z, data.x, data.train
+        y = transform(x)
+        target, leave_one_out, regression = y[train], torch.zeros_like(y), None
+        if self.around_regression:
+            regression = best_regression(before, transform, z[train], x[train])
+            leave_one_out[train] = regression.leave_one_out
+            target = regression.whiten(target, z[train], regression.leave_one_out)
+        builder = likelihood_nn(self.model, num_transforms=self.num_transforms)
+        net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
+        if regression is not None:
+            net = AroundRegression(net, regression)
+        # Held-out losses are those of x, so that experts on different scales can be compared.
+        log_det = float(transform.log_det(x[data.val]).mean())
+        noisy = bool(transform.integer.any())  # if not, each step would transform to the same y
+
+        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
+            if not training:
+                return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
+            target = transform.dequantise(x[indices]) if noisy else y[indices]
+            if isinstance(net, AroundRegression):
+                return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
+            return net.loss(target, z[indices])  # type: ignore[operator]
+
+        config = replace(
+            data.config, learning_rate=self.learning_rate, weight_decay=self.weight_decay
+        )
+        result = fit_network(net, loss, train, data.val, config, data.on_epoch, abandon_above)
+        return data.fitted(self, net, transform, result)
