@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "JeffreysWarning",
     "check_bool",
     "check_callable",
     "check_choice",
@@ -210,3 +211,11 @@ def check_tensor(
             + _remedy(remedy or "drop or mask them")
         )
     return value
+
+
+class JeffreysWarning(UserWarning):
+    """A result is not what the method promises; the message says why and what to do.
+
+    The one warning class of the package: `warnings.simplefilter("error", JeffreysWarning)` turns
+    all of its warnings into errors, `"ignore"` silences them.
+    """

@@ -1,5 +1,7 @@
 """Every non-public name of sbi that we use, and nothing else: when sbi moves, this file changes."""
 
+import torch
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from sbi.inference.posteriors.posterior_parameters import (
     ImportanceSamplingPosteriorParameters,
     MCMCPosteriorParameters,
@@ -18,6 +20,7 @@ from sbi.neural_nets.estimators.mixture_density_estimator import MixtureDensityE
 from sbi.neural_nets.factory import model_builders
 from sbi.sbi_types import Tracker
 from sbi.utils.sbiutils import ImproperEmpirical
+from torch.distributions import Distribution
 
 __all__ = [
     "NPE_C",
@@ -35,5 +38,23 @@ __all__ = [
     "StartIndexContext",
     "Tracker",
     "TrainConfig",
+    "device_of",
     "model_builders",
+    "network_of",
+    "prior_of",
 ]
+
+
+def network_of(trainer: NPE_C) -> ConditionalDensityEstimator | None:
+    """The trainer's density estimator p_φ(θ|x), or None before training."""
+    return trainer._neural_net
+
+
+def prior_of(owner: NPE_C | NeuralPosterior) -> Distribution:
+    """The prior of a trainer or of a posterior."""
+    return owner._prior if isinstance(owner, NPE_C) else owner.prior  # type: ignore[return-value]
+
+
+def device_of(owner: NPE_C | NeuralPosterior) -> torch.device:
+    """The device of a trainer or of a posterior."""
+    return torch.device(owner._device)
