@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.diagnostics.drawing import (
     COLOURS,
     GREY,
@@ -32,7 +33,7 @@ from sbi_jeffreys.diagnostics.drawing import (
     trace,
     whole_epochs,
 )
-from sbi_jeffreys.diagnostics.report import CoverageCurve, HeldOutReport
+from sbi_jeffreys.diagnostics.report import HeldOutReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

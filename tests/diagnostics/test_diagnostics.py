@@ -31,6 +31,7 @@ from sbi_jeffreys.diagnostics.calibration import (
     inside_prior,
     marginal_ranks,
 )
+from sbi_jeffreys.diagnostics.findings import FindingKind, Statistic
 from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, judge
 
 _NOISE = 0.5
@@ -90,9 +91,9 @@ def report_on(law, num=500, prior=_PRIOR, hidden_sign=False, **kwargs) -> HeldOu
     return held_out_report(DirectPosterior(Known(law), prior), theta, x, **kwargs)
 
 
-def words(report):
-    """What the findings are called."""
-    return {finding.split(":")[0].split(" in ")[0] for finding in report.verdict}
+def kinds(report):
+    """What was found."""
+    return {finding.kind for finding in report.findings}
 
 
 # ------------------------------------------------------------------ right ones pass
@@ -128,7 +129,7 @@ def test_false_alarms_are_as_rare_as_promised(num):
     alarms = 0
     for _ in range(repeats):
         ranks, marginals = torch.rand(num), torch.rand(num, 3)
-        alarms += not judge(ranks, marginals, 0.0, 100)[0].startswith("healthy")
+        alarms += bool(judge(ranks, marginals, 0.0, 100))
     assert alarms <= repeats * FAMILYWISE + 3 * math.sqrt(repeats * FAMILYWISE)
 
 
@@ -153,8 +154,8 @@ def test_ranks_are_uniform_for_any_number_of_draws_also_weighted():
 @pytest.mark.parametrize("num", [100, 500])
 def test_too_narrow_is_overconfident(num):
     report = report_on(gaussian(0.6), num)
-    assert "overconfident" in words(report)
-    assert not words(report) & {"too wide", "biased", "leaks"}
+    assert FindingKind.OVERCONFIDENT in kinds(report)
+    assert not kinds(report) & {FindingKind.TOO_WIDE, FindingKind.BIASED, FindingKind.LEAKS}
     k = int((report.coverage.levels - 0.9).abs().argmin())
     assert report.coverage.values[k] < report.coverage.lower[k]
 
@@ -162,7 +163,7 @@ def test_too_narrow_is_overconfident(num):
 @pytest.mark.parametrize("num", [100, 500])
 def test_too_wide_is_called_so(num):
     report = report_on(gaussian(1.6), num)
-    assert words(report) == {"too wide"}
+    assert kinds(report) == {FindingKind.TOO_WIDE}
     k = int((report.coverage.levels - 0.5).abs().argmin())
     assert report.coverage.values[k] > report.coverage.upper[k]
 
@@ -171,24 +172,48 @@ def test_wrong_width_of_one_parameter_that_the_joint_region_hides():
     scale = torch.tensor([0.75, 1.35])
     report = report_on(gaussian(scale), 2000)
     assert not report.healthy
-    assert not words(report) & {"biased", "leaks"}
+    assert not kinds(report) & {FindingKind.BIASED, FindingKind.LEAKS}
 
 
 def test_a_shift_is_found_with_its_parameter_and_direction():
     report = report_on(gaussian(shift=(0.0, 0.4)))
-    (finding,) = [text for text in report.verdict if text.startswith("biased")]
-    assert "θ2 too high" in finding
-    assert "θ1" not in finding
+    (finding,) = [found for found in report.findings if found.kind is FindingKind.BIASED]
+    assert finding.parameters == (1,)
+    (measured,) = finding.measurements
+    assert measured.statistic is Statistic.MEAN_RANK
+    assert measured.value < measured.low < measured.expected  # true θ2 ranks low: draws too high
+    assert "θ2 too high" in str(finding)
     report = report_on(gaussian(shift=(-0.4, 0.4)))
     assert "θ1 too low" in str(report)
     assert "θ2 too high" in str(report)
 
 
+def test_a_wrong_shape_has_both_levels_among_its_measurements():
+    # Too many true parameters inside the 50 % region, too few inside the 95 % region.
+    ranks = torch.cat([torch.linspace(0, 0.5, 700), torch.linspace(0.96, 1, 300)])
+    findings = judge(ranks, torch.linspace(0, 1, 1000).unsqueeze(1), 0.0, 10_000)
+    (shape,) = [found for found in findings if found.kind is FindingKind.WRONG_SHAPE]
+    assert {m.statistic for m in shape.measurements} == {Statistic.COVERAGE}
+    levels = {m.expected: m.value for m in shape.measurements}
+    assert levels[0.5] == pytest.approx(0.7)
+    assert levels[0.95] == pytest.approx(0.7)
+
+
+def test_a_verdict_is_made_from_the_findings():
+    report = report_on(gaussian(0.6))
+    assert report.verdict == [str(finding) for finding in report.findings]
+    for finding in report.findings:
+        assert str(finding).startswith(finding.kind.value)
+        for measured in finding.measurements:
+            assert not measured.low <= measured.value <= measured.high
+            assert str(measured) in str(report)
+
+
 @pytest.mark.parametrize("num", [60, 500])
 def test_a_missing_mode_shows_as_missed_mass(num):
     report = report_on(two_modes(1.0), num, hidden_sign=True)
-    assert "misses mass" in words(report)
-    assert "too wide" not in words(report)
+    assert FindingKind.MISSES_MASS in kinds(report)
+    assert FindingKind.TOO_WIDE not in kinds(report)
     exact = report_on(two_modes(0.5), num, hidden_sign=True)
     assert report.forward > exact.forward + 3 * report.forward_error  # the heavy tail
 
@@ -204,7 +229,7 @@ def test_an_invented_mode_is_calibrated_and_only_the_proxy_finds_it():
     assert blind.healthy
     assert "uses all of x" in blind.verdict[0]
     report = held_out_report(posterior, theta[far], x[far], 1000, proxy)
-    assert words(report) == {"disagrees with its proxy"}
+    assert kinds(report) == {FindingKind.DISAGREES_WITH_PROXY}
     assert report.effective_sample_size == pytest.approx(0.5, abs=0.05)
     assert report.reverse is not None
     assert report.reverse > 3  # the invented mode lies where the proxy has almost no mass
@@ -217,7 +242,7 @@ def test_the_prior_as_posterior_is_calibrated_and_the_proxy_finds_it():
     posterior = DirectPosterior(Known(lambda x: Independent(Normal(0 * x, 1.0), 1)), _PRIOR)
     assert held_out_report(posterior, theta, x).healthy
     report = held_out_report(posterior, theta, x, proxy=GivenProxy(_PRIOR, narrow))
-    assert words(report) == {"disagrees with its proxy"}
+    assert kinds(report) == {FindingKind.DISAGREES_WITH_PROXY}
 
 
 def test_a_missing_mode_does_not_lower_the_effective_sample_size_but_raises_the_reverse_kl():
@@ -233,7 +258,7 @@ def test_a_missing_mode_does_not_lower_the_effective_sample_size_but_raises_the_
         num_samples=1000,
         proxy=GivenProxy(_PRIOR, likelihood),
     )
-    assert "misses mass" in words(report)
+    assert FindingKind.MISSES_MASS in kinds(report)
     assert report.reverse == pytest.approx(math.log(2), abs=0.08)
     assert report.effective_sample_size is not None
     assert report.effective_sample_size > 0.85
@@ -244,7 +269,7 @@ def test_leakage_is_found_and_does_not_spoil_the_ranks():
     report = report_on(
         lambda x: Independent(Normal(x, _NOISE), 1), prior=_BOX, hidden_sign=False, num=1000
     )
-    assert words(report) == {"leaks"}
+    assert kinds(report) == {FindingKind.LEAKS}
     assert 0.2 < report.leakage < 0.8
 
 
@@ -316,8 +341,16 @@ def test_an_inference_brings_its_proxy_along():
         (torch.zeros(49, 2), torch.zeros(49, 2), "at least 50"),
         (torch.zeros(60, 2), torch.zeros(61, 2), "as many simulations"),
         (torch.zeros(60), torch.zeros(60, 2), "reshape"),
-        (torch.zeros(60, 3), torch.zeros(60, 2), r"theta: expected shape \(N, 2\)"),
-        (torch.zeros(60, 2), torch.zeros(60, 3), r"x: expected shape \(N, 2\)"),
+        (
+            torch.zeros(60, 3),
+            torch.zeros(60, 2),
+            r"theta must be .*\(N, 2\), got shape \(60, 3\)",
+        ),
+        (
+            torch.zeros(60, 2),
+            torch.zeros(60, 3),
+            r"x must be .*\(N, 2\), got shape \(60, 3\)",
+        ),
         (torch.full((60, 2), math.nan), torch.zeros(60, 2), "60 of 60 pairs are not finite"),
         (torch.zeros(60, 2), torch.full((60, 2), math.inf), "drop them"),
         (torch.zeros(60, 2), torch.full((60, 2), math.nan), "drop them"),
