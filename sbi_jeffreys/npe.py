@@ -36,7 +36,8 @@ from sbi_jeffreys._sbi import (
 from sbi_jeffreys.networks.estimators import NamedBuilder, UnconstrainedBuilder
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.posteriors.corrected import CorrectedPosterior, pooling_power
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.power import pooling_power
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training import persistence
