@@ -35,15 +35,15 @@ from sbi_jeffreys.posteriors._arguments import (
     check_sample_shape,
     check_theta,
 )
-from sbi_jeffreys.posteriors.importance import (
+from sbi_jeffreys.posteriors.candidates import (
     CandidateCache,
     Candidates,
-    ImportanceQuality,
+    draw_candidates,
     resample,
     seed_of,
     seeded,
-    warn_if_unreliable,
 )
+from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
 from sbi_jeffreys.posteriors.power import check_power
 from sbi_jeffreys.proxies.base import Proxy
 
@@ -335,11 +335,14 @@ class CorrectedPosterior(DirectPosterior):
         self, num: int, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
     ) -> Candidates:
         """Candidates at one observation, a function of it and of torch's seed; cached."""
+        check_int("max_sampling_batch_size", batch, 1)
+        check_bool("show_progress_bars", show_progress_bars)
         key = (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes())
         found = self._cache.get(key)
         if found is None:
             with seeded(seed_of(key), x.device):
-                found = self._draw_candidates(num, x, batch, show_progress_bars)
+                main = self.posterior_estimator
+                found = draw_candidates(main, self.log_potential, x, num, batch, show_progress_bars)
             self._cache.put(key, found)
         return found
 
@@ -348,28 +351,10 @@ class CorrectedPosterior(DirectPosterior):
     ) -> Iterator[tuple[slice, Candidates]]:
         """Candidates of many observations, a few at a time: their rows, and their candidates."""
         check_int("num_candidates", num, 1)
-        size = max(1, check_int("max_sampling_batch_size", batch, 1) // num)
         check_bool("show_progress_bars", show_progress_bars)
+        size = max(1, check_int("max_sampling_batch_size", batch, 1) // num)
         with tqdm(total=len(x), desc="Observations", disable=not show_progress_bars) as bar:
             for start in range(0, len(x), size):
-                rows = slice(start, start + size)
-                yield rows, self._draw_candidates(num, x[rows], batch)
+                rows, main = slice(start, start + size), self.posterior_estimator
+                yield rows, draw_candidates(main, self.log_potential, x[rows], num, batch)
                 bar.update(len(x[rows]))
-
-    @torch.no_grad()
-    def _draw_candidates(
-        self, num: int, x: Tensor, batch: int, show_progress_bars: bool = False
-    ) -> Candidates:
-        """`num` weighted draws of the main at each x `(B, *x_shape)`, `batch` per network call."""
-        check_bool("show_progress_bars", show_progress_bars)
-        step = max(1, check_int("max_sampling_batch_size", batch, 1) // len(x))
-        thetas, log_weights = [], []
-        starts = range(0, num, step)
-        estimator = self.posterior_estimator
-        with embedded_once(estimator, x):
-            for start in tqdm(starts, desc="Weighting draws", disable=not show_progress_bars):
-                theta = estimator.sample(torch.Size((min(step, num - start),)), x)
-                log_p = estimator.log_prob(theta, x)
-                thetas.append(theta)
-                log_weights.append(self.log_potential(theta, x, log_p) - log_p)
-        return Candidates(torch.cat(thetas), torch.cat(log_weights))

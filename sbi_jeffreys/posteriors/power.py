@@ -10,7 +10,7 @@ from torch import Tensor
 from sbi_jeffreys._checks import check_int, check_tensor
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.posteriors.importance import seeded
+from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["best_power", "check_power", "pooling_power"]

@@ -93,7 +93,7 @@ def test_training_on_given_axes_and_wrong_numbers_of_them():
     figure, axes = plt.subplots(1, 4)
     assert list(plot_training(summary(), axes)) == list(axes)
     assert len(plt.get_fignums()) == 1
-    with pytest.raises(ValueError, match="expected 4"):
+    with pytest.raises(ValueError, match=r"axes must be 4 Axes.*got 3"):
         plot_training(summary(), axes[:3])
     figure.canvas.draw()
 
