@@ -20,7 +20,14 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
 
-__all__ = ["CandidateCache", "Candidates", "draw_candidates", "resample", "seed_of", "seeded"]
+__all__ = [
+    "CandidateCache",
+    "Candidates",
+    "draw_candidates",
+    "draw_in_chunks",
+    "resample",
+    "seeded",
+]
 
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
@@ -79,6 +86,27 @@ def draw_candidates(
     return Candidates(torch.cat(thetas), torch.cat(log_weights))
 
 
+def draw_in_chunks(
+    main: ConditionalDensityEstimator,
+    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    num: int,
+    batch: int,
+    show_progress_bars: bool = False,
+) -> Iterator[tuple[slice, Candidates]]:
+    """As `draw_candidates`, for as many observations at a time as fit into one network call.
+
+    Yields:
+        The rows of x, and their candidates.
+    """
+    size = max(1, batch // num)
+    with tqdm(total=len(x), desc="Observations", disable=not show_progress_bars) as bar:
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            yield rows, draw_candidates(main, log_potential, x[rows], num, batch)
+            bar.update(len(x[rows]))
+
+
 def resample(candidates: Candidates, num: int) -> Tensor:
     """Draws `(num, B, D)` of the candidates by truncated importance weights.
 
@@ -121,17 +149,23 @@ class CandidateCache:
         """Pickle and copy as an empty cache."""
         return CandidateCache, ()
 
-    def get(self, key: Hashable) -> Candidates | None:
-        """The entry of that key, or None."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
+    def get_or_draw(
+        self, key: Hashable, draw: Callable[[], Candidates], device: torch.device
+    ) -> Candidates:
+        """The entry of that key, drawn if it is missing.
 
-    def put(self, key: Hashable, candidates: Candidates) -> None:
-        """Keep an entry, and drop the oldest ones beyond the bounds on number and memory."""
-        self._entries[key] = candidates
+        Candidates are drawn from a seed that is a function of the key, and torch's generators go on
+        as if nothing had been drawn: whether an entry was kept changes the time and no value.
+        """
+        found = self._entries.get(key)
+        if found is None:
+            with seeded(_seed_of(key), device):
+                found = draw()
+            self._entries[key] = found
+        self._entries.move_to_end(key)
         while len(self) > _MAX_ENTRIES or (len(self) and self._numbers() > _MAX_NUMBERS):
             self._entries.popitem(last=False)
+        return found
 
     def clear(self) -> None:
         """Drop everything."""
@@ -141,7 +175,7 @@ class CandidateCache:
         return sum(c.theta.numel() + c.log_weights.numel() for c in self._entries.values())
 
 
-def seed_of(key: object) -> int:
+def _seed_of(key: object) -> int:
     """A seed that is a function of the key's representation, the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")

@@ -22,7 +22,6 @@ import torch
 from sbi.inference.posteriors import DirectPosterior
 from torch import Tensor
 from torch.distributions import Distribution
-from tqdm.auto import tqdm
 
 from sbi_jeffreys._checks import check_bool, check_instance, check_int
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
@@ -39,9 +38,8 @@ from sbi_jeffreys.posteriors.candidates import (
     CandidateCache,
     Candidates,
     draw_candidates,
+    draw_in_chunks,
     resample,
-    seed_of,
-    seeded,
 )
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
 from sbi_jeffreys.posteriors.power import check_power
@@ -59,7 +57,8 @@ class CorrectedPosterior(DirectPosterior):
 
     A `DirectPosterior`, so everything of sbi that takes one takes this. `sample` returns corrected
     draws; `log_prob` is the density of the pool p_φ^{1−β} q_ψ^β, normalised by the same weights.
-    A `JeffreysWarning` is given where the weights are unreliable (see `quality`).
+    A `JeffreysWarning` is given where the weights are unreliable (see `quality`). Every method
+    raises a TypeError or ValueError for an argument of another type, shape or range.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
@@ -202,7 +201,6 @@ class CorrectedPosterior(DirectPosterior):
             Shape `(*sample_shape, D)`.
 
         Raises:
-            TypeError, ValueError: If an argument is of another type, shape or range.
             RuntimeError: If no draw of the main has mass under the proxy.
         """
         shape = check_sample_shape(sample_shape)
@@ -236,7 +234,6 @@ class CorrectedPosterior(DirectPosterior):
             Shape `(*sample_shape, B, D)`.
 
         Raises:
-            TypeError, ValueError: If an argument is of another type, shape or range.
             RuntimeError: If at some observation no draw of the main has mass under the proxy.
         """
         shape = check_sample_shape(sample_shape)
@@ -245,8 +242,8 @@ class CorrectedPosterior(DirectPosterior):
             num_candidates = max(own, _PER_SAMPLE * shape.numel())
         draws, qualities = [], []
         x = self._observations(x)
-        steps = self._chunks(num_candidates, x, max_sampling_batch_size, show_progress_bars)
-        for _, found in steps:
+        chunks = self._chunks(num_candidates, x, max_sampling_batch_size, show_progress_bars)
+        for _, found in chunks:
             draws.append(resample(found, shape.numel()))
             qualities += found.quality
         warn_if_unreliable(qualities)
@@ -274,9 +271,6 @@ class CorrectedPosterior(DirectPosterior):
 
         Returns:
             Shape `(N,)`, −∞ outside the prior.
-
-        Raises:
-            TypeError, ValueError: If an argument is of another type, shape or range.
         """
         x_o = self._observation(x)
         theta = check_theta(theta, self.posterior_estimator.input_shape).unsqueeze(1)
@@ -337,24 +331,19 @@ class CorrectedPosterior(DirectPosterior):
         """Candidates at one observation, a function of it and of torch's seed; cached."""
         check_int("max_sampling_batch_size", batch, 1)
         check_bool("show_progress_bars", show_progress_bars)
-        key = (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes())
-        found = self._cache.get(key)
-        if found is None:
-            with seeded(seed_of(key), x.device):
-                main = self.posterior_estimator
-                found = draw_candidates(main, self.log_potential, x, num, batch, show_progress_bars)
-            self._cache.put(key, found)
-        return found
+        main, target = self.posterior_estimator, self.log_potential
+        return self._cache.get_or_draw(
+            (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes()),
+            lambda: draw_candidates(main, target, x, num, batch, show_progress_bars),
+            x.device,
+        )
 
     def _chunks(
         self, num: int, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
     ) -> Iterator[tuple[slice, Candidates]]:
-        """Candidates of many observations, a few at a time: their rows, and their candidates."""
+        """Candidates of many observations, a few at a time; see `draw_in_chunks`."""
         check_int("num_candidates", num, 1)
+        check_int("max_sampling_batch_size", batch, 1)
         check_bool("show_progress_bars", show_progress_bars)
-        size = max(1, check_int("max_sampling_batch_size", batch, 1) // num)
-        with tqdm(total=len(x), desc="Observations", disable=not show_progress_bars) as bar:
-            for start in range(0, len(x), size):
-                rows, main = slice(start, start + size), self.posterior_estimator
-                yield rows, draw_candidates(main, self.log_potential, x[rows], num, batch)
-                bar.update(len(x[rows]))
+        main, target = self.posterior_estimator, self.log_potential
+        return draw_in_chunks(main, target, x, num, batch, show_progress_bars)
