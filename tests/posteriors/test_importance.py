@@ -67,6 +67,14 @@ def test_pareto_k_depends_on_the_tail_alone():
     assert pareto_k(with_zeros) == pytest.approx(value, abs=1e-3)
 
 
+def test_pareto_k_is_not_that_of_the_bulk():
+    # Uniform weights, but for the largest 3 %: of 20,000 the tail is the largest 424.
+    tail = 1 + genpareto.rvs(0.5, size=600, random_state=0)
+    bulk = torch.rand(19_400, dtype=torch.float64)
+    value = pareto_k(torch.cat([bulk, torch.as_tensor(tail)]).log())
+    assert value == pytest.approx(0.5, abs=3 * 1.5 / math.sqrt(424))
+
+
 def test_pareto_k_of_degenerate_weights():
     assert pareto_k(torch.zeros(1_000)) == -math.inf
     assert pareto_k(torch.full((1_000,), -math.inf)) == math.inf
@@ -251,6 +259,17 @@ def test_batched_draws_take_few_candidates_unless_told_otherwise():
     few = corrected(gaussian(), num_candidates=300)
     few.sample_batched((10,), x, show_progress_bars=False)
     assert few.proxy.evaluated == 3 * 300
+
+
+def test_resampled_draws_are_in_random_order():
+    numbered = torch.arange(1_000.0).reshape(-1, 1, 1).expand(-1, 2, 1)
+    found = candidates.Candidates(numbered, torch.zeros(1_000, 2))
+    draws = candidates.resample(found, 500)[..., 0]
+    for column in draws.T:
+        steps = column.diff()
+        assert 0.4 < float((steps > 0).double().mean()) < 0.6
+        assert len(column.unique()) == 500  # equal weights: systematic, so nothing is drawn twice
+    assert not torch.equal(draws[:, 0], draws[:, 1])
 
 
 def test_batched_shapes_and_calls_of_the_network():
