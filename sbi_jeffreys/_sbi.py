@@ -63,8 +63,8 @@ def set_network(trainer: NPE, network: ConditionalDensityEstimator) -> None:
 
 
 def prior_of(owner: Any) -> Distribution:
-    """The prior of a trainer; sbi's stand-in `ImproperEmpirical` if the user gave none."""
-    return owner._prior
+    """The prior of a trainer (sbi's `ImproperEmpirical` if none was given) or of a posterior."""
+    return owner._prior if isinstance(owner, NPE) else owner.prior
 
 
 def device_of(owner: Any) -> torch.device:

@@ -32,7 +32,8 @@ from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, PosteriorParameters, Tracker
 from sbi_jeffreys.networks.builders import MainBuilder, main_builder
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.posteriors.corrected import CorrectedPosterior, pooling_power
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.power import pooling_power
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, check_simulations
