@@ -231,5 +231,4 @@ VARIANTS = {
     "without_reverse": Variant("without R", edit=_without("reverse")),
     "without_temper": Variant("without temperature", {"temper": False}, broken_rows=True),
     "real_x": Variant("R at real x", edit=_reverse_on_real_x),
-    "path": Variant("R by `path`", {"reverse_estimator": "path"}),
 }
