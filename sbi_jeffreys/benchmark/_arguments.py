@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
@@ -31,7 +32,7 @@ def positive_int(minimum: int = 1) -> Callable[[str], int]:
     """A whole number of at least `minimum`; 1e3 is one."""
 
     def parse(text: str) -> int:
-        value: float = minimum - 1
+        value = math.nan
         with suppress(ValueError):
             value = float(text)
         if not (value >= minimum and value.is_integer()):

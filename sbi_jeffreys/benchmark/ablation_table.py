@@ -84,7 +84,7 @@ def _seed(record: Mapping[str, Any]) -> int:
 
 
 def best_frozen(row: Methods, metric: str) -> str | None:
-    """The frozen weighting with the lowest mean, chosen after the fact: the strictest comparison."""
+    """The frozen weighting with the lowest mean, chosen after the fact, per metric."""
     means = {name: summarise(row.get(name, {}), metric) for name in _FROZEN}
     known = {name: summary.mean for name, summary in means.items() if summary is not None}
     return min(known, key=lambda name: known[name]) if known else None

@@ -211,16 +211,16 @@ class JeffreysMethod:
         main = EstimatorFit(info=trained.info, posteriors=[trained.posterior])
         if not self.corrected:
             return main
-        corrected = _corrected_posterior(trained.inference, 1000 if context.fast else 20_000)
-        return CorrectedFit(info=trained.info, main=main, posterior=corrected)
+        posterior = None
+        if proxy_is_usable(trained.inference):
+            num_candidates = 1000 if context.fast else 20_000
+            posterior = trained.inference.build_corrected_posterior(num_candidates=num_candidates)
+        return CorrectedFit(info=trained.info, main=main, posterior=posterior)
 
 
-def _corrected_posterior(inference: NPE_Jeffreys, num_candidates: int) -> Any:
-    """The corrected posterior, or None where training found no proxy to trust."""
-    notes = inference.summary.get("proxy", [])
-    if inference.proxy is None or (notes and "not trusted" in notes[-1]):
-        return None
-    return inference.build_corrected_posterior(num_candidates=num_candidates)
+def proxy_is_usable(inference: NPE_Jeffreys) -> bool:
+    """Whether training found a proxy that it trusted, so that the symmetric stage ran with it."""
+    return inference.proxy is not None and len(inference.summary["trust"]) > 0
 
 
 @dataclass(frozen=True)

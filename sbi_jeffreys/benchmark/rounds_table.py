@@ -47,10 +47,9 @@ def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[str, Methods]:
 
 def _values(record: Mapping[str, Any]) -> tuple[str, str, int, dict[str, Any]]:
     key, rounds = record["key"], record["results"]["rounds"]
-    accepted, seconds = (
-        [entry[name] for entry in rounds] for name in ("acceptance", "sampling_seconds")
-    )
-    values = {f"acceptance_{k}": value for k, value in enumerate(accepted, start=1)}
+    accepted = [entry["acceptance"] for entry in rounds]
+    seconds = [entry["sampling_seconds"] for entry in rounds]
+    values: dict[str, Any] = {f"acceptance_{k}": a for k, a in enumerate(accepted, 1)}
     values["worst"] = min(accepted, default=None)
     values["slowest"] = max((s for s in seconds if s is not None), default=None)
     values["stalled"] = None in seconds

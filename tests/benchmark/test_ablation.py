@@ -115,14 +115,14 @@ def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
 def test_every_condition_can_be_had_with_the_default_members(name):
     trainer = argparse.Namespace(_prior=get_task("sir").prior)
     proxy = CONDITIONS[name].build(trainer, JeffreysOptions())
-    assert proxy.members
+    assert proxy.experts
 
 
 def test_an_undertrained_proxy_has_nothing_but_nets_of_two_epochs():
     trainer = argparse.Namespace(_prior=TASK.prior)
     proxy = CONDITIONS["undertrained"].build(trainer, JeffreysOptions())
     assert proxy.config.max_epochs == 2
-    assert proxy.members == tuple(m for m in DEFAULT_EXPERTS if isinstance(m, FlowExpert))
+    assert proxy.experts == tuple(m for m in DEFAULT_EXPERTS if isinstance(m, FlowExpert))
 
 
 def test_raw_counts_are_neither_dequantised_nor_transformed():
@@ -199,7 +199,7 @@ def test_a_broken_promise_is_said(tmp_path, adaptive, against_frozen, against_np
         (tmp_path / f"sir_raw-n100-s{seed}.json").write_text(json.dumps(cell))
     path = ablation.write_table(tmp_path)
     assert path is not None
-    text = path.read_text()
+    text = " ".join(path.read_text().split())
     assert f"| sir:raw, 100 | {against_frozen} / {against_npe} |" in text
     assert "held-out NLL of the proxy not finite" in text
 
@@ -247,7 +247,7 @@ def test_a_failure_is_told_and_leaves_no_file(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "no luck" in printed.err
     assert "1 failed" in printed.out
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_unknown_rows_end_in_a_message(capsys):
