@@ -26,7 +26,7 @@ from sbi_jeffreys.benchmark._arguments import known_items, positive_int, task_li
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
 from sbi_jeffreys.benchmark.methods import FitContext, main_network
-from sbi_jeffreys.benchmark.metrics import c2st, inside_prior
+from sbi_jeffreys.benchmark.metrics import c2st
 from sbi_jeffreys.benchmark.references import reference_samples
 from sbi_jeffreys.benchmark.rounds_table import CHECK, STUDY, write_table
 from sbi_jeffreys.benchmark.runner import (
@@ -37,6 +37,7 @@ from sbi_jeffreys.benchmark.runner import (
     study_entry,
 )
 from sbi_jeffreys.benchmark.tasks import Task, get_task
+from sbi_jeffreys.diagnostics.calibration import inside_prior
 
 __all__ = ["METHODS", "RoundsSettings", "add_arguments", "run", "run_rounds"]
 
