@@ -48,6 +48,7 @@ __all__ = [
     "set_builder",
     "set_device",
     "set_network",
+    "set_tracker",
     "tracker_of",
 ]
 
@@ -80,6 +81,11 @@ def set_device(trainer: NPE, device: str) -> None:
 def tracker_of(trainer: NPE) -> Tracker:
     """Where the trainer logs its traces."""
     return trainer._tracker
+
+
+def set_tracker(trainer: NPE, tracker: Tracker) -> None:
+    """Let the trainer log somewhere else."""
+    trainer._tracker = tracker
 
 
 def set_builder(trainer: NPE, builder: Any) -> None:

@@ -19,7 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Measurement", "NoTracker", "derive_seed", "measured", "one_thread", "quiet", "seeded"]
+__all__ = [
+    "CommandError",
+    "Measurement",
+    "NoTracker",
+    "derive_seed",
+    "measured",
+    "one_thread",
+    "quiet",
+    "seeded",
+]
+
+
+class CommandError(ValueError):
+    """A command cannot start; the message says why and what to change. Exit code 2."""
 
 
 def derive_seed(*parts: object) -> int:

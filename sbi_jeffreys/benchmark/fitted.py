@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.benchmark.metrics import PairDraws
+from sbi_jeffreys.diagnostics.calibration import PairDraws
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
