@@ -130,7 +130,7 @@ class CorrectedFit(FittedMethod):
 
     Coverage is read on weighted draws of the main, as many as every other method has: with fewer
     draws than `sample` uses, the correction is coarser there. No NLL is reported: its normaliser
-    from so few draws would flatter it.
+    from so few draws would be biased in its favour.
 
     Attributes:
         main: The uncorrected fit.

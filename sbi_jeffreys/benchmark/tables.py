@@ -73,6 +73,7 @@ def study_check(study: str, key: dict[str, Any], results: dict[str, Any]) -> Che
     expected = {"settings": dict, "key": key, "results": results, "provenance?": dict}
 
     def check(record: Any, path: Path) -> str | None:
+        """What is wrong with a record of the study, or None."""
         if not isinstance(record, dict) or record.get("study") != study:
             return f"not a result of the study {study!r}"
         if record.get("format") != cells.FORMAT:

@@ -201,7 +201,7 @@ def adaptive_importance_sample(
         if (ess := effective_sample_size(log_w)) < required:
             what = "the effective sample size while adapting"
             raise ReferenceConvergenceError(task, what, ess, required)
-        # Heavy tails insure the final weights; on the way there they would waste draws, and
+        # Heavy tails bound the final weights; on the way there they would waste draws, and
         # simulators can be slow far out.
         tails = df if temperature == 1.0 else max(df, _DF_ON_THE_WAY)
         proposal = StudentMixture.fit(draws, log_w, num_components, tails)

@@ -1,4 +1,4 @@
-"""The table of tasks by name, and how a user adds her own."""
+"""The table of tasks by name, and how a user adds another."""
 
 from __future__ import annotations
 

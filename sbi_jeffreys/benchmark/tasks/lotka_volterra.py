@@ -35,7 +35,6 @@ class LotkaVolterra(LogNormalTask):
     prior_cut = 6.0
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 4)` → x `(N, 20)`."""
         log_mean = _log_mean(theta)
         return (log_mean + _NOISE * torch.randn_like(log_mean)).exp().to(theta.dtype)
 

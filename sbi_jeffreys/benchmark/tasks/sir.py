@@ -39,7 +39,6 @@ class SIR(LogNormalTask):
         return counts.to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log P(x|θ) for broadcastable `(*B, 2)`, `(*B, 10)` → `(*B,)`."""
         log_share = log_infected_share(theta.reshape(-1, 2)).reshape(*theta.shape[:-1], -1)
         log_share = log_share.clamp_max(-1e-12)
         counts = x.double()

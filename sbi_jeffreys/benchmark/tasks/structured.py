@@ -95,13 +95,11 @@ class BlurredSource(StructuredTask):
         self.prior = BoxUniform(self._low, self._high)
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 4)` → x `(N, 32, 32)`."""
         column, row = self._profiles(theta)
         image = column[..., :, None] * row[..., None, :]
         return image + self.noise * torch.randn_like(image)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log p(x|θ) for broadcastable batches `(*B, 4)`, `(*B, 32, 32)` → `(*B,)`."""
         column, row = self._profiles(theta.double())
         pixels = x.double()
         # |x − abᵀ|² = |x|² − 2 aᵀxb + |a|²|b|²: no image is formed per θ.
@@ -151,7 +149,6 @@ class IIDTrials(StructuredTask):
         self.prior = MultivariateNormal(*self._prior_moments(torch.float32))
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 3)` → x `(N, 20, 2)`."""
         noise = torch.randn(len(theta), *self.x_shape).to(theta)
         rho = self.correlation
         second = rho * noise[..., 0] + math.sqrt(1 - rho**2) * noise[..., 1]
