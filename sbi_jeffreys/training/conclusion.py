@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
 from sbi_jeffreys.training.preparation import Prepared
 from sbi_jeffreys.training.report import (
@@ -43,7 +44,12 @@ def make_report(
     status = ProxyStatus.NOT_FITTED if prepared is None else prepared.status
     proxy = None if prepared is None else prepared.proxy
     main_losses = None if symmetric is None else symmetric.best.losses
-    gap = _gap(main_losses, prepared)
+    proxy_losses = None if prepared is None else prepared.proxy_losses
+    if symmetric is not None and symmetric.proxy_losses is not None:
+        proxy_losses = symmetric.proxy_losses
+    gap = None
+    if main_losses is not None and proxy_losses is not None:
+        gap = Estimate.of(main_losses - proxy_losses)
     multiplier = None
     if symmetric is not None:
         multiplier = float(symmetric.stage.multipliers.multipliers[0])
@@ -56,7 +62,10 @@ def make_report(
         stage_status=StageStatus.NOT_RUN if symmetric is None else symmetric.status,
         kept=Kept.PLAIN_NPE if symmetric is None else symmetric.best.kept,
         npe=_estimate(None if prepared is None else prepared.main_losses),
-        proxy_held_out=_estimate(None if prepared is None else prepared.proxy_losses),
+        proxy_held_out=_estimate(proxy_losses),
+        uncertain=0.0 if prepared is None else prepared.uncertain,
+        coverage_before=None if symmetric is None else symmetric.coverage_before,
+        coverage=None if symmetric is None else symmetric.coverage_after,
         main=_estimate(main_losses),
         gap=gap,
         multiplier=multiplier,
@@ -96,18 +105,22 @@ def _estimate(losses: Tensor | None) -> Estimate | None:
     return None if losses is None else Estimate.of(losses)
 
 
-def _gap(main_losses: Tensor | None, prepared: Prepared | None) -> Estimate | None:
-    """Held-out loss of the main above its proxy's, pair by pair."""
-    if main_losses is None or prepared is None or prepared.proxy_losses is None:
-        return None
-    return Estimate.of(main_losses - prepared.proxy_losses)
-
-
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
     """Names and weights of a likelihood proxy's experts."""
     if not isinstance(proxy, LikelihoodProxy):
         return ()
     return tuple((str(k + 1), float(weight)) for k, weight in enumerate(proxy.weights))
+
+
+def covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:
+    """Whether regions of the main cover clearly less than nominal, and than plain NPE's did.
+
+    Clearly: at 50 or 90 %, below the 99 % band of an exact posterior and below plain NPE.
+    """
+    if before is None or after is None:
+        return False
+    low = after.values < after.lower.to(after.values)
+    return bool((low & (after.values < before.values)).any())
 
 
 def _problems(
@@ -133,6 +146,8 @@ def _problems(
             found.append(Problem.MAIN_BEHIND_PROXY)
         elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
             found.append(Problem.MULTIPLIER_AT_BOUND)
+    if covers_less(symmetric.coverage_before, symmetric.coverage_after):
+        found.append(Problem.COVERS_LESS)
     if stage.skipped:
         found.append(Problem.STEPS_SKIPPED)
     return found

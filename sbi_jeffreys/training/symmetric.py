@@ -8,9 +8,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
@@ -59,6 +61,9 @@ class SymmetricTraining:
         last_weights: Those of the last step, while the best ones are in the main; else None.
         status: How far the stage got.
         restarts: How often it went back to its best weights at half the step size.
+        coverage_before: Of plain NPE on held-out pairs; None in later rounds.
+        coverage_after: Of the main that is kept.
+        proxy_losses: Held-out losses of the proxy, estimated again with the trained main.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
     """
 
@@ -69,6 +74,9 @@ class SymmetricTraining:
     status: StageStatus = StageStatus.PAUSED
     restarts: int = 0
     always_at_bound: bool = True
+    coverage_before: CoverageCurve | None = None
+    coverage_after: CoverageCurve | None = None
+    proxy_losses: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -129,6 +137,20 @@ class SymmetricTraining:
         finally:
             self.pause()
         return epochs
+
+    def evaluate(self, held_out: HeldOut, before: Tensor) -> None:
+        """Evaluate the main that is kept, and the proxy once more with it as the proposal.
+
+        Both estimates of the proxy's losses are bounds from below, so the larger one counts.
+
+        Args:
+            held_out: Held-out pairs.
+            before: The proxy's losses as they were estimated before the stage, `(M,)`.
+        """
+        after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
+        self.proxy_losses = torch.maximum(before, after)
+        if not held_out.atomic:
+            self.coverage_after = held_out.coverage(self.stage.main, self.proxy.prior)
 
     def keep(self, value: float, losses: Tensor) -> None:
         """Keep the main's weights if they are the best yet; at the end, prefer the annealed ones.

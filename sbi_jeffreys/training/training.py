@@ -201,7 +201,7 @@ class Training:
                 symmetric.resume()
 
         with self._timed(2):
-            return symmetric.run(
+            epochs = symmetric.run(
                 held_out,
                 batches,
                 arguments.max_num_epochs,
@@ -209,6 +209,10 @@ class Training:
                 checkpoint_if_due,
                 show_progress_bars,
             )
+            assert self.prepared is not None
+            assert self.prepared.proxy_losses is not None
+            symmetric.evaluate(held_out, self.prepared.proxy_losses)
+            return epochs
 
     def _prepare(
         self,
@@ -256,6 +260,9 @@ class Training:
             num_steps=num_steps,
         )
         self.symmetric = SymmetricTraining(stage, best, found.main_losses)
+        if not held_out.atomic:
+            main.eval()
+            self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)
 
     def _loader(self, trainer: NPE, arguments: TrainArguments) -> DataLoader:
         """sbi's loader of the training simulations that plain NPE was trained on."""
