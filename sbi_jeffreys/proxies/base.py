@@ -8,21 +8,19 @@ over (`GivenProxy`). What they share lives here: the prior's support, and the te
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from sbi.utils import within_support
 from torch import Tensor, nn
-from torch.distributions import (
-    Categorical,
-    Distribution,
-    MixtureSameFamily,
-    MultivariateNormal,
-    constraints,
-)
+from torch.distributions import Distribution, constraints
 
 __all__ = ["EmpiricalPrior", "Proxy"]
+
+_MAX_CENTRES = 10_000  # of an empirical prior
+_MAX_DISTANCES = 1_000_000  # between points and centres held at once: 4 MB each
 
 
 class Proxy(nn.Module, ABC):
@@ -131,11 +129,12 @@ class Proxy(nn.Module, ABC):
 class EmpiricalPrior(Distribution):
     """Gaussian kernel density of the simulations' θ, where the user gave no prior.
 
-    sbi's own stand-in has no density; the reverse term needs one. Bandwidth: Scott's rule on the
-    full covariance.
+    sbi's own stand-in has no density, and the reverse term needs one. Bandwidth: Scott's rule on
+    the full covariance, which all centres share. Memory grows with the number of centres (at most
+    10,000; of more θ every n-th is one), not with its product with the points asked for.
 
     Args:
-        theta: Parameters the simulations were run at, shape `(N, D)`.
+        theta: Parameters that the simulations were run at, shape `(N, D)`.
     """
 
     arg_constraints: dict = {}  # noqa: RUF012 - torch's protocol
@@ -144,15 +143,20 @@ class EmpiricalPrior(Distribution):
     def __init__(self, theta: Tensor) -> None:
         num, dim = theta.shape
         covariance = torch.cov(theta.T).reshape(dim, dim) if num > 1 else torch.eye(dim).to(theta)
+        if num > _MAX_CENTRES:
+            rows = torch.linspace(0, num - 1, _MAX_CENTRES, device=theta.device).long()
+            theta, num = theta[rows], _MAX_CENTRES
         jitter = 1e-6 * covariance.diagonal().mean().clamp_min(1e-12)
-        factor = num ** (-2.0 / (dim + 4))
-        covariance = factor * covariance + jitter * torch.eye(dim).to(theta)
-        self.mixture = MixtureSameFamily(
-            Categorical(probs=torch.ones(num).to(theta), validate_args=False),
-            MultivariateNormal(theta, covariance.expand(num, dim, dim), validate_args=False),
-            validate_args=False,
-        )
+        covariance = num ** (-2.0 / (dim + 4)) * covariance + jitter * torch.eye(dim).to(theta)
+        self.centres = theta
+        self.cholesky = torch.linalg.cholesky(covariance)
+        self._white = self._whitened(theta)
         super().__init__(event_shape=torch.Size((dim,)), validate_args=False)
+
+    def _whitened(self, theta: Tensor) -> Tensor:
+        """L⁻¹(θ − mean), Σ = LL', of `(N, D)`."""
+        centred = (theta - self.mean).T
+        return torch.linalg.solve_triangular(self.cholesky, centred, upper=False).T
 
     @property
     def support(self) -> constraints.Constraint:
@@ -162,17 +166,28 @@ class EmpiricalPrior(Distribution):
     @property
     def mean(self) -> Tensor:
         """Shape `(D,)`."""
-        return self.mixture.mean
+        return self.centres.mean(dim=0)
 
     @property
     def variance(self) -> Tensor:
         """Shape `(D,)`."""
-        return self.mixture.variance
+        return self.centres.var(dim=0, correction=0) + self.cholesky.pow(2).sum(dim=1)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws of shape `(*sample_shape, D)`."""
-        return self.mixture.sample(sample_shape)
+        """Draws of shape `(*sample_shape, D)`: a centre at random, and Gaussian noise."""
+        shape = torch.Size(sample_shape)
+        rows = torch.randint(len(self.centres), shape, device=self.centres.device)
+        noise = torch.randn((*shape, self.centres.shape[1])).to(self.centres)
+        return self.centres[rows] + noise @ self.cholesky.T
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, shape `(*B,)` for `(*B, D)`."""
-        return self.mixture.log_prob(value)
+        num, dim = self.centres.shape
+        points = self._whitened(value.reshape(-1, dim))
+        parts = []
+        for part in points.split(max(1, _MAX_DISTANCES // num)):
+            distances = torch.cdist(part, self._white, compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append(torch.logsumexp(-0.5 * distances**2, dim=1))
+        log_det = self.cholesky.diagonal().log().sum()
+        constant = 0.5 * dim * math.log(2 * math.pi) + log_det + math.log(num)
+        return (torch.cat(parts) - constant).reshape(value.shape[:-1])

@@ -12,7 +12,6 @@ from sbi_jeffreys.networks.fitting import FitConfig, FitResult, fit_network
 from sbi_jeffreys.objective import log_normaliser
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
-    EmpiricalPrior,
     EnergyProxy,
     FlowExpert,
     LikelihoodProxy,
@@ -191,15 +190,6 @@ def test_fit_survives_non_finite_losses():
     )
     assert result.held_out == float("inf")
     assert torch.equal(net.weight, before)
-
-
-def test_empirical_prior_is_a_density_near_its_data():
-    theta = torch.randn(2000, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]])
-    prior = EmpiricalPrior(theta)
-    exact = MultivariateNormal(torch.zeros(2), torch.cov(theta.T))
-    points = exact.sample((500,))
-    assert float((exact.log_prob(points) - prior.log_prob(points)).mean().abs()) < 0.1
-    assert prior.sample((3, 4)).shape == (3, 4, 2)
 
 
 @pytest.mark.parametrize(
