@@ -17,6 +17,8 @@ from sbi.utils import within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from sbi_jeffreys._checks import check_callable
+
 __all__ = ["EmpiricalPrior", "Proxy"]
 
 _MAX_CENTRES = 10_000  # of an empirical prior
@@ -28,6 +30,9 @@ class Proxy(nn.Module, ABC):
 
     Args:
         prior: Prior p(θ) with `log_prob` and `sample`, event shape `(D,)`.
+
+    Raises:
+        TypeError: If the prior lacks either.
 
     Attributes:
         inverse_temperature: γ, a scalar; 1 until training finds another (of proxies that
@@ -42,6 +47,9 @@ class Proxy(nn.Module, ABC):
 
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
+        for name in ("sample", "log_prob"):
+            remedy = "pass a torch distribution, or what sbi's process_prior makes of yours"
+            check_callable(f"prior.{name}", getattr(prior, name, None), "a method", remedy)
         self.prior = prior
         self.register_buffer("inverse_temperature", torch.tensor(1.0))
 
@@ -64,6 +72,26 @@ class Proxy(nn.Module, ABC):
         safe = torch.where(inside.unsqueeze(-1), flat, self._inside_point(flat))
         log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
         return log_prob.reshape(theta.shape[:-1])
+
+    @torch.no_grad()
+    def check_prior(self, theta: Tensor) -> None:
+        """Require that the prior has a density at parameters `(N, D)` of simulations.
+
+        Raises:
+            ValueError: If its log density is NaN or +∞ at some of them.
+        """
+        try:
+            log_prob = self.prior.log_prob(theta[within_support(self.prior, theta)])
+            if len(log_prob) == 0:  # of a prior without support, NaN counts as outside
+                log_prob = self.prior.log_prob(theta)
+        except ValueError:  # torch's priors raise outside their support: no density there
+            return
+        wrong = torch.isnan(log_prob) | torch.isposinf(log_prob)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"prior.log_prob must be finite, or -inf outside the support, got NaN or inf at "
+                f"{int(wrong.sum())} of {len(log_prob)} simulated theta; mend the prior's log_prob."
+            )
 
     def log_potential(self, theta: Tensor, x: Tensor) -> Tensor:
         """log q̃_ψ(θ, x) = log p(θ) + γ f_ψ(θ, x), −∞ outside the prior.
