@@ -22,6 +22,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sbi_jeffreys._checks import check_float, check_int
 from sbi_jeffreys.networks.flat import flattened
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
@@ -52,6 +53,9 @@ class FitConfig:
         max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
         clip_max_norm: Gradient norm bound, or None.
+
+    Raises:
+        TypeError, ValueError: Naming the field, what was expected and what came.
     """
 
     learning_rate: float = 4e-3
@@ -62,6 +66,18 @@ class FitConfig:
     max_epochs: int = 150
     ema_decay: float = 0.995
     clip_max_norm: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        check_float("learning_rate", self.learning_rate, 0.0, low_open=True)
+        check_float("weight_decay", self.weight_decay, 0.0)
+        check_float("ema_decay", self.ema_decay, 0.0, 1.0, high_open=True)
+        check_int("patience", self.patience, 1)
+        check_int("max_epochs", self.max_epochs, 1)
+        for name in ("batch_size", "patience_steps"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        if self.clip_max_norm is not None:
+            check_float("clip_max_norm", self.clip_max_norm, 0.0, low_open=True)
 
     def epochs_without_gain(self, steps_per_epoch: int) -> int:
         """Epochs without held-out improvement before stopping.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import summary_net
 from sbi_jeffreys.networks.fitting import FitResult, fit_network
@@ -69,13 +70,11 @@ class EnergyProxy(Proxy):
         embedding_net: nn.Module | None = None,
     ) -> None:
         super().__init__(prior)
-        if config is not None and not isinstance(config, EnergyConfig):
-            raise TypeError(f"config must be an EnergyConfig or None, got {type(config).__name__}.")
-        if embedding_net is not None and not isinstance(embedding_net, nn.Module):
-            raise TypeError(
-                f"embedding_net must be a torch module that maps x (B, *x_shape) to (B, S), or "
-                f"None for the main's, got {type(embedding_net).__name__}."
-            )
+        if config is not None:
+            check_instance("config", config, EnergyConfig)
+        if embedding_net is not None:
+            remedy = "pass a torch module that maps x (B, *x_shape) to summaries (B, S), or None"
+            check_instance("embedding_net", embedding_net, nn.Module, remedy)
         self.config = EnergyConfig() if config is None else config
         self.effective_sample_size = float("nan")
         self.result: FitResult | None = None
@@ -137,10 +136,13 @@ class EnergyProxy(Proxy):
             ValueError: If summaries of x are not finite.
         """
         main = self._required_proposal()
+        remedy = "pad x of varying length with NaN and use sbi's PermutationInvariantEmbedding"
+        check_instance("x", x, Tensor, remedy)
+        self.check_prior(theta[train_indices])
         embedding = self._embedding(main, theta).eval()
         with torch.no_grad():
             summary = torch.cat([embedding(part).flatten(1) for part in x.split(_CHUNK)])
-        _check_summaries(summary)
+        _check_summaries(summary, x)
         self.net = EnergyNet(embedding, theta[train_indices], summary[train_indices], self.config)
         fit = self.config.fit
         config = replace(
@@ -230,11 +232,14 @@ class _Loss:
         return self.proxy.losses(net, theta, summary, self.pool.pick(indices, num))
 
 
-def _check_summaries(summary: Tensor) -> None:
-    bad = int((~torch.isfinite(summary)).any(dim=1).sum())
-    if bad:
-        raise ValueError(
-            f"x: expected the embedding net to give finite summaries, got NaN or inf for {bad} of "
-            f"{len(summary)} simulations; drop those, or use an embedding net that masks missing "
-            "values (sbi's PermutationInvariantEmbedding for NaN-padded trials)."
-        )
+def _check_summaries(summary: Tensor, x: Tensor) -> None:
+    bad = (~torch.isfinite(summary)).any(dim=1)
+    if not bool(bad.any()):
+        return
+    padded = int((bad & torch.isnan(x.flatten(1)).any(dim=1)).sum())
+    raise ValueError(
+        f"x: expected the embedding net to give finite summaries, got NaN or inf for "
+        f"{int(bad.sum())} of {len(summary)} simulations, {padded} of which contain NaN; drop "
+        "those, or use an embedding net that masks missing values (sbi's "
+        "PermutationInvariantEmbedding for NaN-padded trials of varying number)."
+    )

@@ -9,6 +9,7 @@ import torch
 from sbi.neural_nets import classifier_nn
 from torch import Tensor, nn
 
+from sbi_jeffreys._checks import check_bool, check_choice, check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
@@ -48,16 +49,12 @@ class EnergyConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.classifier not in _CLASSIFIERS:
-            raise ValueError(f"classifier must be one of {_CLASSIFIERS}, got {self.classifier!r}.")
-        for name, minimum in (("hidden_features", 1), ("num_contrasts", 4), ("refresh_epochs", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}.")
-        if not isinstance(self.share_embedding, bool):
-            raise ValueError(f"share_embedding must be a bool, got {self.share_embedding!r}.")
-        if not isinstance(self.fit, FitConfig):
-            raise TypeError(f"fit must be a FitConfig, got {type(self.fit).__name__}.")
+        check_choice("classifier", self.classifier, _CLASSIFIERS)
+        check_int("hidden_features", self.hidden_features, 1)
+        check_bool("share_embedding", self.share_embedding)
+        check_int("num_contrasts", self.num_contrasts, 4)
+        check_int("refresh_epochs", self.refresh_epochs, 1)
+        check_instance("fit", self.fit, FitConfig)
 
 
 class _Standardise(nn.Module):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
@@ -99,9 +100,13 @@ class LikelihoodProxy(Proxy):
     Args:
         prior: Prior p(θ).
         experts: What to fit.
-        config: How each network is fitted; its own learning rate and decay take precedence.
+        config: How each network is fitted; an expert's own learning rate and decay, where it has
+            them, take precedence.
         num_folds: Fits of each expert to parts of the training pairs, which are then averaged: 1 is
             a single fit; None is 10 from 20 training pairs on, 5 from 150, else 1.
+
+    Raises:
+        TypeError, ValueError: Naming the argument, what was expected and what came.
 
     Attributes:
         fitted: The experts of the mixture after `fit`, as `FittedExpert`.
@@ -122,6 +127,10 @@ class LikelihoodProxy(Proxy):
         num_folds: int | None = None,
     ) -> None:
         super().__init__(prior)
+        if num_folds is not None:
+            check_int("num_folds", num_folds, 1)
+        if config is not None:
+            check_instance("config", config, FitConfig)
         self.num_folds = num_folds
         self.experts = check_experts(experts)
         self.config = FitConfig() if config is None else config
@@ -153,6 +162,7 @@ class LikelihoodProxy(Proxy):
             max_epochs=min(self.config.max_epochs, max_epochs or self.config.max_epochs),
             patience=min(self.config.patience, patience or self.config.patience),
         )
+        self.check_prior(theta[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         z = self.theta_transform(theta)
         folds = self._folds(len(train_indices))
