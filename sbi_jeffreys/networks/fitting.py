@@ -1,12 +1,9 @@
-"""Maximum-likelihood fits of small networks on few data: one loop for every proxy.
+"""Fits of small networks on few data: one loop for every proxy.
 
-sbi's trainers own their data split and their optimiser; a proxy has to respect the *main's* split
-(its held-out value decides how far it is trusted) and profits, on few simulations, from two things
-that sbi's loop does not do: an exponential moving average of the weights, and decoupled weight
-decay. On the tuning tasks the average was worth 0.05–0.15 nats of held-out likelihood at a third
-of the steps, and strong decay 0.2 nats where the likelihood is simple. With the average in place
-the step size can be large: 4e-3 for 150 epochs instead of 2e-3 for 100 was worth 0.05–0.1 nats
-where noise is wide and 2 nats on a sharp dynamical system.
+sbi's trainers choose their own data split and optimiser. A proxy needs the *main's* split, because
+its held-out value decides how far it is trusted, and it profits, on few simulations, from two
+things that sbi's loop does not do: an exponential moving average of the weights, which also allows
+larger steps, and decoupled weight decay.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +24,8 @@ from sbi_jeffreys.networks.flat import flattened
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
-# When, and how many nats behind, a fit is given up, or what share of what its rival gained later:
-# where fits are slow, the last at twenty epochs may be the first in the end.
+# A fit is abandoned after so many epochs if it is behind its rival by more than so many nats, and
+# by more than this share of what the rival gained later: slow fits may be behind at first.
 _RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
 _LEAST_PATIENCE = 10  # epochs, however many steps they have
@@ -79,6 +76,14 @@ class FitConfig:
         if self.clip_max_norm is not None:
             check_float("clip_max_norm", self.clip_max_norm, 0.0, low_open=True)
 
+    def at_most(self, max_epochs: int | None, patience: int | None) -> FitConfig:
+        """With lower bounds on epochs and patience, where these are lower and not None."""
+        return replace(
+            self,
+            max_epochs=min(self.max_epochs, max_epochs or self.max_epochs),
+            patience=min(self.patience, patience or self.patience),
+        )
+
     def epochs_without_gain(self, steps_per_epoch: int) -> int:
         """Epochs without held-out improvement before stopping.
 
@@ -96,7 +101,7 @@ class FitConfig:
 class FitResult:
     """Held-out loss of the weights kept (nats; inf if none was finite), and epochs run.
 
-    `early` is the best held-out loss after twenty epochs, for a rival to be compared with.
+    `early` is the best held-out loss after twenty epochs, which later fits are compared with.
     """
 
     held_out: float
@@ -105,16 +110,13 @@ class FitResult:
 
     @property
     def abandon_threshold(self) -> float:
-        """The loss after twenty epochs above which a rival is given up; inf if none was reached."""
+        """The loss after twenty epochs above which a later fit is abandoned; inf if unknown."""
         gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
         return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
 
 
 def can_fuse(net: nn.Module) -> bool:
-    """Whether Adam's fused kernel takes the parameters; complex ones (spectral nets) it does not.
-
-    On these small networks the per-tensor Python loop costs a quarter of a step.
-    """
+    """Whether Adam's fused kernel takes the parameters: not those of spectral nets, complex."""
     return all(p.is_floating_point() for p in net.parameters())
 
 
@@ -159,8 +161,8 @@ def fit_network(
         val_indices: Held-out pairs, shape `(M,)`.
         config: Optimiser and stopping.
         on_epoch: Called with the epoch and its held-out loss, for progress bars.
-        abandon_above: A fit whose held-out loss after twenty epochs is larger is given up: a
-            rival's `hopeless`, beside which it would get no weight.
+        abandon_above: A fit whose held-out loss after twenty epochs is larger is abandoned; the
+            `abandon_threshold` of a rival.
 
     Returns:
         The held-out loss of the weights kept and the epochs run.

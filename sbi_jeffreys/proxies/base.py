@@ -1,9 +1,9 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
-q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, where the inverse temperature γ is 1 unless held-out
-pairs call for a sharper one (`training.temperature`). Subclasses say what f_ψ is: a learned
-log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
-over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
+q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, with an inverse temperature γ that is 1 unless held-out
+pairs favour another (`training.temperature`). Subclasses define f_ψ: a learned log-likelihood
+(`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or a function of the user's
+(`GivenProxy`). What is common to them is here: the prior's support, and the temperature.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ class Proxy(nn.Module, ABC):
         TypeError: If the prior lacks either.
 
     Attributes:
-        inverse_temperature: γ, a scalar; 1 until training finds another (of proxies that
-            `can_be_tempered`).
+        inverse_temperature: γ, a scalar; training changes it for proxies that `can_be_tempered`.
     """
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
-    #: Whether f_ψ was fitted to x, not to θ: held-out pairs may then find it too flat over θ.
+    #: Whether f_ψ was fitted to x instead of θ, so that held-out pairs can improve its scale.
     can_be_tempered: bool = False
     inverse_temperature: Tensor
 
@@ -105,8 +104,8 @@ class Proxy(nn.Module, ABC):
         """
         log_prior = self.log_prior(theta)
         inside = torch.isfinite(log_prior)
-        # Networks may overflow far outside the support; their value there is not used, and a NaN
-        # masked by `where` would still poison the gradient. So they see an inside point instead.
+        # Networks may overflow far outside the support, and a NaN that `where` masks would still
+        # reach the gradient. So they are evaluated at an inside point instead.
         safe = torch.where(inside.unsqueeze(-1), theta, self._inside_point(theta))
         factor = self.inverse_temperature * self.log_factor(safe, x)
         return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
@@ -129,7 +128,7 @@ class Proxy(nn.Module, ABC):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> Proxy:
-        """Fit to the simulations; a proxy that is given rather than learned has nothing to do.
+        """Fit to the simulations. The default is that there is nothing to fit.
 
         Args:
             theta: Parameters of all rounds, shape `(N, D)`.

@@ -15,17 +15,13 @@ from sbi_jeffreys.networks.transforms import MarginalTransform
 
 __all__ = ["EnergyConfig", "EnergyNet"]
 
-_MAX_Z = 10.0  # a summary that never varied in training must not throw the energy off
+_MAX_Z = 10.0  # bounds a summary that never varied in training, but does on a new x
 _CLASSIFIERS = ("mlp", "resnet")
 
 
 @dataclass(frozen=True)
 class EnergyConfig:
     """What the energy is and how it is fitted.
-
-    The defaults are what did best held out on `blurred_source` (1,000 images; NPE: −3.0 nats):
-    mlp with an embedding of its own −4.3 by nce and −3.9 by iml, with the main's −3.8; resnet
-    −3.8 and −3.3.
 
     Attributes:
         classifier: sbi's `classifier_nn` model for f_ψ: "mlp" (with layer norm) or "resnet".
@@ -67,8 +63,8 @@ class _Standardise(nn.Module):
         super().__init__()
         values = values.detach()
         std = values.std(dim=0) if len(values) > 1 else torch.ones_like(values[0])
-        # sbi's FCEmbedding ends in a ReLU: dead units are common, and sbi's own z-scoring would
-        # divide whatever they do on new x by 1e-7.
+        # sbi's FCEmbedding ends in a ReLU. Dead units are common, and sbi's own z-scoring would
+        # divide their values at a new x by 1e-7.
         varies = std > 1e-6 * values.abs().amax(dim=0)
         self.register_buffer("mean", values.mean(dim=0))
         self.register_buffer("std", torch.where(varies, std, 1.0))
@@ -80,9 +76,9 @@ class _Standardise(nn.Module):
 class EnergyNet(nn.Module):
     """f_ψ(θ, s(x)) with everything its input goes through.
 
-    θ enters as it is (standardised, skewed dimensions logged), not in the prior's unconstrained
-    space: a log-likelihood is as smooth at a box's edge as elsewhere, and sending the edge to
-    infinity cost 0.7 nats on `blurred_source`, twice that near the edge.
+    θ is standardised, and skewed dimensions are logged. It is not mapped to the prior's
+    unconstrained space: a log-likelihood is as smooth at the edge of a box as elsewhere, and that
+    map would send the edge to infinity.
 
     Args:
         embedding: x `(B, *x_shape)` → summaries; stays in evaluation mode, so that batch norm and

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -157,11 +157,7 @@ class LikelihoodProxy(Proxy):
         Raises:
             ValueError: If there are fewer than two training pairs per fold.
         """
-        base = replace(
-            self.config,
-            max_epochs=min(self.config.max_epochs, max_epochs or self.config.max_epochs),
-            patience=min(self.config.patience, patience or self.config.patience),
-        )
+        base = self.config.at_most(max_epochs, patience)
         self.check_prior(theta[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         z = self.theta_transform(theta)
