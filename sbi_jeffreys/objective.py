@@ -105,7 +105,7 @@ def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Ten
     the whole batch. Such samples are assigned the *value* f̄(x) + barrier, f̄(x) being the median
     over the K samples with finite ratio, while the *gradient* of log p_φ still flows: they push
     mass back inside with a bounded force. Where no sample of an x is inside, f̄ is the batch's
-    median, so that leakage still has a price.
+    median, so that leakage is still penalised.
 
     Args:
         log_p: log p_φ(θ_k|x), shape `(K, B)`.

@@ -1,12 +1,9 @@
-"""Maximum-likelihood fits of small networks on few data: one loop for every proxy.
+"""Fits of small networks on few data: one loop for every proxy.
 
-sbi's trainers own their data split and their optimiser; a proxy has to respect the *main's* split
-(its held-out value decides how far it is trusted) and profits, on few simulations, from two things
-that sbi's loop does not do: an exponential moving average of the weights, and decoupled weight
-decay. On the tuning tasks the average was worth 0.05–0.15 nats of held-out likelihood at a third
-of the steps, and strong decay 0.2 nats where the likelihood is simple. With the average in place
-the step size can be large: 4e-3 for 150 epochs instead of 2e-3 for 100 was worth 0.05–0.1 nats
-where noise is wide and 2 nats on a sharp dynamical system.
+sbi's trainers choose their own data split and optimiser. A proxy needs the *main's* split, because
+its held-out value decides how far it is trusted, and it profits, on few simulations, from two
+things that sbi's loop does not do: an exponential moving average of the weights, which also allows
+larger steps, and decoupled weight decay.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +19,13 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sbi_jeffreys._checks import check_float, check_int
 from sbi_jeffreys.networks.flat import flattened
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
-# When, and how many nats behind, a fit is given up, or what share of what its rival gained later:
-# where fits are slow, the last at twenty epochs may be the first in the end.
+# A fit is abandoned after so many epochs if it is behind its rival by more than so many nats, and
+# by more than this share of what the rival gained later: slow fits may be behind at first.
 _RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
 _LEAST_PATIENCE = 10  # epochs, however many steps they have
@@ -52,6 +50,9 @@ class FitConfig:
         max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
         clip_max_norm: Gradient norm bound, or None.
+
+    Raises:
+        TypeError, ValueError: Naming the field, what was expected and what came.
     """
 
     learning_rate: float = 4e-3
@@ -62,6 +63,26 @@ class FitConfig:
     max_epochs: int = 150
     ema_decay: float = 0.995
     clip_max_norm: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        check_float("learning_rate", self.learning_rate, 0.0, low_open=True)
+        check_float("weight_decay", self.weight_decay, 0.0)
+        check_float("ema_decay", self.ema_decay, 0.0, 1.0, high_open=True)
+        check_int("patience", self.patience, 1)
+        check_int("max_epochs", self.max_epochs, 1)
+        for name in ("batch_size", "patience_steps"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        if self.clip_max_norm is not None:
+            check_float("clip_max_norm", self.clip_max_norm, 0.0, low_open=True)
+
+    def at_most(self, max_epochs: int | None, patience: int | None) -> FitConfig:
+        """With lower bounds on epochs and patience, where these are lower and not None."""
+        return replace(
+            self,
+            max_epochs=min(self.max_epochs, max_epochs or self.max_epochs),
+            patience=min(self.patience, patience or self.patience),
+        )
 
     def epochs_without_gain(self, steps_per_epoch: int) -> int:
         """Epochs without held-out improvement before stopping.
@@ -80,7 +101,7 @@ class FitConfig:
 class FitResult:
     """Held-out loss of the weights kept (nats; inf if none was finite), and epochs run.
 
-    `early` is the best held-out loss after twenty epochs, for a rival to be compared with.
+    `early` is the best held-out loss after twenty epochs, which later fits are compared with.
     """
 
     held_out: float
@@ -89,16 +110,13 @@ class FitResult:
 
     @property
     def abandon_threshold(self) -> float:
-        """The loss after twenty epochs above which a rival is given up; inf if none was reached."""
+        """The loss after twenty epochs above which a later fit is abandoned; inf if unknown."""
         gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
         return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
 
 
 def can_fuse(net: nn.Module) -> bool:
-    """Whether Adam's fused kernel takes the parameters; complex ones (spectral nets) it does not.
-
-    On these small networks the per-tensor Python loop costs a quarter of a step.
-    """
+    """Whether Adam's fused kernel takes the parameters: not those of spectral nets, complex."""
     return all(p.is_floating_point() for p in net.parameters())
 
 
@@ -143,8 +161,8 @@ def fit_network(
         val_indices: Held-out pairs, shape `(M,)`.
         config: Optimiser and stopping.
         on_epoch: Called with the epoch and its held-out loss, for progress bars.
-        abandon_above: A fit whose held-out loss after twenty epochs is larger is given up: a
-            rival's `hopeless`, beside which it would get no weight.
+        abandon_above: A fit whose held-out loss after twenty epochs is larger is abandoned; the
+            `abandon_threshold` of a rival.
 
     Returns:
         The held-out loss of the weights kept and the epochs run.

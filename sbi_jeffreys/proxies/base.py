@@ -1,28 +1,28 @@
 """The proxy's interface: an unnormalised density over θ given x, with an exact prior.
 
-q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, where the inverse temperature γ is 1 unless held-out
-pairs call for a sharper one (`training.temperature`). Subclasses say what f_ψ is: a learned
-log-likelihood (`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or something the user hands
-over (`GivenProxy`). What they share lives here: the prior's support, and the temperature.
+q_ψ(θ|x) ∝ q̃_ψ(θ, x) = p(θ) e^{γ f_ψ(θ, x)}, with an inverse temperature γ that is 1 unless held-out
+pairs favour another (`training.temperature`). Subclasses define f_ψ: a learned log-likelihood
+(`LikelihoodProxy`), a learned log-ratio (`EnergyProxy`), or a function of the user's
+(`GivenProxy`). What is common to them is here: the prior's support, and the temperature.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from sbi.utils import within_support
 from torch import Tensor, nn
-from torch.distributions import (
-    Categorical,
-    Distribution,
-    MixtureSameFamily,
-    MultivariateNormal,
-    constraints,
-)
+from torch.distributions import Distribution, constraints
+
+from sbi_jeffreys._checks import check_callable
 
 __all__ = ["EmpiricalPrior", "Proxy"]
+
+_MAX_CENTRES = 10_000  # of an empirical prior
+_MAX_DISTANCES = 1_000_000  # between points and centres held at once: 4 MB each
 
 
 class Proxy(nn.Module, ABC):
@@ -31,19 +31,24 @@ class Proxy(nn.Module, ABC):
     Args:
         prior: Prior p(θ) with `log_prob` and `sample`, event shape `(D,)`.
 
+    Raises:
+        TypeError: If the prior lacks either.
+
     Attributes:
-        inverse_temperature: γ, a scalar; 1 until training finds another (of proxies that
-            `can_be_tempered`).
+        inverse_temperature: γ, a scalar; training changes it for proxies that `can_be_tempered`.
     """
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
-    #: Whether f_ψ was fitted to x, not to θ: held-out pairs may then find it too flat over θ.
+    #: Whether f_ψ was fitted to x instead of θ, so that held-out pairs can improve its scale.
     can_be_tempered: bool = False
     inverse_temperature: Tensor
 
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
+        for name in ("sample", "log_prob"):
+            remedy = "pass a torch distribution, or what sbi's process_prior makes of yours"
+            check_callable(f"prior.{name}", getattr(prior, name, None), "a method", remedy)
         self.prior = prior
         self.register_buffer("inverse_temperature", torch.tensor(1.0))
 
@@ -67,6 +72,26 @@ class Proxy(nn.Module, ABC):
         log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
         return log_prob.reshape(theta.shape[:-1])
 
+    @torch.no_grad()
+    def check_prior(self, theta: Tensor) -> None:
+        """Require that the prior has a density at parameters `(N, D)` of simulations.
+
+        Raises:
+            ValueError: If its log density is NaN or +∞ at some of them.
+        """
+        try:
+            log_prob = self.prior.log_prob(theta[within_support(self.prior, theta)])
+            if len(log_prob) == 0:  # of a prior without support, NaN counts as outside
+                log_prob = self.prior.log_prob(theta)
+        except ValueError:  # torch's priors raise outside their support: no density there
+            return
+        wrong = torch.isnan(log_prob) | torch.isposinf(log_prob)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"prior.log_prob must be finite, or -inf outside the support, got NaN or inf at "
+                f"{int(wrong.sum())} of {len(log_prob)} simulated theta; mend the prior's log_prob."
+            )
+
     def log_potential(self, theta: Tensor, x: Tensor) -> Tensor:
         """log q̃_ψ(θ, x) = log p(θ) + γ f_ψ(θ, x), −∞ outside the prior.
 
@@ -79,8 +104,8 @@ class Proxy(nn.Module, ABC):
         """
         log_prior = self.log_prior(theta)
         inside = torch.isfinite(log_prior)
-        # Networks may overflow far outside the support; their value there is not used, and a NaN
-        # masked by `where` would still poison the gradient. So they see an inside point instead.
+        # Networks may overflow far outside the support, and a NaN that `where` masks would still
+        # reach the gradient. So they are evaluated at an inside point instead.
         safe = torch.where(inside.unsqueeze(-1), theta, self._inside_point(theta))
         factor = self.inverse_temperature * self.log_factor(safe, x)
         return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
@@ -103,7 +128,7 @@ class Proxy(nn.Module, ABC):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> Proxy:
-        """Fit to the simulations; a proxy that is given rather than learned has nothing to do.
+        """Fit to the simulations. The default is that there is nothing to fit.
 
         Args:
             theta: Parameters of all rounds, shape `(N, D)`.
@@ -131,11 +156,12 @@ class Proxy(nn.Module, ABC):
 class EmpiricalPrior(Distribution):
     """Gaussian kernel density of the simulations' θ, where the user gave no prior.
 
-    sbi's own stand-in has no density; the reverse term needs one. Bandwidth: Scott's rule on the
-    full covariance.
+    sbi's own stand-in has no density, and the reverse term needs one. Bandwidth: Scott's rule on
+    the full covariance, which all centres share. Memory grows with the number of centres (at most
+    10,000; of more θ every n-th is one), not with its product with the points asked for.
 
     Args:
-        theta: Parameters the simulations were run at, shape `(N, D)`.
+        theta: Parameters that the simulations were run at, shape `(N, D)`.
     """
 
     arg_constraints: dict = {}  # noqa: RUF012 - torch's protocol
@@ -144,15 +170,20 @@ class EmpiricalPrior(Distribution):
     def __init__(self, theta: Tensor) -> None:
         num, dim = theta.shape
         covariance = torch.cov(theta.T).reshape(dim, dim) if num > 1 else torch.eye(dim).to(theta)
+        if num > _MAX_CENTRES:
+            rows = torch.linspace(0, num - 1, _MAX_CENTRES, device=theta.device).long()
+            theta, num = theta[rows], _MAX_CENTRES
         jitter = 1e-6 * covariance.diagonal().mean().clamp_min(1e-12)
-        factor = num ** (-2.0 / (dim + 4))
-        covariance = factor * covariance + jitter * torch.eye(dim).to(theta)
-        self.mixture = MixtureSameFamily(
-            Categorical(probs=torch.ones(num).to(theta), validate_args=False),
-            MultivariateNormal(theta, covariance.expand(num, dim, dim), validate_args=False),
-            validate_args=False,
-        )
+        covariance = num ** (-2.0 / (dim + 4)) * covariance + jitter * torch.eye(dim).to(theta)
+        self.centres = theta
+        self.cholesky = torch.linalg.cholesky(covariance)
+        self._white = self._whitened(theta)
         super().__init__(event_shape=torch.Size((dim,)), validate_args=False)
+
+    def _whitened(self, theta: Tensor) -> Tensor:
+        """L⁻¹(θ − mean), Σ = LL', of `(N, D)`."""
+        centred = (theta - self.mean).T
+        return torch.linalg.solve_triangular(self.cholesky, centred, upper=False).T
 
     @property
     def support(self) -> constraints.Constraint:
@@ -162,17 +193,28 @@ class EmpiricalPrior(Distribution):
     @property
     def mean(self) -> Tensor:
         """Shape `(D,)`."""
-        return self.mixture.mean
+        return self.centres.mean(dim=0)
 
     @property
     def variance(self) -> Tensor:
         """Shape `(D,)`."""
-        return self.mixture.variance
+        return self.centres.var(dim=0, correction=0) + self.cholesky.pow(2).sum(dim=1)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws of shape `(*sample_shape, D)`."""
-        return self.mixture.sample(sample_shape)
+        """Draws of shape `(*sample_shape, D)`: a centre at random, and Gaussian noise."""
+        shape = torch.Size(sample_shape)
+        rows = torch.randint(len(self.centres), shape, device=self.centres.device)
+        noise = torch.randn((*shape, self.centres.shape[1])).to(self.centres)
+        return self.centres[rows] + noise @ self.cholesky.T
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, shape `(*B,)` for `(*B, D)`."""
-        return self.mixture.log_prob(value)
+        num, dim = self.centres.shape
+        points = self._whitened(value.reshape(-1, dim))
+        parts = []
+        for part in points.split(max(1, _MAX_DISTANCES // num)):
+            distances = torch.cdist(part, self._white, compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append(torch.logsumexp(-0.5 * distances**2, dim=1))
+        log_det = self.cholesky.diagonal().log().sum()
+        constant = 0.5 * dim * math.log(2 * math.pi) + log_det + math.log(num)
+        return (torch.cat(parts) - constant).reshape(value.shape[:-1])

@@ -1,11 +1,11 @@
 r"""Energy proxy: q̃_ψ(θ, x) = p(θ) e^{f_ψ(θ, s(x))}, for x that has no tractable density.
 
-Images, time series, sets of trials, anything with an embedding net: f_ψ is one of sbi's classifier
-networks on (θ, summary of x), the prior is exact. Real pairs fit it, with contrasts θ_k from a
-*defensive mixture* of the main (¾) and the prior (¼), m(θ|x), by ranking noise-contrastive
-estimation: −log softmax of the true θ's v = log q̃_ψ − log m among those of the contrasts (Ma &
-Collins 2018, arXiv 1809.01812), which is bounded, and consistent for any m that covers the
-posterior.
+For images, time series, sets of trials, anything with an embedding net: f_ψ is one of sbi's
+classifier networks of θ and a summary of x, and the prior is exact. It is fitted to simulated
+pairs, with contrasts θ_k from a *defensive mixture* m(θ|x) of the main (¾) and the prior (¼), by
+ranking noise-contrastive estimation: −log softmax of the true θ's v = log q̃_ψ − log m among those
+of the contrasts (Ma & Collins 2018, arXiv 1809.01812), which is bounded, and consistent for any m
+that covers the posterior.
 
 In later rounds the pairs come from a proposal p̃(θ), and the loss would fit the posterior under p̃
 instead of the prior. Contrasts that follow p̃ as well, the θ of other pairs, cancel it (the atomic
@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import summary_net
 from sbi_jeffreys.networks.fitting import FitResult, fit_network
@@ -34,15 +34,15 @@ from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
 
 __all__ = ["EnergyConfig", "EnergyProxy"]
 
-_MAX_EVALUATIONS = 100_000  # of the energy per held-out reading
+_MAX_EVALUATIONS = 100_000  # of the energy per held-out value
 _CHUNK = 2_000  # observations embedded at once
 
 
 class EnergyProxy(Proxy):
     """p(θ) e^{f_ψ(θ, s(x))} with a classifier network for f_ψ, fitted against the main.
 
-    Call `set_proposal` with a trained main before `fit`. The proposal is a reference, not a part:
-    it is in no state dict, pickle or deep copy.
+    Call `set_proposal` with a trained main before `fit`. The proposal is only referred to: no state
+    dict, pickle or deep copy contains it.
 
     Args:
         prior: Prior p(θ).
@@ -52,8 +52,8 @@ class EnergyProxy(Proxy):
 
     Attributes:
         effective_sample_size: Kish's, as a fraction of the draws in (0, 1], of the mixture proposal
-            under the fitted energy, mean over held-out x; NaN before `fit`. Near 0 the partition
-            function, and with it the held-out value of the proxy, is not to be relied on.
+            under the fitted energy, mean over held-out x; NaN before `fit`. Near 0 the estimate of
+            the partition function, and the held-out value of the proxy, are unreliable.
         result: Held-out loss and epochs of the last fit, or None.
 
     Raises:
@@ -69,30 +69,28 @@ class EnergyProxy(Proxy):
         embedding_net: nn.Module | None = None,
     ) -> None:
         super().__init__(prior)
-        if config is not None and not isinstance(config, EnergyConfig):
-            raise TypeError(f"config must be an EnergyConfig or None, got {type(config).__name__}.")
-        if embedding_net is not None and not isinstance(embedding_net, nn.Module):
-            raise TypeError(
-                f"embedding_net must be a torch module that maps x (B, *x_shape) to (B, S), or "
-                f"None for the main's, got {type(embedding_net).__name__}."
-            )
+        if config is not None:
+            check_instance("config", config, EnergyConfig)
+        if embedding_net is not None:
+            remedy = "pass a torch module that maps x (B, *x_shape) to summaries (B, S), or None"
+            check_instance("embedding_net", embedding_net, nn.Module, remedy)
         self.config = EnergyConfig() if config is None else config
         self.effective_sample_size = float("nan")
         self.result: FitResult | None = None
         self.net: EnergyNet | None = None
-        # In a tuple, which nn.Module does not register: it is a template, not a part.
+        # In a tuple, which nn.Module does not register as a part of this module.
         self._template = (deepcopy(embedding_net),)
         self._proposal: ConditionalDensityEstimator | None
         self.set_proposal(None)
 
     def set_proposal(self, main: ConditionalDensityEstimator | None, atomic: bool = False) -> None:
-        """Name the main that contrasts are drawn from; it must not change during `fit`.
+        """Set the main that contrasts are drawn from; it must not change during `fit`.
 
         Args:
-            main: A trained density estimator of θ given x, or None to let go of it.
+            main: A trained density estimator of θ given x, or None to drop the reference.
             atomic: Whether the pairs come from a proposal instead of the prior (later rounds
                 without `force_first_round_loss`): contrasts are then other pairs' θ, and `main`
-                only lends its embedding net.
+                supplies its embedding net alone.
 
         Raises:
             TypeError: If `main` cannot be sampled or evaluated.
@@ -103,7 +101,7 @@ class EnergyProxy(Proxy):
                 f"main must be a trained density estimator of theta given x; {type(main).__name__} "
                 f"has no {' and no '.join(missing)}. Pass what NPE's `train` returns."
             )
-        # Past nn.Module's registration: the main has an owner already.
+        # Without nn.Module's registration: the main belongs to the trainer.
         object.__setattr__(self, "_proposal", main)
         self._atomic = atomic
 
@@ -137,17 +135,15 @@ class EnergyProxy(Proxy):
             ValueError: If summaries of x are not finite.
         """
         main = self._required_proposal()
+        remedy = "pad x of varying length with NaN and use sbi's PermutationInvariantEmbedding"
+        check_instance("x", x, Tensor, remedy)
+        self.check_prior(theta[train_indices])
         embedding = self._embedding(main, theta).eval()
         with torch.no_grad():
             summary = torch.cat([embedding(part).flatten(1) for part in x.split(_CHUNK)])
-        _check_summaries(summary)
+        _check_summaries(summary, x)
         self.net = EnergyNet(embedding, theta[train_indices], summary[train_indices], self.config)
-        fit = self.config.fit
-        config = replace(
-            fit,
-            max_epochs=min(fit.max_epochs, max_epochs or fit.max_epochs),
-            patience=min(fit.patience, patience or fit.patience),
-        )
+        config = self.config.fit.at_most(max_epochs, patience)
         num_held_out = max(16, min(256, _MAX_EVALUATIONS // len(val_indices)))
         held_out = self.draw(theta[val_indices], x[val_indices], num_held_out, main)
         cached = summary if self.config.share_embedding else None
@@ -177,8 +173,6 @@ class EnergyProxy(Proxy):
         share = kish_sample_size(log_weights) / len(contrasts.theta)
         self.effective_sample_size = float(share.mean())
 
-    # ------------------------------------------------------------------ contrasts
-
     def draw(
         self, theta: Tensor, x: Tensor, num: int, main: ConditionalDensityEstimator
     ) -> Contrasts:
@@ -198,8 +192,8 @@ class EnergyProxy(Proxy):
 class _Loss:
     """The loss that `fit_network` calls, with its pool of contrasts.
 
-    Drawing from the main costs far more than evaluating the energy. So a pool twice the contrasts
-    of one step is drawn every few epochs, and each step picks half of it.
+    Drawing from the main costs far more than evaluating the energy. So every few epochs a pool is
+    drawn of twice the contrasts of one step, and each step picks half of it.
     """
 
     def __init__(
@@ -230,11 +224,14 @@ class _Loss:
         return self.proxy.losses(net, theta, summary, self.pool.pick(indices, num))
 
 
-def _check_summaries(summary: Tensor) -> None:
-    bad = int((~torch.isfinite(summary)).any(dim=1).sum())
-    if bad:
-        raise ValueError(
-            f"x: expected the embedding net to give finite summaries, got NaN or inf for {bad} of "
-            f"{len(summary)} simulations; drop those, or use an embedding net that masks missing "
-            "values (sbi's PermutationInvariantEmbedding for NaN-padded trials)."
-        )
+def _check_summaries(summary: Tensor, x: Tensor) -> None:
+    bad = (~torch.isfinite(summary)).any(dim=1)
+    if not bool(bad.any()):
+        return
+    padded = int((bad & torch.isnan(x.flatten(1)).any(dim=1)).sum())
+    raise ValueError(
+        f"x: expected the embedding net to give finite summaries, got NaN or inf for "
+        f"{int(bad.sum())} of {len(summary)} simulations, {padded} of which contain NaN; drop "
+        "those, or use an embedding net that masks missing values (sbi's "
+        "PermutationInvariantEmbedding for NaN-padded trials of varying number)."
+    )

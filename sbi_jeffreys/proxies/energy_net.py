@@ -9,22 +9,19 @@ import torch
 from sbi.neural_nets import classifier_nn
 from torch import Tensor, nn
 
+from sbi_jeffreys._checks import check_bool, check_choice, check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
 __all__ = ["EnergyConfig", "EnergyNet"]
 
-_MAX_Z = 10.0  # a summary that never varied in training must not throw the energy off
+_MAX_Z = 10.0  # bounds a summary that never varied in training, but does on a new x
 _CLASSIFIERS = ("mlp", "resnet")
 
 
 @dataclass(frozen=True)
 class EnergyConfig:
     """What the energy is and how it is fitted.
-
-    The defaults are what did best held out on `blurred_source` (1,000 images; NPE: −3.0 nats):
-    mlp with an embedding of its own −4.3 by nce and −3.9 by iml, with the main's −3.8; resnet
-    −3.8 and −3.3.
 
     Attributes:
         classifier: sbi's `classifier_nn` model for f_ψ: "mlp" (with layer norm) or "resnet".
@@ -48,16 +45,12 @@ class EnergyConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.classifier not in _CLASSIFIERS:
-            raise ValueError(f"classifier must be one of {_CLASSIFIERS}, got {self.classifier!r}.")
-        for name, minimum in (("hidden_features", 1), ("num_contrasts", 4), ("refresh_epochs", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}.")
-        if not isinstance(self.share_embedding, bool):
-            raise ValueError(f"share_embedding must be a bool, got {self.share_embedding!r}.")
-        if not isinstance(self.fit, FitConfig):
-            raise TypeError(f"fit must be a FitConfig, got {type(self.fit).__name__}.")
+        check_choice("classifier", self.classifier, _CLASSIFIERS)
+        check_int("hidden_features", self.hidden_features, 1)
+        check_bool("share_embedding", self.share_embedding)
+        check_int("num_contrasts", self.num_contrasts, 4)
+        check_int("refresh_epochs", self.refresh_epochs, 1)
+        check_instance("fit", self.fit, FitConfig)
 
 
 class _Standardise(nn.Module):
@@ -70,8 +63,8 @@ class _Standardise(nn.Module):
         super().__init__()
         values = values.detach()
         std = values.std(dim=0) if len(values) > 1 else torch.ones_like(values[0])
-        # sbi's FCEmbedding ends in a ReLU: dead units are common, and sbi's own z-scoring would
-        # divide whatever they do on new x by 1e-7.
+        # sbi's FCEmbedding ends in a ReLU. Dead units are common, and sbi's own z-scoring would
+        # divide their values at a new x by 1e-7.
         varies = std > 1e-6 * values.abs().amax(dim=0)
         self.register_buffer("mean", values.mean(dim=0))
         self.register_buffer("std", torch.where(varies, std, 1.0))
@@ -83,9 +76,9 @@ class _Standardise(nn.Module):
 class EnergyNet(nn.Module):
     """f_ψ(θ, s(x)) with everything its input goes through.
 
-    θ enters as it is (standardised, skewed dimensions logged), not in the prior's unconstrained
-    space: a log-likelihood is as smooth at a box's edge as elsewhere, and sending the edge to
-    infinity cost 0.7 nats on `blurred_source`, twice that near the edge.
+    θ is standardised, and skewed dimensions are logged. It is not mapped to the prior's
+    unconstrained space: a log-likelihood is as smooth at the edge of a box as elsewhere, and that
+    map would send the edge to infinity.
 
     Args:
         embedding: x `(B, *x_shape)` → summaries; stays in evaluation mode, so that batch norm and

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_callable
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["GivenProxy"]
 
 _CHUNK = 20_000  # pairs per call of the given function: bounds memory
 _MAX_CHECKED = 100  # simulations the function is tried on before training relies on it
+_FAR = 10  # ranges of the simulated x; a draw further away is not like them
 
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]
 Sampler = Callable[[Tensor], Tensor]
@@ -53,12 +55,10 @@ class GivenProxy(Proxy):
         self, prior: Distribution, log_likelihood: LogLikelihood, sample_x: Sampler | None = None
     ) -> None:
         super().__init__(prior)
-        for name, value in (("log_likelihood", log_likelihood), ("sample_x", sample_x)):
-            if not callable(value) and not (name == "sample_x" and value is None):
-                raise TypeError(
-                    f"{name} must be callable, got {type(value).__name__}; for a trained sbi "
-                    "estimator use GivenProxy.from_nle or GivenProxy.from_nre."
-                )
+        remedy = "for a trained sbi estimator use GivenProxy.from_nle or GivenProxy.from_nre"
+        check_callable("log_likelihood", log_likelihood, "callable", remedy)
+        if sample_x is not None:
+            check_callable("sample_x", sample_x, "callable", remedy)
         self.log_likelihood, self.sample_x = log_likelihood, sample_x
         self.can_sample = sample_x is not None
 
@@ -124,13 +124,16 @@ class GivenProxy(Proxy):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> GivenProxy:
-        """Nothing to fit; the function is tried on some of the simulations. See `Proxy.fit`.
+        """Nothing to fit; the functions are tried on some of the simulations. See `Proxy.fit`.
 
         Raises:
-            ValueError: If it gives none of them a positive likelihood, or fails `log_factor`'s
-                checks.
+            ValueError: If it gives none of them a positive likelihood or fails the checks of
+                `log_factor`, or if most draws of `sample_x` at their θ are far from all x.
         """
+        self.check_prior(theta[train_indices])
         rows = train_indices[:_MAX_CHECKED]
+        if self.sample_x is not None:
+            self._check_sampler(theta[rows], x)
         with torch.no_grad():
             values = self.log_potential(theta[rows].unsqueeze(0), x[rows])
         if not bool(torch.isfinite(values).any()):
@@ -157,6 +160,16 @@ class GivenProxy(Proxy):
             raise NotImplementedError(
                 "This GivenProxy cannot draw x: pass sample_x, or use GivenProxy.from_nle."
             )
+        x = self._drawn_x(theta)
+        flat = x.flatten(1)
+        # NaN in part of an x of several axes encodes missing trials; in a vector it is a failure.
+        nan = torch.isnan(flat).any(1) if x.ndim == 2 else torch.isnan(flat).all(1)
+        usable = ~(nan | torch.isinf(flat).any(1))
+        return theta[usable], x[usable]
+
+    def _drawn_x(self, theta: Tensor) -> Tensor:
+        """What `sample_x` returns, its type and number of rows checked."""
+        assert self.sample_x is not None
         x = self.sample_x(theta)
         if not isinstance(x, Tensor) or x.ndim < 2 or len(x) != len(theta):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -164,11 +177,32 @@ class GivenProxy(Proxy):
                 f"sample_x must return a tensor of shape ({len(theta)}, *x_shape), one x for each "
                 f"theta, got {got}."
             )
-        flat = x.flatten(1)
-        # NaN in part of an x of several axes encodes missing trials; in a vector it is a failure.
-        nan = torch.isnan(flat).any(1) if x.ndim == 2 else torch.isnan(flat).all(1)
-        usable = ~(nan | torch.isinf(flat).any(1))
-        return theta[usable], x[usable]
+        return x
+
+    @torch.no_grad()
+    def _check_sampler(self, theta: Tensor, x: Tensor) -> None:
+        """Require that most draws at simulated θ are in a wide box about all simulations x."""
+        with torch.random.fork_rng(devices=[]):
+            drawn = self._drawn_x(theta)
+        if drawn.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"sample_x must return x of the simulations' shape (N, {_listed(x)}), got "
+                f"(N, {_listed(drawn)}); reshape what it returns."
+            )
+        values = x.flatten(1).nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+        low = values.nan_to_num(nan=torch.inf).amin(dim=0)
+        high = values.nan_to_num(nan=-torch.inf).amax(dim=0)
+        margin = _FAR * torch.maximum(high - low, 1e-3 * torch.maximum(low.abs(), high.abs()))
+        draws = drawn.flatten(1)
+        far = ((draws < low - margin) | (draws > high + margin)).any(dim=1)
+        failed = torch.isinf(draws).any(dim=1) | torch.isnan(draws).all(dim=1)
+        wrong = int((far | failed).sum())
+        if wrong > 0.5 * len(theta):
+            raise ValueError(
+                f"sample_x must draw x like the simulations, got values that are not finite or far "
+                f"from all of them ({_FAR} times their range) in {wrong} of {len(theta)} draws at "
+                "simulated theta. Check its units and the order of its outputs."
+            )
 
 
 class _NLELikelihood(nn.Module):
@@ -199,6 +233,11 @@ class _NRERatio(nn.Module):
     def forward(self, theta: Tensor, x: Tensor) -> Tensor:
         ratio = self.ratio_estimator.unnormalized_log_ratio(theta, x)  # type: ignore[operator]
         return _nan_to_no_mass(ratio.reshape(len(theta)))
+
+
+def _listed(x: Tensor) -> str:
+    """The shape of one x, in words."""
+    return ", ".join(str(size) for size in x.shape[1:])
 
 
 def _frozen_copy(estimator: nn.Module) -> nn.Module:

@@ -17,28 +17,48 @@ mixture is better calibrated than any one of them. T_k is a marginal transform o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, Expert, FittedExpert, check_experts
-from sbi_jeffreys.proxies.experts.base import OnEpoch
+from sbi_jeffreys.proxies.experts.base import NARROW, OnEpoch
 from sbi_jeffreys.proxies.experts.fit import fit_experts
 from sbi_jeffreys.proxies.folds import fit_folds
 
-__all__ = ["LikelihoodProxy", "stacking_weights"]
+__all__ = ["DrawCount", "LikelihoodProxy", "stacking_weights"]
 
 #: Training pairs from which on there are so many folds by default: the fewer pairs, the larger the
 #: gain, and the smaller the cost.
 _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 _MIN_WEIGHT = 0.01  # experts of a smaller weight are dropped
+_ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
+_ROUNDS = 5  # in which draws are replaced that were not plausible
+_MIN_PLAUSIBLE = 0.05  # share of plausible draws below which drawing more would not help
+
+
+@dataclass(frozen=True)
+class DrawCount:
+    """What the last draw of pairs came to.
+
+    Attributes:
+        asked: Pairs asked for.
+        proposed: Pairs drawn.
+        kept: Plausible pairs among them that were returned, at most `asked`.
+    """
+
+    asked: int
+    proposed: int
+    kept: int
 
 
 def stacking_weights(log_likelihoods: Tensor, num_iterations: int = 200) -> Tensor:
@@ -80,14 +100,19 @@ class LikelihoodProxy(Proxy):
     Args:
         prior: Prior p(θ).
         experts: What to fit.
-        config: How each network is fitted; its own learning rate and decay take precedence.
+        config: How each network is fitted; an expert's own learning rate and decay, where it has
+            them, take precedence.
         num_folds: Fits of each expert to parts of the training pairs, which are then averaged: 1 is
             a single fit; None is 10 from 20 training pairs on, 5 from 150, else 1.
+
+    Raises:
+        TypeError, ValueError: Naming the argument, what was expected and what came.
 
     Attributes:
         fitted: The experts of the mixture after `fit`, as `FittedExpert`.
         weights: Their stacking weights, shape `(experts,)`.
         results: Held-out loss and epochs of each expert fitted, also of those without weight.
+        drawn: How many pairs the last draw asked for, made and kept; None before any.
     """
 
     can_sample = True
@@ -102,10 +127,15 @@ class LikelihoodProxy(Proxy):
         num_folds: int | None = None,
     ) -> None:
         super().__init__(prior)
+        if num_folds is not None:
+            check_int("num_folds", num_folds, 1)
+        if config is not None:
+            check_instance("config", config, FitConfig)
         self.num_folds = num_folds
         self.experts = check_experts(experts)
         self.config = FitConfig() if config is None else config
         self.results: list[FitResult] = []
+        self.drawn: DrawCount | None = None
         self.fitted = nn.ModuleList()
         self.register_buffer("weights", torch.zeros(len(self.experts)))
 
@@ -127,11 +157,8 @@ class LikelihoodProxy(Proxy):
         Raises:
             ValueError: If there are fewer than two training pairs per fold.
         """
-        base = replace(
-            self.config,
-            max_epochs=min(self.config.max_epochs, max_epochs or self.config.max_epochs),
-            patience=min(self.config.patience, patience or self.config.patience),
-        )
+        base = self.config.at_most(max_epochs, patience)
+        self.check_prior(theta[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         z = self.theta_transform(theta)
         folds = self._folds(len(train_indices))
@@ -178,16 +205,45 @@ class LikelihoodProxy(Proxy):
 
     @torch.no_grad()
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), implausible x̃ dropped with their θ̃."""
-        theta = self.prior.sample(torch.Size((num_samples,))).to(self.weights)
-        return self.sample_given(theta)
+        """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), implausible x̃ dropped with their θ̃.
+
+        More are drawn until there are `num_samples` (nine tenths of them where x has ten columns
+        or fewer), in at most five rounds, and in none where fewer than one in twenty is plausible.
+        `drawn` has the counts.
+        """
+        return self._enough(
+            num_samples, lambda num: self.prior.sample(torch.Size((num,))).to(self.weights)
+        )
 
     @torch.no_grad()
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) for given θ̃ `(N, D)`; see `FittedExpert.sample`.
+        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) for given θ̃ `(N, D)`, implausible x̃ dropped with their θ̃.
 
-        Implausible x̃ are dropped with their θ̃.
+        Where too few are left, as in `sample_joint`, further ones are drawn for some of these θ̃,
+        chosen at random.
         """
+        rest = iter((theta,))
+        return self._enough(
+            len(theta), lambda num: next(rest, theta[torch.randint(len(theta), (num,))])
+        )
+
+    def _enough(self, num: int, draw_theta: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        """Plausible pairs, about `num`, with θ̃ from a function of their number."""
+        theta, x = self._plausible_pairs(draw_theta(num))
+        enough = num if x.shape[1] > NARROW else math.ceil(_ENOUGH * num)
+        proposed = num
+        for _ in range(_ROUNDS):
+            if len(x) >= enough or len(x) < _MIN_PLAUSIBLE * proposed:
+                break
+            batch = min(num, math.ceil((num - len(x)) * proposed / len(x)))
+            more = self._plausible_pairs(draw_theta(batch))
+            theta, x = (torch.cat(both)[:num] for both in zip((theta, x), more))
+            proposed += batch
+        self.drawn = DrawCount(num, proposed, len(x))
+        return theta, x
+
+    def _plausible_pairs(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """One x̃ for each θ̃ `(N, D)`, implausible ones dropped with their θ̃."""
         z = self.theta_transform(theta)
         which = torch.multinomial(self.weights, len(theta), replacement=True)
         thetas, xs = [], []

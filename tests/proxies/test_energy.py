@@ -285,23 +285,28 @@ def test_errors_say_what_to_do():
         proxy.log_potential(theta.unsqueeze(0), x)
     with pytest.raises(TypeError, match="Linear has no sample and no log_prob"):
         proxy.set_proposal(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="config must be an EnergyConfig"):
+    with pytest.raises(TypeError, match="config must be of type EnergyConfig, got dict"):
         EnergyProxy(prior, {"classifier": "mlp"})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="embedding_net must be a torch module"):
+    with pytest.raises(TypeError, match=r"embedding_net must be .*pass a torch module"):
         EnergyProxy(prior, embedding_net=lambda x: x)  # type: ignore[arg-type]
     x[3] = math.nan
     proxy.set_proposal(WideMain(x))
-    with pytest.raises(ValueError, match=r"1 of 20 simulations.*PermutationInvariantEmbedding"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 20 simulations, 1 of which contain NaN.*PermutationInvariantEmbedding",
+    ):
         proxy.fit(theta, x, rows[:15], rows[15:])
+    with pytest.raises(TypeError, match=r"x must be of type Tensor.*pad x of varying length"):
+        proxy.fit(theta, list(x), rows[:15], rows[15:])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("field", "value", "error", "message"),
     [
         ("classifier", "linear", ValueError, r"classifier must be one of .*got 'linear'"),
-        ("num_contrasts", 2, ValueError, "num_contrasts must be an int of at least 4, got 2"),
-        ("refresh_epochs", 1.5, ValueError, "refresh_epochs must be an int"),
-        ("fit", {}, TypeError, "fit must be a FitConfig, got dict"),
+        ("num_contrasts", 2, ValueError, "num_contrasts must be an int ≥ 4, got 2"),
+        ("refresh_epochs", 1.5, TypeError, "refresh_epochs must be an int"),
+        ("fit", {}, TypeError, "fit must be of type FitConfig, got dict"),
     ],
 )
 def test_configuration_is_validated(field, value, error, message):

@@ -1,4 +1,4 @@
-"""Cross-fitted members: left-out pairs, bags, and when they are used."""
+"""Cross-fitted experts: unseen pairs, bags, and when they are used."""
 
 import math
 
@@ -54,11 +54,11 @@ def test_draws_of_a_bag_belong_to_their_conditions_and_come_from_all_fits():
     assert int(counts.min()) > 100 - 4 * math.sqrt(300 * 2 / 9)  # binomial: four deviations
 
 
-def test_a_pair_is_judged_by_the_fit_that_left_it_out():
+def test_a_pair_is_judged_by_the_fit_that_has_not_seen_it():
     z, x = pairs(60)
     train = torch.arange(7, 60)
     torch.manual_seed(3)
-    (member,) = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
+    (expert,) = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
     torch.manual_seed(3)
     folds = train[torch.randperm(53)].tensor_split(4)
     scales = scales_of(x[train])
@@ -67,20 +67,20 @@ def test_a_pair_is_judged_by_the_fit_that_left_it_out():
         rest = torch.cat([fold for j, fold in enumerate(folds) if j != k])
         data = ExpertData(z, x, rest, unseen, QUICK, scales)
         expected.append(RegressionExpert(1).fit(data, ()).held_out)
-    torch.testing.assert_close(member.held_out, torch.cat(expected))
+    torch.testing.assert_close(expert.held_out, torch.cat(expected))
     # What is kept is fitted to all of them, once.
     whole = RegressionExpert(1).fit(ExpertData(z, x, train, train, QUICK, scales), ())
-    torch.testing.assert_close(member.net.coefficients, whole.net.coefficients)
+    torch.testing.assert_close(expert.net.coefficients, whole.net.coefficients)
 
 
 def test_nets_of_all_folds_are_kept():
     z, x = pairs(60)
     specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
-    members = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
-    assert [member.spec for member in members] == list(specs)
-    bag = members[1].net
+    experts = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
+    assert [expert.spec for expert in experts] == list(specs)
+    bag = experts[1].net
     assert isinstance(bag, Bag)
-    y = members[1].transform(x[:5]).unsqueeze(0)
+    y = experts[1].transform(x[:5]).unsqueeze(0)
     apart = torch.stack([net.log_prob(y, z[:5]) for net in bag.nets])
     assert float(apart.std(0).min()) > 1e-3  # three different fits
     torch.testing.assert_close(bag.log_prob(y, z[:5]), apart.exp().mean(0).log())

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from sbi.utils import BoxUniform
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys.objective import reverse_term
+from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.proxies import LikelihoodProxy, build_proxy
 from sbi_jeffreys.proxies.given import GivenProxy
 
 NOISE = 0.5
@@ -219,3 +223,65 @@ def test_copies_and_pickles_agree():
         for other in (copy.deepcopy(proxy), pickle.loads(pickle.dumps(proxy))):
             assert torch.equal(other.log_potential(theta[:6].unsqueeze(0), x[:6]), value)
             assert other.can_sample == proxy.can_sample
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (lambda t: t.repeat(1, 2)[:, :3] * 1e38, "far from all of them"),
+        (lambda t: torch.full((len(t), 3), math.inf), "not finite"),
+        (lambda t: torch.full((len(t), 3), math.nan), "not finite"),
+        (lambda t: 1000 * simulate(t), r"far from all of them .10 times their range."),
+        (lambda t: simulate(t)[:, :2], r"must return x of the simulations' shape \(N, 3\)"),
+        (lambda t: simulate(t)[:5], r"one x for each theta, got \(5, 3\)"),
+    ],
+)
+def test_a_sampler_unlike_the_simulations_is_named_before_training(sampler, message):
+    theta = prior().sample((50,))
+    rows = torch.arange(50)
+    proxy = GivenProxy(prior(), log_likelihood, sample_x=sampler)
+    with pytest.raises(ValueError, match=message):
+        proxy.fit(theta, simulate(theta), rows[:40], rows[40:])
+
+
+def test_the_simulator_itself_passes_and_the_random_stream_goes_on():
+    theta = prior().sample((50,))
+    x, rows = simulate(theta), torch.arange(50)
+    torch.manual_seed(3)
+    GivenProxy(prior(), log_likelihood, sample_x=simulate).fit(theta, x, rows[:40], rows[40:])
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+
+
+class BrokenPrior(MultivariateNormal):
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) * math.nan
+
+
+def test_a_prior_without_a_density_is_named():
+    broken = BrokenPrior(torch.zeros(2), torch.eye(2))
+    theta = prior().sample((50,))
+    x, rows = simulate(theta), torch.arange(50)
+    for proxy in (GivenProxy(broken, log_likelihood), LikelihoodProxy(broken)):
+        with pytest.raises(ValueError, match=r"prior.log_prob must be finite.*at 40 of 40"):
+            proxy.fit(theta, x, rows[:40], rows[40:])
+
+
+def choose(given, trainers):
+    options = JeffreysOptions(proxy=GivenProxy(given, log_likelihood))
+    build_proxy(trainers, None, torch.randn(5, 3), options)  # type: ignore[arg-type]
+
+
+def test_another_prior_than_the_trainers_is_a_warning():
+    box, wide = (BoxUniform(-c * torch.ones(2), c * torch.ones(2)) for c in (1.0, 2.0))
+    with pytest.warns(JeffreysWarning, match=r"\d+ of 1000 draws of it are outside the trainer's"):
+        choose(wide, box)
+    with pytest.warns(JeffreysWarning, match=r"draws of the trainer's are outside of it"):
+        choose(box, wide)
+    with pytest.warns(JeffreysWarning, match="log densities differ by"):
+        choose(MultivariateNormal(torch.zeros(2), torch.eye(2)), prior())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(prior(), prior())
+        choose(box, BoxUniform(-torch.ones(2), torch.ones(2)))

@@ -51,7 +51,7 @@ def test_its_draws_have_its_mean_and_covariance():
     torch.testing.assert_close(covariance, NOISE @ NOISE.T, atol=0.015, rtol=0)
 
 
-def test_left_out_residuals_are_those_of_fits_without_the_pair(monkeypatch):
+def test_leave_one_out_residuals_are_those_of_fits_without_the_pair(monkeypatch):
     monkeypatch.setattr(_kernel, "_KERNEL_RIDGES", torch.tensor([0.1], dtype=torch.float64))
     torch.manual_seed(0)
     points, target = torch.randn(30, 2).double(), torch.randn(30, 3).double()
@@ -66,7 +66,7 @@ def test_left_out_residuals_are_those_of_fits_without_the_pair(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_left_out_residuals_look_like_those_to_come(kernel):
+def test_leave_one_out_residuals_look_like_those_to_come(kernel):
     """Fifty pairs in six dimensions: residuals of the fit itself are much smaller."""
     torch.manual_seed(0)
     z, y = torch.randn(50, 6), torch.randn(50, 3)
@@ -113,7 +113,7 @@ def test_gradients_reach_theta_also_at_the_points_of_the_fit():
     torch.testing.assert_close(z.grad[:, 0], slope, rtol=0.05, atol=0.1)
 
 
-def test_a_net_takes_the_better_regression_and_trains_on_pairs_left_out(monkeypatch):
+def test_a_net_takes_the_better_regression_and_trains_on_leave_one_out_residuals(monkeypatch):
     seen = []
     original = AroundRegression.leave_one_out_loss
 
@@ -125,8 +125,8 @@ def test_a_net_takes_the_better_regression_and_trains_on_pairs_left_out(monkeypa
     z, x = smooth(200)
     train = torch.arange(20, 200)
     specs = (FlowExpert("maf", num_transforms=1, around_regression=True),)
-    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
-    regression = member.net.regression
+    (expert,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
+    regression = expert.net.regression
     assert isinstance(regression, KernelRegression)
     assert seen
     for batch, leave_one_out in seen:
@@ -136,9 +136,9 @@ def test_a_net_takes_the_better_regression_and_trains_on_pairs_left_out(monkeypa
     # Where the mean is a quadratic, it is the polynomial.
     noise = 0.1 * torch.randn(200, 2, generator=torch.Generator().manual_seed(2))
     x = torch.stack([z[:, 0] * z[:, 1], z[:, 0] ** 2], dim=1) + noise
-    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
-    assert not isinstance(member.net.regression, KernelRegression)
-    assert math.isfinite(member.result.held_out)
+    (expert,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, torch.arange(20))
+    assert not isinstance(expert.net.regression, KernelRegression)
+    assert math.isfinite(expert.result.held_out)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,8 +149,8 @@ def test_a_net_takes_the_simplest_regression_where_the_others_are_not_clearly_be
     regressions = (RegressionExpert(1, kernel=True), RegressionExpert(2), RegressionExpert(1))
     specs = (*regressions, FlowExpert("maf", num_transforms=1, around_regression=True))
     config = FitConfig(max_epochs=1)
-    members = fit_experts(specs, config, z, x, torch.arange(20, 300), torch.arange(20))
-    assert members[-1].net.regression is members[2].net
+    experts = fit_experts(specs, config, z, x, torch.arange(20, 300), torch.arange(20))
+    assert experts[-1].net.regression is experts[2].net
 
 
 def test_a_net_takes_the_best_regression_that_is_fitted_already():
@@ -158,14 +158,14 @@ def test_a_net_takes_the_best_regression_that_is_fitted_already():
     around = FlowExpert("maf", num_transforms=1, around_regression=True)
     regressions = (RegressionExpert(1), RegressionExpert(1, kernel=True), RegressionExpert(2))
     train, val = torch.arange(20, 200), torch.arange(20)
-    members = fit_experts((*regressions, around), FitConfig(max_epochs=1), z, x, train, val)
-    fitted = {member.spec: member.net for member in members}
+    experts = fit_experts((*regressions, around), FitConfig(max_epochs=1), z, x, train, val)
+    fitted = {expert.spec: expert.net for expert in experts}
     assert fitted[around].regression is fitted[regressions[1]]
     # On another scale of y none is fitted yet.
     plain = replace(around, marginal_transform=False)
     x = x.exp()  # positive and heavy-tailed: modelled on a log scale
-    members = fit_experts((*regressions, plain), FitConfig(max_epochs=1), z, x, train, val)
-    assert all(members[-1].net.regression is not member.net for member in members)
+    experts = fit_experts((*regressions, plain), FitConfig(max_epochs=1), z, x, train, val)
+    assert all(experts[-1].net.regression is not expert.net for expert in experts)
 
 
 def test_a_kernel_goes_with_a_line():
@@ -174,6 +174,6 @@ def test_a_kernel_goes_with_a_line():
 
 
 def test_no_points_have_no_means():
-    """A member of little weight may get no draws of the proxy's pool: that is no failure."""
+    """An expert of little weight may get no draws of the proxy's pool: that is no failure."""
     net = KernelRegression(2, 2).fit(*smooth(50))
     assert net.mean(torch.zeros(0, 2)).shape == (0, 2)

@@ -12,7 +12,6 @@ from sbi_jeffreys.networks.fitting import FitConfig, FitResult, fit_network
 from sbi_jeffreys.objective import log_normaliser
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
-    EmpiricalPrior,
     EnergyProxy,
     FlowExpert,
     LikelihoodProxy,
@@ -33,8 +32,8 @@ def fitted() -> tuple[LikelihoodProxy, torch.Tensor, torch.Tensor]:
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     theta = prior.sample((N,))
     x = theta + SCALE * torch.randn_like(theta)
-    members = (FlowExpert("maf", learning_rate=2e-3), FlowExpert("maf", 1.0, learning_rate=2e-3))
-    proxy = LikelihoodProxy(prior, members, QUICK)
+    experts = (FlowExpert("maf", learning_rate=2e-3), FlowExpert("maf", 1.0, learning_rate=2e-3))
+    proxy = LikelihoodProxy(prior, experts, QUICK)
     return proxy.fit(theta, x, TRAIN, VAL), theta, x
 
 
@@ -79,16 +78,16 @@ def test_joint_samples_follow_prior_and_likelihood(fitted):
     assert float(residual.std()) == pytest.approx(SCALE, abs=0.06)
 
 
-def test_a_member_may_get_no_draws(fitted):
-    """Weights near zero leave a member without draws; a mixture of Gaussians cannot draw none."""
+def test_an_expert_may_get_no_draws(fitted):
+    """Weights near zero leave an expert without draws; a mixture of Gaussians cannot draw none."""
     torch.manual_seed(2)
-    members = (RegressionExpert(1), RegressionExpert(1, mixture=True))
-    proxy = LikelihoodProxy(fitted[0].prior, members, QUICK).fit(*fitted[1:], TRAIN, VAL)
+    experts = (RegressionExpert(1), RegressionExpert(1, mixture=True))
+    proxy = LikelihoodProxy(fitted[0].prior, experts, QUICK).fit(*fitted[1:], TRAIN, VAL)
     for weights in torch.eye(len(proxy.fitted)):
         proxy.weights = weights
         theta, x = proxy.sample_joint(500)
         assert len(theta) == len(x) > 400
-    assert len(proxy.fitted) == len(members)
+    assert len(proxy.fitted) == len(experts)
 
 
 def test_normaliser_is_the_evidence(fitted):
@@ -107,7 +106,7 @@ def test_copies_give_the_same_values(fitted, copy_of):
     assert torch.equal(copy_of(fitted[0]).log_potential(theta.unsqueeze(0), x), expected)
 
 
-def test_stacking_prefers_the_better_member_and_drops_a_failed_one():
+def test_stacking_prefers_the_better_expert_and_drops_a_failed_one():
     good, bad = torch.randn(100), torch.randn(100) - 3
     failed = torch.full((100,), torch.nan)
     weights = stacking_weights(torch.stack([good, bad, failed]))
@@ -116,13 +115,13 @@ def test_stacking_prefers_the_better_member_and_drops_a_failed_one():
     assert float(weights.sum()) == pytest.approx(1.0)
 
 
-def test_stacking_mixes_members_that_complement_each_other():
+def test_stacking_mixes_experts_that_complement_each_other():
     even = torch.where(torch.arange(100) % 2 == 0, 0.0, -4.0)
     weights = stacking_weights(torch.stack([even, -4.0 - even]))
     assert weights.tolist() == pytest.approx([0.5, 0.5], abs=0.01)
 
 
-def test_stacking_without_any_finite_member_says_so():
+def test_stacking_without_any_finite_expert_says_so():
     with pytest.raises(RuntimeError, match="No likelihood net"):
         stacking_weights(torch.full((2, 10), torch.inf))
 
@@ -162,7 +161,7 @@ def test_fit_keeps_the_best_held_out_weights():
 
 
 @pytest.mark.parametrize(("held_out", "margin"), [(2.9, 0.4), (1.0, 1.0)])
-def test_a_fit_is_given_up_where_it_is_hopelessly_behind(held_out, margin):
+def test_a_fit_is_abandoned_where_it_is_far_behind(held_out, margin):
     """0.4 nats behind at epoch 20, or half of what the rival gained after it, if that is more."""
     rival = FitResult(held_out, 60, early=3.0)
     assert rival.abandon_threshold == pytest.approx(3.0 + margin)
@@ -191,15 +190,6 @@ def test_fit_survives_non_finite_losses():
     )
     assert result.held_out == float("inf")
     assert torch.equal(net.weight, before)
-
-
-def test_empirical_prior_is_a_density_near_its_data():
-    theta = torch.randn(2000, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]])
-    prior = EmpiricalPrior(theta)
-    exact = MultivariateNormal(torch.zeros(2), torch.cov(theta.T))
-    points = exact.sample((500,))
-    assert float((exact.log_prob(points) - prior.log_prob(points)).mean().abs()) < 0.1
-    assert prior.sample((3, 4)).shape == (3, 4, 2)
 
 
 @pytest.mark.parametrize(

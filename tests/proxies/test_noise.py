@@ -87,7 +87,7 @@ def test_the_pull_on_the_mean_is_the_gradient_of_the_log_density():
 
 
 @pytest.mark.parametrize("kind", ["polynomial", "kernel"])
-def test_outliers_lose_their_say_in_the_mean(kind):
+def test_outliers_hardly_influence_the_mean(kind):
     z, y = glitches(500)
     gaussian = (KernelRegression(2, 2) if kind == "kernel" else GaussianRegression(2, 2, 2)).fit(
         z, y
@@ -121,7 +121,7 @@ def test_a_second_fit_that_predicts_worse_is_not_taken():
 
 
 @pytest.mark.parametrize("net", [GaussianRegression(2, 2, 2), KernelRegression(2, 2)])
-def test_pairs_of_no_weight_have_no_say(net):
+def test_pairs_of_no_weight_have_no_influence(net):
     z, y = glitches(200)
     weights = torch.ones(200)
     weights[::10] = 1e-9
@@ -135,7 +135,7 @@ def test_pairs_of_no_weight_have_no_say(net):
     torch.testing.assert_close(fits[1].leave_one_out[::10], expected, atol=1e-2, rtol=0)
 
 
-def test_left_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(monkeypatch):
+def test_leave_one_out_residuals_of_weighted_pairs_are_those_of_fits_without_them(monkeypatch):
     monkeypatch.setattr(_gaussian, "_RIDGE_GRID", torch.tensor([0.5], dtype=torch.float64))
     z, y = glitches(40)
     weights = torch.rand(40) + 0.1
@@ -173,4 +173,4 @@ def test_where_it_is_the_model_nets_are_not_fitted_on_and_on():
     specs = (RegressionExpert(2), RegressionExpert(2, mixture=True), *nets)
     config = FitConfig(max_epochs=10, batch_size=100)
     fitted = fit_experts(specs, config, z, x, torch.arange(800), torch.arange(800, 1000))
-    assert [member.spec for member in fitted] == list(specs[:4])
+    assert [expert.spec for expert in fitted] == list(specs[:4])

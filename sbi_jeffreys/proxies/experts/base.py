@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
-__all__ = ["Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
+__all__ = ["NARROW", "Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
 
 OnEpoch = Callable[[int, float], object] | None
+
+_FEW_VALUES = 10  # an integer column that spans fewer is clamped to what was observed
+NARROW = 10  # columns of x up to which each one has to be inside the box
 
 
 def scales_of(x: Tensor) -> tuple[MarginalTransform, MarginalTransform]:
@@ -35,6 +38,11 @@ class FittedExpert(nn.Module):
         spec: The settings that it was fitted from.
     """
 
+    lower: Tensor
+    upper: Tensor
+    few: Tensor
+    values: Tensor
+
     def __init__(
         self,
         net: nn.Module,
@@ -53,24 +61,42 @@ class FittedExpert(nn.Module):
         return self.net.log_prob(self.transform(x).unsqueeze(0), z)[0] + self.transform.log_det(x)
 
     def set_bounds(self, x: Tensor) -> None:
-        """Call plausible what lies in the box of T(x), x `(N, dim_x)`, widened by a tenth."""
+        """Take the support of draws from simulations x `(N, dim_x)`.
+
+        The box of T(x), widened by a tenth, and by its own width; and the observed range of integer
+        columns with few values.
+        """
         low, high = self.transform.bounds(x)
-        margin = 0.1 * (high - low)
-        self.register_buffer("lower", low - margin)
-        self.register_buffer("upper", high + margin)
+        margins = (high - low) * torch.tensor([[0.1], [1.0]]).to(low)
+        self.register_buffer("lower", low - margins)
+        self.register_buffer("upper", high + margins)
+        kept = x[:, self.transform.keep]
+        values = torch.stack([kept.amin(dim=0), kept.amax(dim=0)])
+        few = self.transform.integer & (values[1] - values[0] < _FEW_VALUES)
+        self.register_buffer("few", few)
+        self.register_buffer("values", values[:, few])
 
     def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """A draw of x for each row of z, and whether it is plausible.
 
-        Outside the box an estimator extrapolates, and the main would be trained on what no
-        simulation has shown. A draw that is not finite is not plausible.
+        An estimator extrapolates outside the simulations, and the main would be trained on what no
+        simulation has shown. Integer columns with few observed values, such as binary ones, are
+        clamped to these. A draw is plausible if every other column is inside the box widened by a
+        tenth; of more than ten columns, where simulations themselves would often be outside in
+        one, a tenth of them may be outside it. No column may be outside the box widened by its own
+        width, or NaN.
 
         Returns:
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
-        plausible = ((y >= self.lower) & (y <= self.upper)).all(dim=-1)
-        return self.transform.inverse(y), plausible
+        allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0
+        outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
+        near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
+        x = self.transform.inverse(y)
+        columns = self.transform.keep[self.few]
+        x[:, columns] = torch.minimum(torch.maximum(x[:, columns], self.values[0]), self.values[1])
+        return x, near & (outside.sum(dim=1) <= allowed)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 
+from sbi_jeffreys._checks import check_bool, check_choice, check_float, check_int
+from sbi_jeffreys._sbi import model_builders
 from sbi_jeffreys.networks.fitting import fit_network
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
@@ -17,6 +19,9 @@ from sbi_jeffreys.proxies.experts.regression import best_regression
 
 __all__ = ["FlowExpert"]
 
+# Of sbi's models, those that are a density of vector-valued x given θ.
+_MODELS = sorted(set(model_builders) - {"mnle", "mnpe", "tabpfn"})
+
 
 @dataclass(frozen=True)
 class FlowExpert(Expert):
@@ -24,21 +29,34 @@ class FlowExpert(Expert):
 
     Attributes:
         model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
-        weight_decay: Decoupled weight decay of its fit.
-        learning_rate: Its step size.
+        weight_decay: Decoupled weight decay of its fit; None: that of the `FitConfig`.
+        learning_rate: Its step size; None: that of the `FitConfig`.
         num_transforms: Transforms of a flow.
         marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
             anyway, experts that differ in this alone are fitted once.
         around_regression: Whether it models the whitened residuals of a regression on θ in place of
             x itself: of the regression with the best leave-one-out likelihood.
+
+    Raises:
+        TypeError, ValueError: Naming the field, what was expected and what came.
     """
 
     model: str = "maf"
-    weight_decay: float = 0.0
-    learning_rate: float = 4e-3
+    weight_decay: float | None = None
+    learning_rate: float | None = None
     num_transforms: int = 5
     marginal_transform: bool = True
     around_regression: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, _MODELS)
+        if self.weight_decay is not None:
+            check_float("weight_decay", self.weight_decay, 0.0)
+        if self.learning_rate is not None:
+            check_float("learning_rate", self.learning_rate, 0.0, low_open=True)
+        check_int("num_transforms", self.num_transforms, 1)
+        check_bool("marginal_transform", self.marginal_transform)
+        check_bool("around_regression", self.around_regression)
 
     def on_one_scale(self) -> FlowExpert:
         """With `marginal_transform`, whose value does not matter there."""
@@ -72,8 +90,7 @@ class FlowExpert(Expert):
                 return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
             return net.loss(target, z[indices])  # type: ignore[operator]
 
-        config = replace(
-            data.config, learning_rate=self.learning_rate, weight_decay=self.weight_decay
-        )
+        own = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        config = replace(data.config, **{k: v for k, v in own.items() if v is not None})
         result = fit_network(net, loss, train, data.val, config, data.on_epoch, abandon_above)
         return data.fitted(self, net, transform, result)

@@ -1,9 +1,8 @@
 r"""Likelihoods in closed form: y = m(θ) + e, m a ridge polynomial and e Gaussian.
 
 The oldest synthetic likelihood (Wood 2010) is the right one for many simulators with additive
-noise, and then no network fitted to a thousand simulations comes near it. It costs milliseconds, so
-it is always tried; the stacking weights decide. Its residuals, whitened, are also what a network
-may model in place of y: the network then learns how the simulator *differs* from the regression.
+noise, and its fit takes milliseconds. A network may model its whitened residuals in place of y: the
+network then learns how the simulator *differs* from the regression.
 """
 
 from __future__ import annotations
@@ -67,7 +66,8 @@ class GaussianRegression(nn.Module):
     """ℓ(y|z) = N(y; W'φ(z), Σ), φ the polynomials of standardised z up to `degree`.
 
     The ridge penalty maximises the leave-one-out likelihood, and Σ is the (shrunk) covariance of
-    the leave-one-out residuals: an overfitted mean pays with a wider Σ. `fit` is in closed form.
+    the leave-one-out residuals, which is wider where the mean is overfitted. `fit` is in closed
+    form.
 
     Args:
         dim_z: Dimensions of the condition.
@@ -79,8 +79,8 @@ class GaussianRegression(nn.Module):
     scale: Tensor
     coefficients: Tensor
     cholesky: Tensor
-    #: What the fits to all other pairs predict for each pair, `(N, dim_y)`. In-sample residuals are
-    #: smaller than those to come.
+    #: The prediction for each pair by the fit to all others, `(N, dim_y)`. In-sample residuals are
+    #: smaller than those at new pairs.
     leave_one_out: Tensor
 
     def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
@@ -163,7 +163,7 @@ class GaussianRegression(nn.Module):
         return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det
 
     def leave_one_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
-        """log ℓ of the pairs of the fit, each about what the others predict, shape `(N,)`."""
+        """Leave-one-out log ℓ of the pairs of the fit, shape `(N,)`."""
         return self.log_prob(y, z, self.leave_one_out)
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class AroundRegression(nn.Module):
         return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
 
     def leave_one_out_loss(self, y: Tensor, z: Tensor, leave_one_out: Tensor) -> Tensor:
-        """As `loss`, of pairs that the regression was fitted to: about what the others predict.
+        """As `loss`, of pairs that the regression was fitted to: leave-one-out residuals.
 
         Args:
             y: Shape `(B, dim_y)`.

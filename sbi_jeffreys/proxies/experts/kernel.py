@@ -1,8 +1,7 @@
 r"""A smooth likelihood in closed form: kernel ridge regression with Gaussian noise.
 
-A polynomial is rarely the simulator's mean, but the mean is nearly always smooth. Kernel ridge
-regression finds it in a second where a flow of x spends its simulations on it: on the tuning
-tasks, 1,000 simulations, noise taken as constant, 1 to 6 nats above the polynomial on four of six.
+The mean of a simulator is rarely a polynomial of θ, but it is nearly always smooth. Kernel ridge
+regression finds a smooth mean in a second, from few simulations.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _KERNEL_RIDGES = torch.logspace(-6, 2, 17, dtype=torch.float64)
 _LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations of θ, per root of its dimensions
 _LINEAR = 10.0  # prior variance of the kernel's linear part, beside 1 of the smooth part
 _ROWS = 500  # of the kernel matrix at once, for prediction: bounds memory
-_MOST = 2000  # pairs that a kernel regression is fitted to: its cost grows with their cube
+_MOST = 2000  # pairs that a kernel regression is fitted to: the cost is cubic in their number
 
 
 class KernelRegression(GaussianRegression):

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sbi_jeffreys._checks import check_bool
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
 from sbi_jeffreys.proxies.experts.gaussian import (
@@ -36,6 +37,7 @@ class RegressionExpert(Expert):
             chooses, instead of one Gaussian.
 
     Raises:
+        TypeError: If `kernel` or `mixture` is no bool.
         ValueError: If the degree is another, or a kernel goes with degree 2.
     """
 
@@ -45,10 +47,16 @@ class RegressionExpert(Expert):
     closed_form: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.degree not in (1, 2):
-            raise ValueError(f"degree must be 1 or 2, got {self.degree!r}.")
+        if type(self.degree) is not int or self.degree not in (1, 2):
+            raise ValueError(
+                f"degree must be 1 or 2, got {self.degree!r}; pass 1 for a line, 2 for a quadratic."
+            )
+        check_bool("kernel", self.kernel)
+        check_bool("mixture", self.mixture)
         if self.kernel and self.degree != 1:
-            raise ValueError(f"kernel=True goes with degree=1, got degree={self.degree!r}.")
+            raise ValueError(
+                f"kernel=True goes with degree=1, got degree={self.degree}; pass degree=1."
+            )
 
     def has_enough_pairs(self, data: ExpertData) -> bool:
         """Whether the degree is one that the training pairs suffice for."""

@@ -1,4 +1,4 @@
-"""Members of the likelihood proxy: regressions against least squares, and who is fitted at all."""
+"""Experts of the likelihood proxy: regressions against least squares, and who is fitted at all."""
 
 import math
 
@@ -101,13 +101,13 @@ def test_the_regression_is_what_a_net_around_it_models():
     z, x = linear(300)
     specs = (FlowExpert("maf", num_transforms=1, around_regression=True),)
     train, val = torch.arange(250), torch.arange(250, 300)
-    (member,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, val)
-    assert isinstance(member.net, AroundRegression)
-    regression = member.net.regression
+    (expert,) = fit_experts(specs, FitConfig(max_epochs=1), z, x, train, val)
+    assert isinstance(expert.net, AroundRegression)
+    regression = expert.net.regression
     e = regression.whiten(x[train], z[train], regression.leave_one_out)  # as the net was trained
     torch.testing.assert_close(torch.cov(e.T), torch.eye(3), atol=0.2, rtol=0)
     exact = MultivariateNormal(z @ MATRIX + 10, scale_tril=NOISE).log_prob(x)[250:].mean()
-    assert member.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
+    assert expert.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
 
 
 def fitted(held_out: torch.Tensor, spec: FlowExpert | RegressionExpert) -> FittedExpert:
@@ -132,7 +132,7 @@ def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing
     assert not closed_form_won([best, same, failed])
 
 
-def test_nets_are_left_out_where_a_regression_has_won():
+def test_nets_are_not_fitted_where_a_regression_has_won():
     z, x = linear(300)
     train, val = torch.arange(150), torch.arange(150, 300)
     specs = (
@@ -142,8 +142,8 @@ def test_nets_are_left_out_where_a_regression_has_won():
         FlowExpert("nsf"),
     )
     torch.manual_seed(0)
-    members = fit_experts((RegressionExpert(1), *specs), QUICK, z, x, train, val)
-    assert [m.spec for m in members] == [RegressionExpert(1), *specs[:2]]
+    experts = fit_experts((RegressionExpert(1), *specs), QUICK, z, x, train, val)
+    assert [m.spec for m in experts] == [RegressionExpert(1), *specs[:2]]
     torch.manual_seed(0)
     assert len(fit_experts(specs, QUICK, z, x, train, val)) == 4
 
@@ -183,15 +183,15 @@ def test_the_proxy_follows_the_regression_where_that_is_the_simulator():
     torch.testing.assert_close(torch.cov(residuals.T), NOISE @ NOISE.T, atol=0.03, rtol=0)
 
 
-def test_a_quadratic_that_the_data_cannot_carry_is_left_out():
+def test_a_quadratic_that_the_data_cannot_carry_is_not_fitted():
     torch.manual_seed(0)
     z, x = torch.randn(60, 10), torch.randn(60, 2)
     train, val = torch.arange(50), torch.arange(50, 60)
     both = (RegressionExpert(1), RegressionExpert(2))
     specs = (*both, FlowExpert("maf", num_transforms=1, around_regression=True))
     quick = FitConfig(max_epochs=1)
-    members = fit_experts(specs, quick, z, x, train, val)
-    assert [m.spec for m in members] == [both[0], specs[2]]
+    experts = fit_experts(specs, quick, z, x, train, val)
+    assert [m.spec for m in experts] == [both[0], specs[2]]
     assert [m.spec for m in fit_experts(both[1:], quick, z, x, train, val)] == [both[1]]
 
 
@@ -201,6 +201,6 @@ def test_other_degrees_are_refused(degree):
         RegressionExpert(degree)
 
 
-def test_members_of_another_type_are_refused():
+def test_experts_of_another_type_are_refused():
     with pytest.raises(TypeError, match="FlowExpert and RegressionExpert"):
         JeffreysOptions(experts=("maf",))  # type: ignore[arg-type]
