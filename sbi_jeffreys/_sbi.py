@@ -37,7 +37,6 @@ __all__ = [
     "PosteriorParameters",
     "RejectionPosteriorParameters",
     "Tracker",
-    "best_weights_of",
     "describe_round",
     "device_of",
     "latest_round",
@@ -45,6 +44,7 @@ __all__ = [
     "model_builders",
     "network_of",
     "prior_of",
+    "restore_best_weights",
     "set_builder",
     "set_device",
     "set_network",
@@ -98,9 +98,13 @@ def latest_round(trainer: NPE) -> int:
     return max(trainer._data_round_index, default=-1)
 
 
-def best_weights_of(trainer: NPE) -> dict[str, Tensor] | None:
-    """The best weights of plain NPE so far, None before the first epoch."""
-    return trainer._best_model_state_dict
+def restore_best_weights(trainer: NPE) -> None:
+    """Put the best weights of plain NPE so far into the network, in evaluation mode."""
+    main, best = trainer._neural_net, trainer._best_model_state_dict
+    if main is not None and best is not None and best.keys() == main.state_dict().keys():
+        main.load_state_dict(best)
+        main.zero_grad(set_to_none=True)
+        main.eval()
 
 
 def describe_round(trainer: NPE) -> str:

@@ -17,6 +17,13 @@ from typing import Any
 from sbi_jeffreys.benchmark._arguments import items, positive_int
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.ablation_table import CHECK, NPE, STUDY, write_table
+from sbi_jeffreys.benchmark.entries import (
+    Outcome,
+    add_run_arguments,
+    report_outcome,
+    run_entries,
+    study_entry,
+)
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     evaluate,
@@ -25,13 +32,6 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.fitted import EstimatorFit
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.runner import (
-    Outcome,
-    add_run_arguments,
-    report_outcome,
-    run_entries,
-    study_entry,
-)
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE, Variant
 from sbi_jeffreys.training.multipliers import trust
@@ -167,10 +167,10 @@ def run_ablation(
         settings: What to evaluate.
         folder: Where results go.
         with_c2st: Whether to compare with references at the settings' observations.
-        how: `jobs` and `show_progress` of `runner.run_entries`.
+        how: `jobs` and `show_progress` of `entries.run_entries`.
 
     Raises:
-        CommandError: See `runner.run_entries`.
+        CommandError: See `entries.run_entries`.
     """
     entries = []
     for seed, row in product(range(seeds), rows):

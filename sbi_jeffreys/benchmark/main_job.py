@@ -18,6 +18,7 @@ from torch import Tensor
 from sbi_jeffreys.benchmark._arguments import add_common, positive_int, task_name
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
 from sbi_jeffreys.benchmark.cells import check_folder
+from sbi_jeffreys.benchmark.entries import warm_up
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationResult,
     EvaluationSettings,
@@ -28,7 +29,6 @@ from sbi_jeffreys.benchmark.evaluation import (
 from sbi_jeffreys.benchmark.figures import saved
 from sbi_jeffreys.benchmark.fitted import FittedMethod
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
-from sbi_jeffreys.benchmark.runner import warm_up
 from sbi_jeffreys.benchmark.tables import plain, shown
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.diagnostics import plots

@@ -24,18 +24,18 @@ from torch import Tensor
 from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.benchmark._arguments import known_items, positive_int, task_list
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
-from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
-from sbi_jeffreys.benchmark.methods import FitContext, main_network
-from sbi_jeffreys.benchmark.metrics import c2st
-from sbi_jeffreys.benchmark.references import reference_samples
-from sbi_jeffreys.benchmark.rounds_table import CHECK, STUDY, write_table
-from sbi_jeffreys.benchmark.runner import (
+from sbi_jeffreys.benchmark.entries import (
     Outcome,
     add_run_arguments,
     report_outcome,
     run_entries,
     study_entry,
 )
+from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
+from sbi_jeffreys.benchmark.methods import FitContext, main_network
+from sbi_jeffreys.benchmark.metrics import c2st
+from sbi_jeffreys.benchmark.references import reference_samples
+from sbi_jeffreys.benchmark.rounds_table import CHECK, STUDY, write_table
 from sbi_jeffreys.benchmark.tasks import Task, get_task
 from sbi_jeffreys.diagnostics.calibration import inside_prior
 
@@ -191,7 +191,7 @@ def run_rounds(
     """Measure what is not there yet; arguments as in `ablation.run_ablation`.
 
     Raises:
-        CommandError: See `runner.run_entries`.
+        CommandError: See `entries.run_entries`.
     """
     entries = []
     for seed, name, method in product(range(seeds), tasks, methods):

@@ -156,7 +156,7 @@ class Training:
             with silence, self._timed(0):
                 train_plain(**keywords)
         except BaseException:
-            _restore_plain(trainer)
+            _sbi.restore_best_weights(trainer)
             raise
         epochs = len(trainer.summary["training_loss"]) - epochs_before
         self.plain_steps += epochs * len(self._loader(trainer, arguments))
@@ -315,12 +315,3 @@ class Training:
             print(f"\n{self.report}")
         for problem in self.report.problems:
             warnings.warn(self.report.describe(problem), JeffreysWarning, stacklevel=4)
-
-
-def _restore_plain(trainer: NPE) -> None:
-    """Put the best weights of plain NPE so far into the network."""
-    main, best = _sbi.network_of(trainer), _sbi.best_weights_of(trainer)
-    if main is not None and best is not None and best.keys() == main.state_dict().keys():
-        main.load_state_dict(best)
-        main.zero_grad(set_to_none=True)
-        main.eval()

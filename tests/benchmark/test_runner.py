@@ -27,6 +27,7 @@ from sbi_jeffreys.benchmark.runner import run_benchmark
 from sbi_jeffreys.benchmark.statistics import collect, paired_difference, ratio, summarise
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.diagnostics.drawing import method_style
+from sbi_jeffreys.training.report import ProxyStatus
 
 SETTINGS = EvaluationSettings(observations=1).smoke()
 
@@ -362,10 +363,11 @@ def test_a_full_disk_is_said_before_anything_is_trained(tmp_path, toys, monkeypa
 
 
 def test_corrected_draws_need_a_proxy_that_was_trusted():
-    inference = SimpleNamespace(proxy=object(), summary={"trust": [0.9]})
-    assert proxy_is_usable(inference)
-    assert not proxy_is_usable(SimpleNamespace(proxy=object(), summary={"trust": []}))
-    assert not proxy_is_usable(SimpleNamespace(proxy=None, summary={"trust": [0.9]}))
+    for status in ProxyStatus:
+        report = SimpleNamespace(proxy_status=status)
+        usable = proxy_is_usable(SimpleNamespace(training_report=report))
+        assert usable == (status is ProxyStatus.USED)
+    assert not proxy_is_usable(SimpleNamespace(training_report=None))
 
 
 def test_one_seed_has_no_standard_error_to_show():
