@@ -8,11 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
-from sbi_jeffreys.benchmark import ablation, main_job, report, rounds, runner
-from sbi_jeffreys.benchmark.tasks import TASKS, get_task
-from sbi_jeffreys.benchmark.tasks.structured import STRUCTURED_TASKS
+try:
+    from sbi_jeffreys.benchmark import ablation, main_job, report, rounds, runner, tables
+    from sbi_jeffreys.benchmark._running import CommandError
+    from sbi_jeffreys.benchmark.tasks import TASKS, get_task
+    from sbi_jeffreys.benchmark.tasks.structured import STRUCTURED_TASKS
+except ModuleNotFoundError as error:
+    if error.name not in ("joblib", "scipy", "tabulate"):
+        raise
+    print(
+        f"error: the command line needs {error.name}, which is not installed; install the package "
+        "with its extra `benchmark`: pip install '.[benchmark]' in its repository.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+_COMMANDS = {"benchmark": runner, "report": report, "ablation": ablation, "rounds": rounds}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,13 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="{benchmark,report,ablation,rounds,tasks}"
     )
-    for name, module in (
-        ("benchmark", runner),
-        ("report", report),
-        ("ablation", ablation),
-        ("rounds", rounds),
-    ):
-        command = commands.add_parser(name, help=_first_line(module), description=module.__doc__)
+    for name, module in _COMMANDS.items():
+        text = module.__doc__ or ""
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     tasks = commands.add_parser("tasks", help="list the tasks")
@@ -37,29 +45,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _first_line(module: ModuleType) -> str:
-    return (module.__doc__ or "").splitlines()[0]
-
-
 def list_tasks(args: argparse.Namespace) -> int:
     """Print the tasks and their sizes."""
-    rows = [("task", "θ", "x", "reference")]
+    rows = [["task", "parameters", "outputs", "reference posterior"]]
     for name in (*sorted(TASKS), *sorted(STRUCTURED_TASKS)):
         task = get_task(name)
-        kind = "exact" if task.exact_reference else "sampled"
-        rows.append((name, str(task.dim_theta), str(task.dim_x), kind))
-    print(main_job.format_table(rows))
+        kind = "exact" if task.exact_reference else "by importance sampling"
+        rows.append([name, str(task.dim_theta), str(task.dim_x), kind])
+    print(tables.plain(rows))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and run; the exit code."""
+    """Parse and run; the exit code: 1 if measurements failed, 2 if a command cannot run."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except (CommandError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -214,8 +214,8 @@ def check_tensor(
 
 
 class JeffreysWarning(UserWarning):
-    """The result is not what the method promises; the message says why, and what to do.
+    """A result is not what the method promises; the message says why and what to do.
 
-    All warnings of this package are of this class, so that one filter governs them:
-    `warnings.filterwarnings("error", category=JeffreysWarning)`.
+    The one warning class of the package: `warnings.simplefilter("error", JeffreysWarning)` turns
+    all of its warnings into errors, `"ignore"` silences them.
     """

@@ -47,6 +47,8 @@ __all__ = [
     "prior_of",
     "set_builder",
     "set_device",
+    "set_network",
+    "set_tracker",
     "tracker_of",
 ]
 
@@ -56,9 +58,14 @@ def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:
     return trainer._neural_net
 
 
+def set_network(trainer: NPE, network: ConditionalDensityEstimator) -> None:
+    """Give the trainer a trained network."""
+    trainer._neural_net = network
+
+
 def prior_of(owner: Any) -> Distribution:
-    """The prior of a trainer; sbi's stand-in `ImproperEmpirical` if the user gave none."""
-    return owner._prior
+    """The prior of a trainer (sbi's `ImproperEmpirical` if none was given) or of a posterior."""
+    return owner._prior if isinstance(owner, NPE) else owner.prior
 
 
 def device_of(owner: Any) -> torch.device:
@@ -74,6 +81,11 @@ def set_device(trainer: NPE, device: str) -> None:
 def tracker_of(trainer: NPE) -> Tracker:
     """Where the trainer logs its traces."""
     return trainer._tracker
+
+
+def set_tracker(trainer: NPE, tracker: Tracker) -> None:
+    """Let the trainer log somewhere else."""
+    trainer._tracker = tracker
 
 
 def set_builder(trainer: NPE, builder: Any) -> None:

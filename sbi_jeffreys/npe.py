@@ -17,40 +17,35 @@ mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multiplier
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sbi.inference
-from sbi.utils.torchutils import process_device
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning
-from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, PosteriorParameters, Tracker
-from sbi_jeffreys.networks.builders import MainBuilder, is_config
-from sbi_jeffreys.networks.transforms import PriorTransform
+from sbi_jeffreys._sbi import ConditionalDensityEstimator, PosteriorParameters, Tracker
+from sbi_jeffreys.networks.builders import MainBuilder, main_builder
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.posteriors.corrected import CorrectedPosterior, pooling_power
+from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.power import pooling_power
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
-from sbi_jeffreys.training import persistence
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, check_simulations
 from sbi_jeffreys.training.report import TrainingReport
+from sbi_jeffreys.training.saving import SavedTrainer
 from sbi_jeffreys.training.symmetric import TRACES
 from sbi_jeffreys.training.training import Training
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["TRACES", "NPE_Jeffreys", "register"]
 
 
-class NPE_Jeffreys(NPE):
+class NPE_Jeffreys(SavedTrainer):
     r"""Neural posterior estimation with the Jeffreys divergence: a drop-in for `sbi.inference.NPE`.
 
     Args:
@@ -107,7 +102,7 @@ class NPE_Jeffreys(NPE):
             options,
         )
         self.options = JeffreysOptions() if options is None else options
-        self._builder = self._choose_builder(density_estimator, prior)
+        self._builder = main_builder(density_estimator, prior, self.options.marginal_transforms)
         super().__init__(
             prior=prior,
             density_estimator=self._builder,
@@ -120,24 +115,6 @@ class NPE_Jeffreys(NPE):
         self._shows_progress = show_progress_bars
         self._training = Training()
         self.summary.update({name: [] for name in (*TRACES, "proxy", "proxy_held_out")})
-
-    def _choose_builder(self, given: Any, prior: Distribution | None) -> Callable[..., Any]:
-        """Our builder for names and configs; the user's own as it is."""
-        if given is None or isinstance(given, str) or is_config(given):
-            name = "nsf" if given is None else given
-            given = MainBuilder(name, marginal_transforms=self.options.marginal_transforms)
-        if isinstance(given, MainBuilder):
-            return given.with_prior(prior)
-        if prior is not None and PriorTransform.fit(prior) is not None:
-            warnings.warn(
-                "density_estimator is a builder of your own and is used as it is: the posterior "
-                "can put mass outside the prior's support, which sampling then rejects. "
-                "MainBuilder(name, embedding_net=...) of sbi_jeffreys builds the same networks "
-                "inside the support.",
-                JeffreysWarning,
-                stacklevel=3,
-            )
-        return given
 
     @property
     def proxy(self) -> Proxy | None:
@@ -186,33 +163,10 @@ class NPE_Jeffreys(NPE):
         """
         given = {name: value for name, value in locals().items() if name in _TRAIN_ARGUMENTS}
         arguments = TrainArguments(**given)
-        self._check_state(arguments)
+        self._training.check_resumable(self, self.options, arguments, self._builder)
         return self._training.run(
             self, super().train, self.options, arguments, self._shows_progress
         )
-
-    def _check_state(self, arguments: TrainArguments) -> None:
-        """Refuse what contradicts the state of this object."""
-        trained = hasattr(self, "train_indices")
-        if arguments.resume_training and not trained:
-            raise RuntimeError(
-                "resume_training=True, but nothing was trained yet: call train() without it first."
-            )
-        if arguments.resume_training:
-            used, num = len(self.train_indices) + len(self.val_indices), self._training.available
-            if num is not None and len(self.get_simulations()[0]) != num:
-                raise ValueError(
-                    f"resume_training=True continues on the {used} simulations that training began "
-                    "with, but simulations were appended since. Call train() without it (with "
-                    "force_first_round_loss=True if they come from the prior)."
-                )
-        if self._builder is None and (arguments.retrain_from_scratch or not trained):
-            raise RuntimeError(
-                "density_estimator was lost when this object was pickled or copied, because it "
-                "cannot be pickled; a new network cannot be built (retrain_from_scratch=True). "
-                "Make a new NPE_Jeffreys with it and append the simulations of get_simulations(), "
-                "or give the density estimator by name or as a MainBuilder."
-            )
 
     def get_dataloaders(
         self,
@@ -229,7 +183,10 @@ class NPE_Jeffreys(NPE):
         """
         theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
         check_simulations(theta, _sbi.prior_of(self), validation_fraction)
+        if isinstance(self._builder, MainBuilder):
+            _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.starting_round = starting_round
+        self._training.available = len(self.get_simulations()[0])
         return super().get_dataloaders(
             starting_round,
             training_batch_size,
@@ -322,64 +279,6 @@ class NPE_Jeffreys(NPE):
                 "that it fell back to plain NPE, use build_posterior() instead."
             )
         return main, self.proxy
-
-    # ------------------------------------------------------------------ saving
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one file: simulations, networks, optimisers, random state.
-
-        After `load`, posteriors are the same, and training resumes as if it had never stopped. Two
-        things are not kept: the tracker (the loaded object has a new default one), and a
-        `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`: without it
-        `train(retrain_from_scratch=True)` raises.
-
-        Args:
-            path: File to write, complete or not at all; an existing one is replaced.
-
-        Raises:
-            TypeError: If something in it cannot be pickled.
-        """
-        persistence.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | None = None) -> Self:
-        """Read what `save` wrote. Loading runs code from the file: load only files you trust.
-
-        Args:
-            path: The file.
-            device: Where to go on; None: the device it was saved on.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is something else, damaged, or of versions that cannot be read here.
-        """
-        device = None if device is None else process_device(device)
-        inference = persistence.load(path, device)
-        if not isinstance(inference, cls):
-            raise ValueError(
-                f"{path} holds a {type(inference).__name__}, not a {cls.__name__}; load it with "
-                f"{type(inference).__name__}.load."
-            )
-        if device is not None:
-            _sbi.set_device(inference, device)
-            for owner in (inference, inference._training.stage):
-                optimizer = getattr(owner, "optimizer", None)
-                if optimizer is not None:
-                    persistence.place_step_counters(optimizer)
-        return inference
-
-    def __getstate__(self) -> dict[str, Any]:
-        """sbi's, with the builder where it can be pickled."""
-        kept = persistence.is_picklable(self._builder)
-        with warnings.catch_warnings():
-            if kept:  # sbi would warn that retrain_from_scratch is lost
-                warnings.filterwarnings("ignore", message="When the inference object is pickled")
-            state = super().__getstate__()
-        return state | {"_builder": self._builder if kept else None}
-
-    def __setstate__(self, state_dict: dict[str, Any]) -> None:
-        super().__setstate__(state_dict)
-        _sbi.set_builder(self, self._builder)
 
 
 _TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)

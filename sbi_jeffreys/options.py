@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +81,11 @@ class JeffreysOptions:
             (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
             sbi's `posterior_nn(...)` gets the latter alone; other builders are used as they come.
 
+        checkpoint: File that a long training is saved to after plain NPE, after the proxy's fit,
+            and during the symmetric stage; after a crash, `NPE_Jeffreys.load(path)` and
+            `train(resume_training=True)` go on from there. None: no file.
+        checkpoint_seconds: Least time between two checkpoints of the stage.
+
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
 
@@ -110,6 +116,8 @@ class JeffreysOptions:
     temper: bool = True
     min_trust: float = 0.05
     marginal_transforms: bool = True
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.proxy, Proxy) and self.proxy not in _PROXIES:
@@ -122,6 +130,11 @@ class JeffreysOptions:
         for name in ("adaptive", "marginal_transforms", "temper"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, (str, os.PathLike)):
+            raise TypeError(
+                f"checkpoint must be a path or None, got {type(self.checkpoint).__name__}; pass "
+                "the name of a file."
+            )
         by_default = [name for name in _NONE_ALLOWED if getattr(self, name) is None]
         for name, minimum in _INT_MINIMA.items():
             if name not in by_default:
@@ -199,4 +212,5 @@ _FLOAT_RANGES = {
     "dual_step_size": (_TINY, 1.0),
     "tolerance": (0.0, float("inf")),
     "min_trust": (0.0, 1.0),
+    "checkpoint_seconds": (0.0, float("inf")),
 }

@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant("outliers keep their influence", "proxies/experts/noise.py", "unfitted().fit(z, target, weights)", "unfitted().fit(z, target)", "tests/proxies/test_noise.py -k outliers"),
     Mutant("weights off", "proxies/experts/gaussian.py", "    if weights is None:\n        weights = torch.ones", "    if True:\n        weights = torch.ones", "tests/proxies/test_noise.py -k no_weight"),
     Mutant("all the way to the proxy", "posteriors/corrected.py", "log_p + self.power * (log_q - log_p)", "log_q", "tests/posteriors/test_correction.py -k pool"),
-    Mutant("power without the main's normaliser", "posteriors/corrected.py", "beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)", "beta * log_ratio_true", "tests/posteriors/test_correction.py -k best_power"),
+    Mutant("power without the main's normaliser", "posteriors/power.py", "beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)", "beta * log_ratio_true", "tests/posteriors/test_correction.py -k best_power"),
     Mutant("power of later rounds", "npe.py", "        if self._round > 0:\n            return 1.0\n", "", "tests/posteriors/test_correction.py -k trainer"),
     Mutant("power not chosen", "npe.py", "self._pooling_power() if power is None else power", "1.0 if power is None else power", "tests/posteriors/test_correction.py -k trainer"),
     Mutant("another regression than the best", "proxies/experts/regression.py", "return regressions[clearly_beaten.index(False)]", "return regressions[0]", "tests/proxies/test_kernel_regression.py -k fitted_already"),

@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
+from contextlib import suppress
 
-from sbi_jeffreys.benchmark.methods import get_method
-from sbi_jeffreys.benchmark.tasks import get_task
+from sbi_jeffreys.benchmark.methods import METHODS
+from sbi_jeffreys.benchmark.tasks import known_tasks
 
-__all__ = [
-    "add_common",
-    "int_list",
-    "items",
-    "method_list",
-    "positive_int",
-    "task_list",
-    "task_name",
-]
+__all__ = ["add_common", "int_list", "items", "known_items", "method_list", "positive_int"]
 
 
 def task_name(text: str) -> str:
     """The name of a known task."""
-    try:
-        get_task(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return _known(text, sorted(known_tasks()))
 
 
-def method_name(text: str) -> str:
-    """The name of a known method."""
-    try:
-        get_method(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+def task_list(text: str) -> list[str]:
+    """Known tasks, comma-separated."""
+    return known_items(text, sorted(known_tasks()))
+
+
+def method_list(text: str) -> list[str]:
+    """Known methods, comma-separated."""
+    return known_items(text, METHODS)
 
 
 def positive_int(minimum: int = 1) -> Callable[[str], int]:
-    """A whole number of at least `minimum`."""
+    """A whole number of at least `minimum`; 1e3 is one."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
+        value = math.nan
+        with suppress(ValueError):
+            value = float(text)
+        if not (value >= minimum and value.is_integer()):
             raise argparse.ArgumentTypeError(
                 f"expected a whole number of at least {minimum}, got {text!r}"
             )
-        return value
+        return int(value)
 
     return parse
+
+
+def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
+    """Whole numbers of at least `minimum`, comma-separated."""
+    parse = positive_int(minimum)
+    return lambda text: [parse(item) for item in items(text)]
 
 
 def items(text: str) -> list[str]:
@@ -62,20 +58,15 @@ def items(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def task_list(text: str) -> list[str]:
-    """Known tasks, comma-separated."""
-    return [task_name(item) for item in items(text)]
+def known_items(text: str, names: Collection[str]) -> list[str]:
+    """The entries of a comma-separated list, each of which is one of the names."""
+    return [_known(item, names) for item in items(text)]
 
 
-def method_list(text: str) -> list[str]:
-    """Known methods, comma-separated."""
-    return [method_name(item) for item in items(text)]
-
-
-def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
-    """Whole numbers of at least `minimum`, comma-separated."""
-    parse = positive_int(minimum)
-    return lambda text: [parse(item) for item in items(text)]
+def _known(text: str, names: Collection[str]) -> str:
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+    return text
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["Workers", "warm_up"]
+from sbi_jeffreys.benchmark._running import CommandError
 
-_warm = False
+__all__ = ["Workers"]
 
 
 class Workers:
@@ -19,7 +19,7 @@ class Workers:
         backend: "loky" or "dask".
 
     Raises:
-        ImportError: If Dask is asked for and not installed.
+        CommandError: If Dask is asked for, and is not installed or does not work.
     """
 
     def __init__(self, jobs: int, backend: str = "loky") -> None:
@@ -58,29 +58,21 @@ def _dask_client(jobs: int) -> Any:
     try:
         import dask.config  # pyright: ignore[reportMissingImports]
         from dask.distributed import Client  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("dask", "distributed"):
+            raise _broken_dask(error) from error
+        raise CommandError(
             "backend 'dask' needs Dask, which is not installed: pip install 'sbi_jeffreys[dask]', "
             "or use --backend loky."
         ) from error
+    except Exception as error:
+        raise _broken_dask(error) from error
     address = dask.config.get("scheduler-address", None)
     return Client(address) if address else Client(n_workers=jobs, threads_per_worker=1)
 
 
-def warm_up() -> None:
-    """Train once on nothing, so that imports and first-call set-up are charged to no method."""
-    global _warm
-    if _warm:
-        return
-    from sbi_jeffreys.benchmark._running import seeded
-    from sbi_jeffreys.benchmark.methods import FitContext, get_method
-    from sbi_jeffreys.benchmark.tasks import get_task
-
-    task = get_task("gaussian_linear")
-    with seeded(0):
-        theta, x = task.simulate_joint(50)
-        for name in ("npe_nsf", "npe_jeffreys", "nle_mcmc"):
-            # A method that does not even run here fails again in its cells, and is recorded there.
-            with suppress(Exception):
-                get_method(name).fit(task, theta, x, 0, FitContext(fast=True))
-    _warm = True
+def _broken_dask(error: Exception) -> CommandError:
+    return CommandError(
+        f"backend 'dask': Dask is installed, but importing it fails with {type(error).__name__}: "
+        f"{error}. Repair the installation, or use --backend loky."
+    )

@@ -19,7 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Measurement", "NoTracker", "derive_seed", "measured", "one_thread", "quiet", "seeded"]
+__all__ = [
+    "CommandError",
+    "Measurement",
+    "NoTracker",
+    "derive_seed",
+    "measured",
+    "one_thread",
+    "quiet",
+    "seeded",
+]
+
+
+class CommandError(ValueError):
+    """A command cannot start; the message says why and what to change. Exit code 2."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -97,8 +110,8 @@ class Measurement:
         seconds: Wall time.
         cpu_seconds: Processor time of this process; steadier than wall time on a shared machine.
         peak_mib: Growth of the resident set over its size at the block's start, at its peak, in
-            MiB; NaN where the system does not tell. It flatters what comes later in a process, and
-            finds libraries and arenas in place already.
+            MiB; NaN where the system does not tell. Blocks that come later in a process find
+            libraries and arenas in place already, and grow less.
         resident_mib: The resident set at its peak, all of it: what the machine must have.
     """
 

@@ -8,15 +8,15 @@ weights are not worse than the best frozen ones, and not worse than plain NPE.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sbi_jeffreys.benchmark._arguments import items, positive_int
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
-from sbi_jeffreys.benchmark.ablation_table import NPE, STUDY, write_table
+from sbi_jeffreys.benchmark.ablation_table import CHECK, NPE, STUDY, write_table
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     evaluate,
@@ -25,12 +25,12 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.fitted import EstimatorFit
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.studies import (
-    Entry,
+from sbi_jeffreys.benchmark.runner import (
     Outcome,
-    add_study_arguments,
+    add_run_arguments,
     report_outcome,
-    run_study,
+    run_entries,
+    study_entry,
 )
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE, Variant
@@ -41,7 +41,14 @@ __all__ = ["Row", "add_arguments", "row_list", "run", "run_ablation"]
 _DEFAULT_TASKS = "gaussian_linear,two_moons,slcp,sir"
 #: Broken proxies that a bare task name brings along.
 _BROKEN = {"two_moons": ("shuffled", "undertrained"), "sir": ("raw",)}
-_OBSERVATION_SEED = 3  # the reported benchmark has its own
+_SETTINGS = EvaluationSettings(
+    observations=3,
+    observation_seed=3,  # the reported benchmark has its own
+    num_samples=1000,
+    classifier="rf",
+    test_pairs=2000,
+    draws_per_pair=50,
+)
 
 
 @dataclass(frozen=True)
@@ -83,21 +90,27 @@ def row_list(text: str) -> list[Row]:
 
 
 def measure_row(
-    task: Task, row: Row, simulations: int, seed: int, settings: EvaluationSettings, with_c2st: bool
+    context: FitContext,
+    task: Task,
+    row: Row,
+    simulations: int,
+    seed: int,
+    settings: EvaluationSettings,
+    with_c2st: bool,
 ) -> dict[str, Any]:
     """Train stage 0 and the proxy of a row, run all its variants from there, measure each.
 
     Returns:
-        `variants`: per name `metrics` and `training`; `proxy`: what was found out about it.
+        `results`, with `variants`: per name `metrics` and `training`; `proxy`: its held-out value,
+        trust and cost.
     """
-    context = FitContext(fast=settings.fast)
     theta, x = simulations_for(task, simulations, seed)
     with seeded(derive_seed("training", task.name, simulations, seed)):
         trainer = ForkableNPE(task.prior, **context.trainer_kwargs)
         with measured() as cost:
             trainer.append_simulations(theta, x).train(**context.train_kwargs)
     options = context.options()
-    options = replace(options, proxy=CONDITIONS[row.condition].build(trainer, options))
+    options = replace(options, proxy=CONDITIONS[row.condition].build(task.prior, options))
     results = {NPE: _measure(task, trainer, settings, seed, with_c2st, cost.cpu_seconds)}
     with measured() as fit_cost:  # one step, for the proxy: the variants find it fitted
         first = trainer.fork(replace(options, num_steps=1, adaptive=True))
@@ -112,7 +125,7 @@ def measure_row(
         "trust": float(trust(held_out, trainer.summary["best_validation_loss"][-1])),
         "cpu_seconds": fit_cost.cpu_seconds,
     }
-    return {"variants": results, "proxy": proxy}
+    return {"results": {"variants": results, "proxy": proxy}}
 
 
 def _measure(
@@ -143,8 +156,7 @@ def run_ablation(
     settings: EvaluationSettings,
     folder: Path,
     with_c2st: bool = False,
-    jobs: int = 1,
-    show_progress: bool = True,
+    **how: Any,
 ) -> Outcome:
     """Measure what is not there yet.
 
@@ -155,71 +167,43 @@ def run_ablation(
         settings: What to evaluate.
         folder: Where results go.
         with_c2st: Whether to compare with references at the settings' observations.
-        jobs: Worker processes.
-        show_progress: Whether to show a bar.
+        how: `jobs` and `show_progress` of `runner.run_entries`.
 
     Raises:
-        ValueError: If a result is there that other settings produced.
+        CommandError: See `runner.run_entries`.
     """
-    entries = [
-        Entry(
-            {"row": row.name, "simulations": f"n{simulations}", "seed": f"s{seed}"},
-            measure_row,
-            {
-                "task": get_task(row.task),
-                "row": row,
-                "simulations": simulations,
-                "seed": seed,
-                "settings": settings,
-                "with_c2st": with_c2st,
-            },
-        )
-        for seed in range(seeds)
-        for row in rows
-    ]
+    entries = []
+    for seed, row in product(range(seeds), rows):
+        key = {"row": row.name, "simulations": f"n{simulations}", "seed": f"s{seed}"}
+        arguments = {
+            "task": get_task(row.task),
+            "row": row,
+            "simulations": simulations,
+            "seed": seed,
+            "settings": settings,
+            "with_c2st": with_c2st,
+        }
+        entries.append(study_entry(STUDY, key, measure_row, arguments))
     shared = {**asdict(settings), "c2st": with_c2st}
-    return run_study(STUDY, entries, shared, folder, jobs, show_progress)
+    return run_entries(entries, shared, folder, CHECK, **how)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ablation`."""
-    parser.add_argument(
-        "--tasks",
-        type=row_list,
-        default=_DEFAULT_TASKS,
-        help="comma-separated tasks, or single rows as task:proxy (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--simulations", type=positive_int(20), default=1000, help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--c2st", action="store_true", help="also C2ST at 3 observations, 4 s per variant and each"
-    )
-    add_study_arguments(parser, "benchmark_results/ablation", seeds=3)
+    default = "(default: %(default)s)"
+    text = f"comma-separated tasks, or single rows as task:proxy {default}"
+    parser.add_argument("--tasks", type=row_list, default=_DEFAULT_TASKS, help=text)
+    parser.add_argument("--simulations", type=positive_int(20), default=1000, help=default)
+    text = "also C2ST at 3 observations, 4 s per variant and each"
+    parser.add_argument("--c2st", action="store_true", help=text)
+    add_run_arguments(parser, "benchmark_results/ablation", seeds=3)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the ablation and write `ablation.md`; 1 if rows failed, 2 if it cannot start."""
-    settings = EvaluationSettings(
-        observations=3,
-        observation_seed=_OBSERVATION_SEED,
-        num_samples=1000,
-        classifier="rf",
-        test_pairs=2000,
-        draws_per_pair=50,
-    )
-    try:
-        outcome = run_ablation(
-            args.tasks,
-            args.seeds,
-            args.simulations,
-            replace(settings.smoke(), observations=1) if args.fast else settings,
-            args.out,
-            with_c2st=args.c2st,
-            jobs=args.jobs,
-            show_progress=not args.quiet,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return report_outcome(outcome, write_table(args.out))
+    """Run the ablation and write `ablation.md`; 1 if rows failed."""
+    settings = replace(_SETTINGS.smoke(), observations=1) if args.fast else _SETTINGS
+    outcome = run_ablation(
+        args.tasks, args.seeds, args.simulations, settings, args.out, with_c2st=args.c2st,
+        jobs=args.jobs, show_progress=not args.quiet,
+    )  # fmt: skip
+    return report_outcome(outcome, "measurements", args.out, write_table(args.out))

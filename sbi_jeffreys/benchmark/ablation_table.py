@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark.provenance import summary_lines
-from sbi_jeffreys.benchmark.report import interval_text, markdown_table, summary_text
-from sbi_jeffreys.benchmark.statistics import Summary, paired_difference, paired_values, summarise
-from sbi_jeffreys.benchmark.studies import read_study
+from sbi_jeffreys.benchmark.cells import Number
+from sbi_jeffreys.benchmark.statistics import (
+    Methods,
+    nest,
+    paired_difference,
+    paired_summary,
+    summarise,
+)
+from sbi_jeffreys.benchmark.tables import (
+    markdown,
+    origin_text,
+    read_valid,
+    shown,
+    study_check,
+    values_table,
+    write_page,
+)
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS
 
-__all__ = ["NPE", "STUDY", "tabulate", "verdict", "write_table"]
+__all__ = ["CHECK", "NPE", "STUDY", "tabulate", "verdict", "write_table"]
 
 STUDY = "ablation"
 NPE, ADAPTIVE = "npe", "adaptive"
@@ -35,40 +49,48 @@ _PROMISED = {
     "coverage_error_90": "coverage error",
     "c2st": "C2ST",
 }
+#: What a record must hold; those of earlier versions have variants that no longer exist.
+CHECK = study_check(
+    STUDY,
+    {
+        "row": re.compile(rf"\w+:({'|'.join(CONDITIONS)})"),
+        "simulations": re.compile(r"n\d+"),
+        "seed": re.compile(r"s\d+"),
+    },
+    {
+        "variants": {"*": {"metrics": {"*": Number()}, "training": {"*": Number()}}},
+        "proxy": {"held_out": Number(), "trust": Number(nullable=False)},
+    },
+)
 
-#: variant → seed → metric → value
-RowTable = dict[str, dict[int, dict[str, float]]]
-
-
-def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], RowTable]:
-    """Values of all records by (row, budget), variant and seed, with the coverage error."""
-    table: dict[tuple[str, str], RowTable] = {}
-    for record in records:
-        key = record["key"]
-        row = table.setdefault((key["row"], key["simulations"]), {})
-        for name, entry in record["results"]["variants"].items():
-            values = {**entry["metrics"], **entry["training"]}
-            if values.get("coverage_90") is not None:
-                values["coverage_error_90"] = abs(values["coverage_90"] - 0.9)
-            finite = {metric: float(v) for metric, v in values.items() if v is not None}
-            row.setdefault(name, {})[int(key["seed"].removeprefix("s"))] = finite
-    return table
+RowKey = tuple[str, str]  # task and condition of the proxy; budget
 
 
-def _gap(row: RowTable, other: str, metric: str) -> Summary | None:
-    """Adaptive minus another variant, paired by seed."""
-    both = paired_values(row.get(ADAPTIVE, {}), row.get(other, {}), metric)
-    return summarise({k: {metric: a - b} for k, (a, b) in enumerate(both)}, metric)
+def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[RowKey, Methods]:
+    """Values of all records by row and budget, variant and seed, with the coverage error."""
+    return nest(
+        (_row(record), name, _seed(record), {**entry["metrics"], **entry["training"]})
+        for record in records
+        for name, entry in record["results"]["variants"].items()
+    )
 
 
-def best_frozen(row: RowTable, metric: str) -> str | None:
-    """The frozen weighting with the lowest mean, chosen after the fact: the hardest rival."""
+def _row(record: Mapping[str, Any]) -> RowKey:
+    return record["key"]["row"], record["key"]["simulations"]
+
+
+def _seed(record: Mapping[str, Any]) -> int:
+    return int(record["key"]["seed"].removeprefix("s"))
+
+
+def best_frozen(row: Methods, metric: str) -> str | None:
+    """The frozen weighting with the lowest mean, chosen after the fact, per metric."""
     means = {name: summarise(row.get(name, {}), metric) for name in _FROZEN}
     known = {name: summary.mean for name, summary in means.items() if summary is not None}
     return min(known, key=lambda name: known[name]) if known else None
 
 
-def verdict(row: RowTable, other: str | None, metric: str) -> str:
+def verdict(row: Methods, other: str | None, metric: str) -> str:
     """Whether adaptive is not worse than `other`, of a metric of which less is better.
 
     Returns:
@@ -76,7 +98,7 @@ def verdict(row: RowTable, other: str | None, metric: str) -> str:
         of the paired difference; "BROKEN": by more; "worse, one seed": no standard error; "–":
         not measured.
     """
-    gap = None if other is None else _gap(row, other, metric)
+    gap = paired_summary(row.get(ADAPTIVE, {}), row.get(other or "", {}), metric)
     if gap is None:
         return "–"
     if gap.mean <= 0:
@@ -86,61 +108,53 @@ def verdict(row: RowTable, other: str | None, metric: str) -> str:
     return "within noise" if gap.mean <= 2 * gap.standard_error else "BROKEN"
 
 
-def _row_text(name: str, budget: str, row: RowTable, notes: list[str]) -> str:
+def _row_text(key: RowKey, row: Methods, notes: list[str]) -> str:
     """Both tables of one row, and its verdicts."""
-    names = [variant for variant in _LABELS if variant in row]
-    shown = [m for m in _COLUMNS if any(summarise(row[variant], m) for variant in names)]
-    values = [["variant", "seeds", *(_COLUMNS[m][0] for m in shown)]]
-    for variant in names:
-        cells = [summary_text(summarise(row[variant], m), _COLUMNS[m][1]) for m in shown]
-        values.append([_LABELS[variant], str(len(row[variant])), *cells])
     gaps = [["adaptive minus", "best frozen", "verdict", "NPE", "verdict"]]
     for metric, title in _PROMISED.items():
         best = best_frozen(row, metric)
         cells = [title]
         for other in (best, NPE):
             found = row.get(other or "", {})
-            text = interval_text(paired_difference(row.get(ADAPTIVE, {}), found, metric))
+            text = shown(paired_difference(row.get(ADAPTIVE, {}), found, metric))
             if other == best and best is not None:
                 text += f" ({_LABELS[best].removeprefix('frozen, ')})"
             cells += [text, verdict(row, other, metric)]
         if set(cells[1:]) != {"–"}:
             gaps.append(cells)
-    task, _, condition = name.partition(":")
-    head = f"## {task}, proxy {CONDITIONS[condition].label}, {budget[1:]} simulations"
-    return "\n\n".join([head, "\n".join(notes), markdown_table(values), markdown_table(gaps)])
+    task, _, condition = key[0].partition(":")
+    head = f"## {task}, proxy {CONDITIONS[condition].label}, {key[1][1:]} simulations"
+    values = values_table(row, _LABELS, _COLUMNS, "variant")
+    return "\n\n".join([head, "\n".join(notes), values, markdown(gaps)])
 
 
-def _summary(table: Mapping[tuple[str, str], RowTable]) -> str:
+def _summary(table: Mapping[RowKey, Methods]) -> str:
     """One line per row and promise."""
-    rows = [["row", *(f"{t}: frozen / NPE" for t in _PROMISED.values())]]
+    rows = [["row", *(f"{title}: frozen / NPE" for title in _PROMISED.values())]]
     for (name, budget), row in sorted(table.items()):
-        cells = [
+        verdicts = [
             f"{verdict(row, best_frozen(row, metric), metric)} / {verdict(row, NPE, metric)}"
             for metric in _PROMISED
         ]
-        rows.append([f"{name}, {budget[1:]}", *cells])
-    return markdown_table(rows)
+        rows.append([f"{name}, {budget[1:]}", *verdicts])
+    return markdown(rows)
 
 
-def _notes(records: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """What was found out about the proxy of each row, seed by seed."""
-    notes: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        key, proxy = record["key"], record["results"]["proxy"]
-        held_out, trust = proxy["held_out"], proxy["trust"]
-        value = "not finite" if held_out is None else f"{held_out:.3f}"
-        text = f"- {key['seed']}: held-out NLL of the proxy {value}, trust {trust:.3f}"
-        notes.setdefault((key["row"], key["simulations"]), []).append(text)
-    return notes
+def _note(record: Mapping[str, Any]) -> str:
+    """What was found out about the proxy of one seed."""
+    proxy = record["results"]["proxy"]
+    value = "not finite" if proxy["held_out"] is None else f"{proxy['held_out']:.3f}"
+    seed = record["key"]["seed"]
+    return f"- {seed}: held-out NLL of the proxy {value}, trust {proxy['trust']:.3f}"
 
 
 def write_table(folder: Path) -> Path | None:
     """Sum up all results of a folder in `ablation.md`; its path, or None without any result."""
-    records = read_study(STUDY, folder)
+    records = read_valid(folder, CHECK)
     if not records:
         return None
-    table, notes = tabulate(records), _notes(records)
+    table = tabulate(records)
+    notes = {key: [_note(record) for record in records if _row(record) == key] for key in table}
     parts = [
         "# Ablation of the symmetric stage",
         "Mean ± standard error over seeds; differences are paired by seed, with 95 % t-intervals; "
@@ -151,9 +165,7 @@ def write_table(folder: Path) -> Path | None:
         + _summary(table)
         + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "
         "BROKEN: by more.",
-        *(_row_text(*key, row, notes[key]) for key, row in sorted(table.items())),
-        "## Where this comes from\n\n" + summary_lines(records),
+        *(_row_text(key, row, notes[key]) for key, row in sorted(table.items())),
+        origin_text(records),
     ]
-    path = folder / "ablation.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_page(folder / "ablation.md", parts)

@@ -1,28 +1,27 @@
-"""Result files: one JSON per cell (task, budget, seed, method), written whole or not at all."""
+"""Result files: one JSON record per measurement, written whole or not at all, checked when read."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "Cell",
-    "CorruptResultError",
-    "check_settings",
-    "read_json",
-    "read_result",
-    "read_results",
-    "write_json",
-    "write_result",
-]
+from sbi_jeffreys.benchmark._running import CommandError
+
+__all__ = ["FORMAT", "Cell", "CorruptResultError", "Number", "read_results", "write_result"]
 
 FORMAT = 1  # raise it when the meaning of a field changes
+_PROBE_BYTES = 2**20  # far more than one record
+
+#: What is wrong with a record that was read from a path, or None.
+Check = Callable[[Any, Path], "str | None"]
 
 
 class CorruptResultError(ValueError):
@@ -31,7 +30,7 @@ class CorruptResultError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One measurement."""
+    """One measurement of the benchmark."""
 
     task: str
     simulations: int
@@ -44,12 +43,134 @@ class Cell:
         return f"{self.task}-n{self.simulations}-s{self.seed}-{self.method}.json"
 
 
+# ------------------------------------------------------------------ what a record holds
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number of JSON's in [low, high]; null, which stands for NaN, if it is `nullable`."""
+
+    low: float = -sys.float_info.max
+    high: float = sys.float_info.max
+    nullable: bool = True
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is such a number; true and false are none."""
+        if value is None:
+            return self.nullable
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high
+
+
+_SHARE = Number(0.0, 1.0)
+_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
+_DONE = {
+    "settings": dict,
+    "label?": str,
+    "provenance?": dict,
+    "metrics": {
+        "c2st": Number(0.0, 1.0, nullable=False),
+        **dict.fromkeys(("coverage_50?", "coverage_90?", "coverage_95?", "leakage?"), _SHARE),
+        "*": Number(),
+    },
+    "training": dict.fromkeys(
+        ("seconds?", "cpu_seconds?", "peak_mib?", "resident_mib?"), Number(0.0)
+    ),
+    "evaluation_seconds?": {"*": Number(0.0)},
+}
+_CELL = {"task": str, "simulations": int, "seed": int, "method": str}
+
+
+def find_problem(value: Any, expected: Any, name: str = "the record") -> str | None:
+    """What is wrong with a value that was read from JSON, with the field's name, or None.
+
+    Args:
+        value: What was read.
+        expected: A `Number`; a type; a pattern that a string matches; `[inner]` for a list; or a
+            dict of fields, where "name?" may be missing and "*" stands for all other fields.
+        name: Of the field.
+    """
+    if isinstance(expected, Number):
+        bounds = f" from {expected.low:g} to {expected.high:g}" if expected == _SHARE else ""
+        return None if expected.fits(value) else _mismatch(f"a finite number{bounds}", name, value)
+    if isinstance(expected, re.Pattern):
+        fits = isinstance(value, str) and expected.fullmatch(value)
+        return None if fits else _mismatch(f"text like {expected.pattern}", name, value)
+    kind = expected if isinstance(expected, type) else type(expected)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return _mismatch(_NAMES[kind], name, value)
+    parts: list[tuple[Any, Any, str]] = []
+    if isinstance(expected, list):
+        parts = [(entry, expected[0], f"{name}[{k}]") for k, entry in enumerate(value)]
+    elif isinstance(expected, dict):
+        place = "" if name == "the record" else f"{name}."
+        required = {key.rstrip("?"): inner for key, inner in expected.items() if key != "*"}
+        for key in expected:
+            if key != "*" and not key.endswith("?") and key not in value:
+                return f"expected a field {place}{key}, which is missing"
+        for key, entry in value.items():
+            inner = required.get(key, expected.get("*"))
+            parts += [] if inner is None else [(entry, inner, f"{place}{key}")]
+    return next((found for part in parts if (found := find_problem(*part))), None)
+
+
+def _mismatch(expected: str, name: str, value: Any) -> str:
+    text = repr(value)
+    return f"expected {expected} for {name}, got {text if len(text) <= 60 else text[:57] + '…'}"
+
+
+def cell_problem(record: Any, path: Path) -> str | None:
+    """What is wrong with a record of the benchmark, or None."""
+    problem = find_problem(record, {"format": int, "status": str, "cell": _CELL})
+    if problem:
+        return problem
+    if record["format"] != FORMAT:
+        return f"expected format {FORMAT}, got {record['format']!r}"
+    if record["status"] not in ("done", "failed"):
+        return f"expected status 'done' or 'failed', got {record['status']!r}"
+    if unknown := record["cell"].keys() - _CELL.keys():
+        return f"expected a cell with {', '.join(_CELL)}, got also {', '.join(sorted(unknown))}"
+    if (name := Cell(**record["cell"]).file_name) != path.name:
+        return f"it belongs to another cell, {name}"
+    return find_problem(record, _DONE if record["status"] == "done" else {"error?": str})
+
+
+# ------------------------------------------------------------------ reading and writing
+
+
+def read_record(path: Path, check: Check = cell_problem) -> dict[str, Any]:
+    """A record as it was written; null stands for NaN and infinite values.
+
+    Raises:
+        CorruptResultError: Naming the file, and the field or what else is wrong with it.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptResultError(f"{path}: not readable as JSON ({error})") from error
+    if problem := check(record, path):
+        raise CorruptResultError(f"{path}: {problem}")
+    return record
+
+
+def read_results(
+    folder: Path, check: Check = cell_problem
+) -> Iterator[dict[str, Any] | CorruptResultError]:
+    """Every result of a folder, or what is wrong with it, in the order of file names."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield read_record(path, check)
+        except CorruptResultError as error:
+            yield error
+
+
 def write_result(folder: Path, cell: Cell, content: dict[str, Any]) -> Path:
     """Write the result of a cell, whole or not at all."""
-    return write_json(folder / cell.file_name, {"format": FORMAT, "cell": asdict(cell), **content})
+    path = folder / cell.file_name
+    return write_record(path, {"format": FORMAT, "cell": asdict(cell), **content})
 
 
-def write_json(path: Path, record: dict[str, Any]) -> Path:
+def write_record(path: Path, record: dict[str, Any]) -> Path:
     """Write a record beside its place and rename it, so that nobody ever reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -63,81 +184,6 @@ def write_json(path: Path, record: dict[str, Any]) -> Path:
     return path
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A result as it was written; null stands for NaN and infinite values.
-
-    Raises:
-        CorruptResultError: Naming the file and what is wrong with it.
-    """
-    record = read_json(path)
-    problem = _problem(record, path)
-    if problem:
-        raise CorruptResultError(f"{path}: {problem}")
-    return record
-
-
-def read_json(path: Path) -> Any:
-    """What a file holds.
-
-    Raises:
-        CorruptResultError: If it is not readable as JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptResultError(f"{path}: not readable as JSON ({error})") from error
-
-
-def check_settings(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Results of different settings do not mix.
-
-    Raises:
-        ValueError: Naming the settings in which the result at `path` differs.
-    """
-    differing = [
-        f"{name}={found.get(name)!r} (now {value!r})"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"out: expected results of the same settings, but {path} has {', '.join(differing)}; "
-            "choose another folder, or the settings of this one."
-        )
-
-
-def read_results(folder: Path) -> Iterator[dict[str, Any] | CorruptResultError]:
-    """Every result of a folder, or what is wrong with it, in the order of file names."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            yield read_result(path)
-        except CorruptResultError as error:
-            yield error
-
-
-def _problem(record: Any, path: Path) -> str | None:
-    """What is wrong with a record, or None."""
-    if not isinstance(record, dict):
-        return "expected a JSON object"
-    if record.get("format") != FORMAT:
-        return f"expected format {FORMAT}, got {record.get('format')!r}"
-    if record.get("status") not in ("done", "failed"):
-        return f"expected status 'done' or 'failed', got {record.get('status')!r}"
-    try:
-        cell = Cell(**record["cell"])
-    except (KeyError, TypeError):
-        return f"expected a cell with task, simulations, seed, method, got {record.get('cell')!r}"
-    if cell.file_name != path.name:
-        return f"it belongs to another cell, {cell.file_name}"
-    if record["status"] == "done":
-        for name in ("metrics", "training", "settings"):
-            if not isinstance(record.get(name), dict):
-                return f"expected an object {name!r}"
-        if not isinstance(record["metrics"].get("c2st"), (int, float)):
-            return f"expected a number for c2st, got {record['metrics'].get('c2st')!r}"
-    return None
-
-
 def _plain(value: Any) -> Any:
     """JSON's types only; NaN and infinity, which JSON does not know, become null."""
     if isinstance(value, dict):
@@ -148,3 +194,38 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def check_settings(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Results of different settings do not mix.
+
+    Raises:
+        CommandError: Naming the settings in which the result at `path` differs.
+    """
+    differing = [
+        f"{name}={found.get(name)!r} (now {value!r})"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise CommandError(
+            f"out: expected results of the same settings, but {path} has {', '.join(differing)}; "
+            "choose another folder, or the settings of this one."
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Create a folder for results and write to it, before hours are spent on what goes there.
+
+    Raises:
+        CommandError: If it is not a folder, not writable, or on a full disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise CommandError(
+            f"out: expected a folder that can be written to, got {str(folder)!r} "
+            f"({error.strerror or error}); choose another folder with --out, or make room."
+        ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.benchmark.metrics import PairDraws
+from sbi_jeffreys.diagnostics.calibration import PairDraws
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
@@ -130,7 +130,7 @@ class CorrectedFit(FittedMethod):
 
     Coverage is read on weighted draws of the main, as many as every other method has: with fewer
     draws than `sample` uses, the correction is coarser there. No NLL is reported: its normaliser
-    from so few draws would flatter it.
+    from so few draws would be biased in its favour.
 
     Attributes:
         main: The uncorrected fit.

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys
+from sbi_jeffreys import FlowExpert, JeffreysOptions, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, quiet, seeded
 from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
 from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.networks.fitting import FitConfig
+from sbi_jeffreys.training.report import ProxyStatus
 
 __all__ = ["METHODS", "FitContext", "Method", "get_method", "register_method"]
 
@@ -113,43 +114,61 @@ class Trained:
 
 
 def train(
-    make: Callable[[], Any], theta: Tensor, x: Tensor, seed: int, context: FitContext
+    make: Callable[[], Any], theta: Tensor, x: Tensor, seed: int, context: FitContext, key: Any
 ) -> Trained:
-    """Build, train and measure an inference object of sbi's, on its own random stream."""
-    with seeded(seed), quiet(not context.show_progress):
-        with measured() as cost:
-            inference = make()
-            inference.append_simulations(theta, x).train(**context.train_kwargs)
-        posterior = inference.build_posterior()
-    return Trained(inference, posterior, dict(vars(cost)))
+    """Build, train and measure an inference object of sbi's, on its own random stream.
+
+    A training that the context has under the same key already is returned as it is.
+    """
+    if key not in context.shared:
+        with seeded(seed), quiet(not context.show_progress):
+            with measured() as cost:
+                inference = make()
+                inference.append_simulations(theta, x).train(**context.train_kwargs)
+            posterior = inference.build_posterior()
+        context.shared[key] = Trained(inference, posterior, dict(vars(cost)))
+    return context.shared[key]
 
 
-def main_network(task: Task, name: str) -> Any:
+def main_network(task: Task, name: str, builder: Callable[..., Any] = MainBuilder) -> Any:
     """sbi's density estimator of that name: the name itself, or a builder with the task's
-    embedding net where x is not a vector."""
+    embedding net where x is not a vector (`MainBuilder` for ours, `posterior_nn` for sbi's)."""
     embedding_net = task.embedding_net()
-    if embedding_net is None:
-        return name
-    from sbi.neural_nets import posterior_nn
-
-    return posterior_nn(model=name, embedding_net=embedding_net)
+    return name if embedding_net is None else builder(name, embedding_net=embedding_net)
 
 
 @dataclass(frozen=True)
-class NPEMethod:
-    """sbi's NPE, or an ensemble of independently initialised ones on the same simulations."""
+class _Named:
+    """What tables, files and the command line need of a method; see `Method`."""
 
     name: str
     label: str
     training: str
-    density_estimator: Literal["nsf", "maf"] = "nsf"
+
+
+@dataclass(frozen=True)
+class NPEMethod(_Named):
+    """sbi's NPE, or an ensemble of independently initialised ones on the same simulations."""
+
+    density_estimator: str = "nsf"
     num_members: int = 1
 
     def fit(
         self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
     ) -> FittedMethod:
         """See `Method.fit`. Cost of an ensemble: sums over members; the peak is the largest."""
-        members = [self._member(k, task, theta, x, seed, context) for k in range(self.num_members)]
+        from sbi.inference import NPE
+        from sbi.neural_nets import posterior_nn
+
+        def make() -> NPE:
+            network = main_network(task, self.density_estimator, posterior_nn)
+            return NPE(task.prior, network, **context.trainer_kwargs)
+
+        members = []
+        for k in range(self.num_members):
+            member_seed = seed if k == 0 else derive_seed("member", seed, k)
+            key = (self.training, k)
+            members.append(train(make, theta, x, member_seed, context, key))
         info = members[0].info
         if self.num_members > 1:
             infos = [member.info for member in members]
@@ -157,34 +176,11 @@ class NPEMethod:
             info |= {key: max(i[key] for i in infos) for key in ("peak_mib", "resident_mib")}
         return EstimatorFit(info=info, posteriors=[member.posterior for member in members])
 
-    def _member(
-        self, k: int, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
-    ) -> Trained:
-        """Member k, from the cell's store where it is trained already."""
-        from sbi.inference import NPE
-
-        key = (self.training, k)
-        if key not in context.shared:
-            member_seed = seed if k == 0 else derive_seed("member", seed, k)
-            context.shared[key] = train(
-                lambda: NPE(
-                    task.prior, main_network(task, self.density_estimator), **context.trainer_kwargs
-                ),
-                theta,
-                x,
-                member_seed,
-                context,
-            )
-        return context.shared[key]
-
 
 @dataclass(frozen=True)
-class JeffreysMethod:
+class JeffreysMethod(_Named):
     """`NPE_Jeffreys`, or its draws corrected through the proxy."""
 
-    name: str
-    label: str
-    training: str
     density_estimator: str = "nsf"
     changes: tuple[tuple[str, Any], ...] = ()
     corrected: bool = False
@@ -193,43 +189,33 @@ class JeffreysMethod:
         self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
     ) -> FittedMethod:
         """See `Method.fit`."""
-        if self.training not in context.shared:
+
+        def make() -> NPE_Jeffreys:
+            network = main_network(task, self.density_estimator)
             options = context.options(**dict(self.changes))
-            context.shared[self.training] = train(
-                lambda: NPE_Jeffreys(
-                    task.prior,
-                    main_network(task, self.density_estimator),
-                    options=options,
-                    **context.trainer_kwargs,
-                ),
-                theta,
-                x,
-                seed,
-                context,
-            )
-        trained: Trained = context.shared[self.training]
+            return NPE_Jeffreys(task.prior, network, options=options, **context.trainer_kwargs)
+
+        trained = train(make, theta, x, seed, context, self.training)
         main = EstimatorFit(info=trained.info, posteriors=[trained.posterior])
         if not self.corrected:
             return main
-        corrected = _corrected_posterior(trained.inference, 1000 if context.fast else 20_000)
-        return CorrectedFit(info=trained.info, main=main, posterior=corrected)
+        posterior = None
+        if proxy_is_usable(trained.inference):
+            num_candidates = 1000 if context.fast else 20_000
+            posterior = trained.inference.build_corrected_posterior(num_candidates=num_candidates)
+        return CorrectedFit(info=trained.info, main=main, posterior=posterior)
 
 
-def _corrected_posterior(inference: NPE_Jeffreys, num_candidates: int) -> Any:
-    """The corrected posterior, or None where training found no proxy to trust."""
-    notes = inference.summary.get("proxy", [])
-    if inference.proxy is None or (notes and "not trusted" in notes[-1]):
-        return None
-    return inference.build_corrected_posterior(num_candidates=num_candidates)
+def proxy_is_usable(inference: NPE_Jeffreys) -> bool:
+    """Whether training found a proxy that it trusted, so that the symmetric stage ran with it."""
+    report = inference.training_report
+    return report is not None and report.proxy_status is ProxyStatus.USED
 
 
 @dataclass(frozen=True)
-class SamplerMethod:
+class SamplerMethod(_Named):
     """Another trainer of sbi's, with its defaults, whose posterior is only sampled from."""
 
-    name: str
-    label: str
-    training: str
     trainer: str
 
     def fit(
@@ -238,8 +224,10 @@ class SamplerMethod:
         """See `Method.fit`."""
         import sbi.inference
 
-        make = getattr(sbi.inference, self.trainer)
-        trained = train(lambda: make(task.prior, **context.trainer_kwargs), theta, x, seed, context)
+        def make() -> Any:
+            return getattr(sbi.inference, self.trainer)(task.prior, **context.trainer_kwargs)
+
+        trained = train(make, theta, x, seed, context, self.training)
         return SamplerFit(info=trained.info, posterior=trained.posterior)
 
 
@@ -277,24 +265,20 @@ def get_method(name: str) -> Method:
 
 for _method in (
     NPEMethod("npe_nsf", "NPE", "npe_nsf"),
-    NPEMethod("npe_maf", "NPE (maf)", "npe_maf", density_estimator="maf"),
+    NPEMethod("npe_maf", "NPE (maf)", "npe_maf", "maf"),
     NPEMethod("ensemble2", "Ensemble of 2", "npe_nsf", num_members=2),
     NPEMethod("ensemble5", "Ensemble of 5", "npe_nsf", num_members=5),
-    SamplerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", trainer="NLE"),
+    SamplerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", "NLE"),
     JeffreysMethod("npe_jeffreys", "NPE_Jeffreys", "npe_jeffreys"),
     JeffreysMethod(
         "npe_jeffreys_corrected", "NPE_Jeffreys corrected", "npe_jeffreys", corrected=True
     ),
+    JeffreysMethod("npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", "maf"),
     JeffreysMethod(
-        "npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", density_estimator="maf"
-    ),
-    JeffreysMethod(
-        "npe_jeffreys_fixed",
-        "NPE_Jeffreys (fixed)",
-        "npe_jeffreys_fixed",
+        "npe_jeffreys_fixed", "NPE_Jeffreys (fixed)", "npe_jeffreys_fixed",
         changes=(("adaptive", False),),
     ),
-    SamplerMethod("fmpe", "FMPE", "fmpe", trainer="FMPE"),
-    SamplerMethod("npse", "NPSE", "npse", trainer="NPSE"),
-):
+    SamplerMethod("fmpe", "FMPE", "fmpe", "FMPE"),
+    SamplerMethod("npse", "NPSE", "npse", "NPSE"),
+):  # fmt: skip
     register_method(_method)

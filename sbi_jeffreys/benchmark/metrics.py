@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.diagnostics.calibration import (
-    Coverage,
     PairDraws,
     expected_coverage,
     held_out_nll,
@@ -27,16 +26,9 @@ from sbi_jeffreys.diagnostics.calibration import (
 )
 
 __all__ = [
-    "Coverage",
     "Divergences",
-    "PairDraws",
-    "PairMetrics",
     "c2st",
     "evaluate_pairs",
-    "expected_coverage",
-    "held_out_nll",
-    "inside_prior",
-    "leakage",
     "mode_l1",
     "mode_masses",
     "true_divergences",
@@ -60,34 +52,6 @@ class Divergences:
     reverse: float
     jeffreys: float
     zero_likelihood: float
-
-
-@dataclass(frozen=True)
-class PairMetrics:
-    """All that is measured on fresh pairs; NaN or None where the method has no density."""
-
-    nll: float
-    nll_standard_error: float
-    coverage: tuple[Coverage, ...]
-    leakage: float
-    divergences: Divergences | None
-
-    def flat(self) -> dict[str, float]:
-        """As one level of names, e.g. `coverage_90` and `coverage_90_se`."""
-        values = {
-            "nll": self.nll,
-            "nll_se": self.nll_standard_error,
-            "leakage": self.leakage,
-        }
-        for entry in self.coverage:
-            name = f"coverage_{100 * entry.level:g}"
-            values[name], values[f"{name}_se"] = entry.value, entry.standard_error
-        if self.divergences is not None:
-            values["kl_forward"] = self.divergences.forward
-            values["kl_reverse"] = self.divergences.reverse
-            values["jeffreys"] = self.divergences.jeffreys
-            values["zero_likelihood"] = self.divergences.zero_likelihood
-        return values
 
 
 def c2st(reference: Tensor, samples: Tensor, seed: int = 1, classifier: str = "rf") -> float:
@@ -172,12 +136,19 @@ def true_divergences(
     return Divergences(forward_mean, reverse, forward_mean + reverse, zero)
 
 
-def evaluate_pairs(task: Task, theta_true: Tensor, x: Tensor, draws: PairDraws) -> PairMetrics:
-    """Everything measured on fresh pairs (θ*, x), `(B, D)` and `(B, dim_x)`."""
+def evaluate_pairs(task: Task, theta_true: Tensor, x: Tensor, draws: PairDraws) -> dict[str, float]:
+    """Everything measured on fresh pairs (θ*, x), `(B, D)` and `(B, dim_x)`, by name.
+
+    Without a normalised density there are no divergences, and the NLL is NaN.
+    """
     inside = inside_prior(task.prior, draws.theta)
-    coverage = expected_coverage(draws, inside)
-    if not draws.normalised:
-        return PairMetrics(math.nan, math.nan, coverage, leakage(inside), None)
-    nll, error = held_out_nll(draws.log_prob_true)
-    divergences = true_divergences(task, theta_true, x, draws, inside)
-    return PairMetrics(nll, error, coverage, leakage(inside), divergences)
+    known = held_out_nll(draws.log_prob_true) if draws.normalised else (math.nan, math.nan)
+    values = {"nll": known[0], "nll_se": known[1], "leakage": leakage(inside)}
+    for entry in expected_coverage(draws, inside):
+        name = f"coverage_{100 * entry.level:g}"
+        values |= {name: entry.value, f"{name}_se": entry.standard_error}
+    if draws.normalised:
+        found = true_divergences(task, theta_true, x, draws, inside)
+        values |= {"kl_forward": found.forward, "kl_reverse": found.reverse}
+        values |= {"jeffreys": found.jeffreys, "zero_likelihood": found.zero_likelihood}
+    return values

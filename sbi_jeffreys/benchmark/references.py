@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
+import joblib
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,10 @@ REFERENCE_VERSION = 1
 def reference_samples(
     task: Task, x: Tensor, num_samples: int, seed: int = 0, cache_dir: str | Path | None = None
 ) -> Tensor:
-    """Samples of p(θ|x), from the cache where they have been drawn before.
+    """Samples of p(θ|x), from the cache (`joblib.Memory`) where they have been drawn before.
 
-    The global random state is left as it was.
+    The global random state is left as it was. A damaged cache entry is named in a warning and drawn
+    again; where the cache cannot be written, samples are drawn without it.
 
     Args:
         task: The task.
@@ -42,64 +44,34 @@ def reference_samples(
         raise ValueError(
             f"num_samples: expected a positive count, got {num_samples}; pass e.g. 1000."
         )
-    task.check_observation(x)
-    path = _directory(cache_dir) / f"{task.name}-{_key(task, x, num_samples, seed)}.pt"
-    samples = _load(path, (num_samples, task.dim_theta))
-    if samples is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            samples = task.sample_reference(x, num_samples).detach().to(torch.float32).cpu()
-        _store(samples, path)
-    return samples
-
-
-def _directory(cache_dir: str | Path | None) -> Path:
-    if cache_dir is None:
-        cache_dir = os.environ.get("SBI_JEFFREYS_CACHE") or Path.home() / ".cache/sbi_jeffreys"
-    return Path(cache_dir).expanduser()
-
-
-def _key(task: Task, x: Tensor, num_samples: int, seed: int) -> str:
-    """Hash of all that the samples depend on."""
-    values = x.detach().reshape(-1).to("cpu", torch.float64).contiguous().numpy().tobytes()
-    head = f"{REFERENCE_VERSION}|{task.name}|{num_samples}|{seed}|".encode()
-    return hashlib.sha256(head + values).hexdigest()[:24]
-
-
-def _digest(samples: Tensor) -> str:
-    return hashlib.sha256(samples.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """The cached samples, or None where there are none that can be trusted."""
-    if not path.exists():
-        return None
+    observed = task.check_observation(x).numpy()
+    default = os.environ.get("SBI_JEFFREYS_CACHE") or Path.home() / ".cache/sbi_jeffreys"
+    memory = joblib.Memory(Path(cache_dir or default).expanduser(), verbose=0)
+    draw: Any = memory.cache(_draw, ignore=["task"])
+    arguments = (task, task.name, observed, num_samples, seed, REFERENCE_VERSION)
+    entry = draw.call_and_shelve(*arguments)  # draws where nothing is cached yet
     try:
-        content = torch.load(path, weights_only=True)
-        samples, digest = content["samples"], content["digest"]
-        if tuple(samples.shape) != shape or samples.dtype != torch.float32:
-            raise ValueError(f"shape {tuple(samples.shape)} and {samples.dtype}")
-        # A flipped bit in the payload still unpickles: only the digest tells.
-        if _digest(samples) != digest:
-            raise ValueError("its digest does not match")
-    except Exception as error:  # any damage, of whatever kind, means: draw again
-        # torch's own message would suggest to load the file unsafely.
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+        samples, digest = entry.get()
+        intact = joblib.hash(samples) == digest  # a flipped bit in the payload still unpickles
+    except Exception:  # any damage, of whatever kind
+        intact = False
+    if not intact:
         warnings.warn(
-            f"The cached reference {path} is corrupt ({reason}); it is drawn again.", stacklevel=3
+            f"The cached reference {entry.args_id} of {task.name} in {memory.location} cannot be "
+            "read back; it is drawn again.",
+            stacklevel=2,
         )
-        return None
-    return samples
+        entry.clear()
+        samples, _ = draw(*arguments)
+    return torch.from_numpy(samples)
 
 
-def _store(samples: Tensor, path: Path) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"samples": samples, "digest": _digest(samples)}, file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _draw(
+    task: Task, name: str, observed: np.ndarray, num_samples: int, seed: int, version: int
+) -> tuple[np.ndarray, str]:
+    """Samples and their digest; the arguments but for the task itself are the cache's key."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        samples = task.sample_reference(torch.from_numpy(observed), num_samples)
+    drawn = samples.detach().to(torch.float32).cpu().numpy()
+    return drawn, str(joblib.hash(drawn))

@@ -8,10 +8,11 @@ the C2ST to the reference.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,22 @@ from sbi.utils import RestrictedPrior, get_density_thresholder
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
-from sbi_jeffreys.benchmark._arguments import items, positive_int, task_list
+from sbi_jeffreys.benchmark._arguments import known_items, positive_int, task_list
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
 from sbi_jeffreys.benchmark.methods import FitContext, main_network
-from sbi_jeffreys.benchmark.metrics import c2st, inside_prior
+from sbi_jeffreys.benchmark.metrics import c2st
 from sbi_jeffreys.benchmark.references import reference_samples
-from sbi_jeffreys.benchmark.rounds_table import STUDY, write_table
-from sbi_jeffreys.benchmark.studies import (
-    Entry,
+from sbi_jeffreys.benchmark.rounds_table import CHECK, STUDY, write_table
+from sbi_jeffreys.benchmark.runner import (
     Outcome,
-    add_study_arguments,
+    add_run_arguments,
     report_outcome,
-    run_study,
+    run_entries,
+    study_entry,
 )
 from sbi_jeffreys.benchmark.tasks import Task, get_task
+from sbi_jeffreys.diagnostics.calibration import inside_prior
 
 __all__ = ["METHODS", "RoundsSettings", "add_arguments", "run", "run_rounds"]
 
@@ -98,19 +100,18 @@ class RoundsSettings:
 
 
 def measure_rounds(
-    task: Task, method: SequentialMethod, seed: int, settings: RoundsSettings
+    context: FitContext, task: Task, method: SequentialMethod, seed: int, settings: RoundsSettings
 ) -> dict[str, Any]:
     """All rounds of one method at one observation.
 
     Returns:
-        `rounds`: per round `acceptance`, `sampling_seconds` (None: stalled), `cpu_seconds`; and
-        `c2st` after the last one, None where sampling stalled before.
+        `results`, with `rounds`: per round `acceptance`, `sampling_seconds` (None: stalled),
+        `cpu_seconds`; and `c2st` after the last one, None where sampling stalled before.
     """
     observations = EvaluationSettings(
         observations=seed + 1, observation_seed=settings.observation_seed
     )
     x_o = observations_for(task, observations)[seed]
-    context = FitContext(fast=settings.fast)
     found: list[dict[str, float | None]] = []
     with seeded(derive_seed("rounds", task.name, seed)):
         inference, posterior = method.build(task, context), None
@@ -138,7 +139,7 @@ def measure_rounds(
     if samples is not None:
         reference = reference_samples(task, x_o, settings.num_samples)
         score = c2st(reference, samples, classifier=settings.classifier)
-    return {"rounds": found, "c2st": score}
+    return {"results": {"rounds": found, "c2st": score}}
 
 
 def _next_round(
@@ -184,79 +185,43 @@ def run_rounds(
     seeds: int,
     settings: RoundsSettings,
     folder: Path,
-    jobs: int = 1,
-    show_progress: bool = True,
     methods: Sequence[str] = tuple(METHODS),
+    **how: Any,
 ) -> Outcome:
     """Measure what is not there yet; arguments as in `ablation.run_ablation`.
 
     Raises:
-        ValueError: If a result is there that other settings produced.
+        CommandError: See `runner.run_entries`.
     """
-    entries = [
-        Entry(
-            {"task": name, "seed": f"s{seed}", "method": method},
-            measure_rounds,
-            {
-                "task": get_task(name),
-                "method": METHODS[method],
-                "seed": seed,
-                "settings": settings,
-            },
-        )
-        for seed in range(seeds)
-        for name in tasks
-        for method in methods
-    ]
-    return run_study(STUDY, entries, asdict(settings), folder, jobs, show_progress)
-
-
-def _method_list(text: str) -> list[str]:
-    """Known sequential methods, comma-separated."""
-    names = items(text)
-    if unknown := [name for name in names if name not in METHODS]:
-        raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(METHODS)}, comma-separated; got {unknown[0]!r}"
-        )
-    return names
+    entries = []
+    for seed, name, method in product(range(seeds), tasks, methods):
+        key = {"task": name, "seed": f"s{seed}", "method": method}
+        arguments = {"task": get_task(name), "method": METHODS[method]}
+        arguments |= {"seed": seed, "settings": settings}
+        entries.append(study_entry(STUDY, key, measure_rounds, arguments))
+    return run_entries(entries, asdict(settings), folder, CHECK, **how)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rounds`."""
-    parser.add_argument(
-        "--tasks",
-        type=task_list,
-        default="two_moons,gaussian_linear_uniform",
-        help="comma-separated (default: %(default)s)",
-    )
     number = "(default: %(default)s)"
-    parser.add_argument(
-        "--methods",
-        type=_method_list,
-        default=",".join(METHODS),
-        help="comma-separated (default: %(default)s)",
-    )
+    text = f"comma-separated {number}"
+    tasks, methods = "two_moons,gaussian_linear_uniform", ",".join(METHODS)
+    known = partial(known_items, names=METHODS)
+    parser.add_argument("--tasks", type=task_list, default=tasks, help=text)
+    parser.add_argument("--methods", type=known, default=methods, help=text)
     parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {number}")
     parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=number)
-    add_study_arguments(parser, "benchmark_results/rounds", seeds=2)
+    add_run_arguments(parser, "benchmark_results/rounds", seeds=2)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the rounds and write `rounds.md`; 1 if something failed, 2 if it cannot start."""
+    """Measure the rounds and write `rounds.md`; 1 if something failed."""
     small = {"raw_draws": 200, "num_samples": 50, "fast": True} if args.fast else {}
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
-    try:
-        outcome = run_rounds(
-            args.tasks,
-            args.seeds,
-            settings,
-            args.out,
-            args.jobs,
-            show_progress=not args.quiet,
-            methods=args.methods,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    outcome = run_rounds(
+        args.tasks, args.seeds, settings, args.out, args.methods,
+        jobs=args.jobs, show_progress=not args.quiet,
+    )  # fmt: skip
     labels = {name: method.label for name, method in METHODS.items()}
-    return report_outcome(outcome, write_table(args.out, labels))
+    return report_outcome(outcome, "measurements", args.out, write_table(args.out, labels))

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-__all__ = [
-    "Difference",
-    "Group",
-    "Summary",
-    "collect",
-    "paired_difference",
-    "paired_values",
-    "ratio",
-    "summarise",
-]
+__all__ = ["Difference", "Summary", "collect", "paired_difference", "ratio", "summarise"]
 
-#: (task, simulations) → method → seed → metric → value
-Group = tuple[str, int]
-Table = dict[Group, dict[str, dict[int, dict[str, float]]]]
+Seeds = Mapping[int, Mapping[str, float]]  # seed → metric → value
+Methods = dict[str, dict[int, dict[str, float]]]  # method → seed → metric → value
+Group = tuple[str, int]  # task, simulations
 
 #: Metrics of which less is better, in the order of the report, with their titles.
 SCORES = {
@@ -38,11 +28,16 @@ _NOMINAL = (50, 90, 95)
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over seeds with its standard error (NaN for one seed)."""
+    """Mean over seeds with its standard error (NaN for one seed); `f"{summary:.3f}"` shows both."""
 
     mean: float
     standard_error: float
     count: int
+
+    def __format__(self, spec: str) -> str:
+        mean = format(self.mean, spec)
+        known = not math.isnan(self.standard_error)
+        return f"{mean} ± {format(self.standard_error, spec)}" if known else mean
 
 
 @dataclass(frozen=True)
@@ -57,38 +52,48 @@ class Difference:
     @property
     def verdict(self) -> str:
         """win, loss or tie of a metric of which less is better; tie where zero is inside."""
-        if self.high < 0:
-            return "win"
-        return "loss" if self.low > 0 else "tie"
+        return "win" if self.high < 0 else "loss" if self.low > 0 else "tie"
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return f"{self.mean:+.3f} (one seed)"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def collect(records: Iterable[Mapping[str, Any]]) -> Table:
-    """Values of finished cells by task and budget, method, and seed."""
-    table: Table = defaultdict(lambda: defaultdict(dict))
-    for record in records:
-        cell = record["cell"]
-        group = (cell["task"], cell["simulations"])
-        table[group][cell["method"]][cell["seed"]] = _values(record)
-    return {group: dict(methods) for group, methods in table.items()}
+def nest(values: Iterable[tuple[Hashable, str, int, Mapping[str, Any]]]) -> dict[Any, Methods]:
+    """(group, method, seed, metrics) → group → method → seed → the metrics that are known.
+
+    Every level has the absolute errors of the coverages at 50, 90 and 95 % added.
+    """
+    table: dict[Any, Methods] = {}
+    for group, method, seed, metrics in values:
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        for level in _NOMINAL:
+            if (coverage := known.get(f"coverage_{level}")) is not None:
+                known[f"coverage_error_{level}"] = abs(coverage - level / 100)
+        table.setdefault(group, {}).setdefault(method, {})[seed] = known
+    return table
 
 
-def _values(record: Mapping[str, Any]) -> dict[str, float]:
-    """Finite metrics of one cell, with coverage errors, time and memory."""
-    named = dict(record["metrics"])
-    for level in _NOMINAL:
-        coverage = named.get(f"coverage_{level}")
-        if coverage is not None:
-            named[f"coverage_error_{level}"] = abs(coverage - level / 100)
-    training = record["training"]
-    named["train_seconds"] = training.get("seconds")
-    named["train_cpu_seconds"] = training.get("cpu_seconds")
-    named["peak_mib"] = training.get("peak_mib")
-    named["resident_mib"] = training.get("resident_mib")
-    named["sampling_seconds"] = record.get("evaluation_seconds", {}).get("sampling")
-    return {name: float(value) for name, value in named.items() if value is not None}
+def collect(records: Iterable[Mapping[str, Any]]) -> dict[Group, Methods]:
+    """Metrics, time and memory of finished cells by task and budget, method, and seed."""
+    return nest(_values(record) for record in records)
 
 
-def summarise(seeds: Mapping[int, Mapping[str, float]], metric: str) -> Summary | None:
+def _values(record: Mapping[str, Any]) -> tuple[Group, str, int, dict[str, Any]]:
+    cell, training = record["cell"], record["training"]
+    costs = {
+        "train_seconds": training.get("seconds"),
+        "train_cpu_seconds": training.get("cpu_seconds"),
+        "peak_mib": training.get("peak_mib"),
+        "resident_mib": training.get("resident_mib"),
+        "sampling_seconds": record.get("evaluation_seconds", {}).get("sampling"),
+    }
+    group = (cell["task"], cell["simulations"])
+    return group, cell["method"], cell["seed"], {**record["metrics"], **costs}
+
+
+def summarise(seeds: Seeds, metric: str) -> Summary | None:
     """Mean over the seeds that have the metric, or None."""
     values = [entry[metric] for entry in seeds.values() if metric in entry]
     if not values:
@@ -97,39 +102,30 @@ def summarise(seeds: Mapping[int, Mapping[str, float]], metric: str) -> Summary 
     return Summary(fmean(values), error, len(values))
 
 
-def paired_difference(
-    seeds: Mapping[int, Mapping[str, float]],
-    baseline: Mapping[int, Mapping[str, float]],
-    metric: str,
-) -> Difference | None:
+def paired_difference(seeds: Seeds, baseline: Seeds, metric: str) -> Difference | None:
     """Difference to the baseline over the seeds that both have, or None without any."""
     from scipy.stats import t
 
-    differences = [a - b for a, b in paired_values(seeds, baseline, metric)]
-    if not differences:
+    gap = paired_summary(seeds, baseline, metric)
+    if gap is None:
         return None
-    count, mean = len(differences), fmean(differences)
-    if count == 1:
-        return Difference(mean, math.nan, math.nan, count)
-    half = float(t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
-    return Difference(mean, mean - half, mean + half, count)
+    half = float(t.ppf(0.975, gap.count - 1)) * gap.standard_error
+    return Difference(gap.mean, gap.mean - half, gap.mean + half, gap.count)
 
 
-def ratio(
-    seeds: Mapping[int, Mapping[str, float]],
-    baseline: Mapping[int, Mapping[str, float]],
-    metric: str,
-) -> float | None:
+def paired_summary(seeds: Seeds, baseline: Seeds, metric: str) -> Summary | None:
+    """Mean and standard error of the difference over the seeds that both have."""
+    pairs = enumerate(paired_values(seeds, baseline, metric))
+    return summarise({k: {metric: a - b} for k, (a, b) in pairs}, metric)
+
+
+def ratio(seeds: Seeds, baseline: Seeds, metric: str) -> float | None:
     """Geometric mean over common seeds of the ratio to the baseline, or None."""
     pairs = [(a, b) for a, b in paired_values(seeds, baseline, metric) if a > 0 and b > 0]
     return math.exp(fmean([math.log(a / b) for a, b in pairs])) if pairs else None
 
 
-def paired_values(
-    seeds: Mapping[int, Mapping[str, float]],
-    baseline: Mapping[int, Mapping[str, float]],
-    metric: str,
-) -> list[tuple[float, float]]:
+def paired_values(seeds: Seeds, baseline: Seeds, metric: str) -> list[tuple[float, float]]:
     """Values of method and baseline at the seeds where both are known."""
     return [
         (seeds[seed][metric], baseline[seed][metric])
@@ -139,15 +135,12 @@ def paired_values(
 
 
 def differences(
-    table: Table, method: str, baseline: str, metrics: Sequence[str] = tuple(SCORES)
+    table: Mapping[Group, Methods], method: str, baseline: str
 ) -> dict[tuple[Group, str], Difference]:
-    """All paired differences of a method to a baseline, by group and metric."""
-    found = {}
-    for group, methods in table.items():
-        if method not in methods or baseline not in methods:
-            continue
-        for metric in metrics:
-            difference = paired_difference(methods[method], methods[baseline], metric)
-            if difference is not None:
-                found[group, metric] = difference
-    return found
+    """Paired differences of a method to a baseline, by group and score."""
+    return {
+        (group, metric): found
+        for group, methods in table.items()
+        for metric in SCORES
+        if (found := paired_difference(methods.get(method, {}), methods.get(baseline, {}), metric))
+    }

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
+from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, _sbi
 from sbi_jeffreys.benchmark._running import NoTracker
 from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
+from sbi_jeffreys.training.loss import PERIOD, Pool, RealBatch, SymmetricLoss, weigh
 from sbi_jeffreys.training.stage import SymmetricStage
+from sbi_jeffreys.training.training import Training
 
 __all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "Variant"]
 
@@ -27,12 +30,35 @@ __all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "V
 Edit = Callable[[SymmetricStage, NPE_Jeffreys], None]
 
 
-class ForkableNPE(NPE_Jeffreys):
-    """`NPE_Jeffreys` that trains stage 0 and leaves the symmetric stage to its forks."""
+class ForkedTraining(Training):
+    """A training that goes on from another's plain NPE, with an edit of its symmetric stage."""
 
-    _halted: tuple[Any, ...] | None = None
-    _edit: Edit | None = None
-    _is_fork = False
+    def __init__(self, origin: Training, edit: Edit | None) -> None:
+        super().__init__()
+        vars(self).update(vars(origin))
+        self._edit = edit
+
+    def _train_plain(self, *arguments: Any) -> None:
+        """It is trained already."""
+
+    def _prepare(self, trainer: Any, *arguments: Any) -> None:
+        super()._prepare(trainer, *arguments)
+        if self.stage is not None and self._edit is not None:
+            self._edit(self.stage, trainer)
+
+
+class ForkableNPE(NPE_Jeffreys):
+    """`NPE_Jeffreys` that trains plain NPE and leaves the symmetric stage to its forks."""
+
+    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
+        options = kwargs.pop("options", None) or JeffreysOptions()
+        super().__init__(*arguments, options=replace(options, num_steps=0), **kwargs)
+        self._train_kwargs: dict[str, Any] = {}
+
+    def train(self, **kwargs: Any) -> Any:
+        """See `NPE_Jeffreys.train`; forks train under the same arguments."""
+        self._train_kwargs = kwargs
+        return super().train(**kwargs)
 
     def fork(self, options: JeffreysOptions, edit: Edit | None = None) -> ForkableNPE:
         """A copy of the trainer that has gone through the symmetric stage under these options.
@@ -42,30 +68,16 @@ class ForkableNPE(NPE_Jeffreys):
             edit: Called with the stage and its trainer just before it runs, if it runs.
 
         Raises:
-            RuntimeError: If stage 0 is not trained yet.
+            RuntimeError: If plain NPE is not trained yet.
         """
-        if self._halted is None:
+        if not hasattr(self, "train_indices"):
             raise RuntimeError("There is nothing to fork from. Call train() first.")
         twin = deepcopy(self)
-        assert twin._halted is not None
-        twin._tracker = NoTracker()  # sbi's copies open a new one
-        twin.options, twin._edit, twin._is_fork = options, edit, True
-        with twin._own_randomness():
-            twin._train_symmetric(*twin._halted)
+        _sbi.set_tracker(twin, NoTracker())  # sbi's copies open a new one
+        twin.options = options
+        twin._training = ForkedTraining(twin._training, edit)
+        twin.train(**self._train_kwargs, resume_training=True)
         return twin
-
-    def _train_symmetric(self, *arguments: Any) -> int:
-        """Halt here the first time."""
-        if self._is_fork:
-            return super()._train_symmetric(*arguments)
-        self._halted = arguments
-        return 0
-
-    def _prepare_stage(self, *arguments: Any) -> None:
-        """The library's, and then the edit, where the stage is to run."""
-        super()._prepare_stage(*arguments)
-        if self._stage is not None and self._edit is not None:
-            self._edit(self._stage, self)
 
 
 class KeptProxy(LikelihoodProxy):
@@ -148,10 +160,10 @@ class Condition:
     kind: type[KeptProxy] = KeptProxy
     change: Callable[[JeffreysOptions], JeffreysOptions] = field(default=lambda options: options)
 
-    def build(self, trainer: NPE_Jeffreys, options: JeffreysOptions) -> KeptProxy:
+    def build(self, prior: Distribution, options: JeffreysOptions) -> KeptProxy:
         """The proxy, not fitted yet."""
         changed = self.change(options)
-        return self.kind(trainer._prior, changed.experts, changed.proxy_fit, changed.proxy_folds)
+        return self.kind(prior, changed.experts, changed.proxy_fit, changed.proxy_folds)
 
 
 CONDITIONS = {
@@ -162,40 +174,55 @@ CONDITIONS = {
 }
 
 
-def _without(name: str) -> Edit:
+@dataclass
+class WithoutTerm:
     """The objective without one term; it stays in the graph, with weight zero."""
 
+    loss: SymmetricLoss
+    name: str
+
+    def __call__(
+        self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `SymmetricLoss`."""
+        terms = self.loss.terms(step, next_real)
+        kept = {key: 0 * term if key == self.name else term for key, term in terms.items()}
+        return weigh(kept, multiplier, self.loss.trust), terms
+
+
+@dataclass
+class ReverseAtRealX:
+    """R at the training simulations' x; G stays on the proxy's pairs."""
+
+    loss: SymmetricLoss
+    real: SymmetricLoss
+
+    def __call__(
+        self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `SymmetricLoss`."""
+        with_reverse = step % PERIOD == 0
+        terms = self.loss.terms(PERIOD - 1 if with_reverse else step, next_real)
+        if with_reverse:
+            terms["reverse"] = self.real.terms(0, next_real)["reverse"]
+        return weigh(terms, multiplier, self.loss.trust), terms
+
+
+def _without(name: str) -> Edit:
     def edit(stage: SymmetricStage, trainer: NPE_Jeffreys) -> None:
-        weigh = stage.weigh
-
-        def weigh_without(terms: dict[str, Tensor]) -> Tensor:
-            return weigh({key: 0 * term if key == name else term for key, term in terms.items()})
-
-        stage.weigh = weigh_without  # type: ignore[method-assign]
+        assert isinstance(stage.loss, SymmetricLoss)
+        stage.loss = WithoutTerm(stage.loss, name)
 
     return edit
 
 
 def _reverse_on_real_x(stage: SymmetricStage, trainer: NPE_Jeffreys) -> None:
-    """R at the training simulations' x; G stays on the proxy's pairs."""
     theta, x, _ = trainer.get_simulations()
-    rows, all_terms = trainer.train_indices, stage._terms
-    real_pool = {
-        "pool_theta": theta[rows],
-        "pool_x": x[rows],
-        "pool_weights": torch.ones(len(rows)),
-    }
-
-    def terms(real: tuple[Tensor, Tensor, Tensor] | None, with_reverse: bool) -> dict[str, Tensor]:
-        found = all_terms(real, with_reverse=False)
-        if with_reverse:
-            kept = {name: getattr(stage, name) for name in real_pool}
-            vars(stage).update(real_pool)
-            found["reverse"] = all_terms(None, with_reverse=True)["reverse"]
-            vars(stage).update(kept)
-        return found
-
-    stage._terms = terms  # type: ignore[method-assign]
+    rows, loss = trainer.train_indices, stage.loss
+    assert isinstance(loss, SymmetricLoss)
+    pool = Pool(theta[rows], x[rows], torch.ones(len(rows)))
+    real = SymmetricLoss(loss.main, loss.proxy, pool, loss.options, loss.trust)
+    stage.loss = ReverseAtRealX(loss, real)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 r"""Is a posterior calibrated? Ranks of the true θ among the posterior's draws, and tests on them.
 
 Draw pairs (θ*, x) from the joint and S draws θ_k ∼ p_φ(·|x). Where p_φ is the exact posterior, θ*
-and the θ_k are exchangeable, so the rank of θ* under *any* statistic is uniform. Two are read here:
+and the θ_k are exchangeable, so the rank of θ* under *any* statistic is uniform. Two statistics are
+used here:
 
-- its density: the share of draws denser than θ* is the smallest HPD region that holds θ*, so its
-  distribution function is the expected coverage (Hermans et al. 2022, arXiv 2110.06581);
-- its coordinates, one by one (simulation-based calibration; Talts et al. 2018, arXiv 1804.06788),
-  which say in which parameter, and in which direction, something is wrong.
+- the density: the share of draws denser than θ* is the mass of the smallest HPD region that holds
+  θ*, so its distribution function is the expected coverage (Hermans et al. 2022, arXiv 2110.06581);
+- the coordinates, one by one (simulation-based calibration; Talts et al. 2018, arXiv 1804.06788),
+  which show in which parameter, and in which direction, something is wrong.
 
-Ranks are (r + U)/(S + 1) with U uniform: uniform on (0, 1) exactly, for any S, and with ties.
-Samples of θ come first: `(S, B, D)`, S draws for each of B pairs. No network is known here.
+Ranks are (r + U)/(S + 1) with U uniform, which is uniform on (0, 1) exactly, for any S and with
+ties. Samples of θ come first: `(S, B, D)`, S draws for each of B pairs. Nothing here depends on a
+network.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from dataclasses import dataclass
 
 import torch
 from sbi.utils import within_support
+from scipy.stats import binom
 from torch import Tensor
 from torch.distributions import Distribution
+
+from sbi_jeffreys._checks import check_bool, check_float, check_instance, check_tensor
 
 __all__ = [
     "Coverage",
@@ -50,6 +55,9 @@ class PairDraws:
         log_prob_true: Log density of the pairs' own θ*, `(B,)`, up to the same constants.
         log_weights: Log importance weights `(S, B)` of draws from another distribution, or None.
         normalised: Whether `log_prob` is a density, so that NLL and divergences exist.
+
+    Raises:
+        TypeError, ValueError: If a field is of another type or shape.
     """
 
     theta: Tensor
@@ -57,6 +65,16 @@ class PairDraws:
     log_prob_true: Tensor
     log_weights: Tensor | None = None
     normalised: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the types and shapes."""
+        check_tensor("theta", self.theta, ("S", "B", "D"))
+        num, batch = self.theta.shape[:2]
+        check_tensor("log_prob", self.log_prob, (num, batch))
+        check_tensor("log_prob_true", self.log_prob_true, (batch,))
+        if self.log_weights is not None:
+            check_tensor("log_weights", self.log_weights, (num, batch))
+        check_bool("normalised", self.normalised)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,19 @@ class CoverageCurve:
 
 
 def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
-    """Whether θ `(*B, D)` lies in the prior's support, `(*B,)`; non-finite θ does not."""
+    """Whether θ `(*B, D)` lies in the prior's support, `(*B,)`; non-finite θ does not.
+
+    Raises:
+        TypeError: If the prior has no `log_prob`, or θ is no tensor of floats.
+        ValueError: If θ has no dimension.
+    """
+    if not callable(getattr(prior, "log_prob", None)):
+        raise TypeError(
+            f"prior must have a method log_prob, got {type(prior).__name__}; pass the prior that "
+            "the posterior was trained with."
+        )
+    if check_tensor("theta", theta).ndim == 0:
+        raise ValueError("theta must have shape (*B, D), got shape (); pass theta.reshape(1, 1).")
     finite = torch.isfinite(theta).all(-1)
     safe = torch.where(finite.unsqueeze(-1), theta, torch.zeros_like(theta))
     inside = within_support(prior, safe.reshape(-1, theta.shape[-1]))
@@ -96,18 +126,21 @@ def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
 
 
 def leakage(inside: Tensor) -> float:
-    """Mass of the raw estimator outside the prior: mean over draws and x of `~inside`."""
+    """Mass of the raw estimator outside the prior, in [0, 1]: the mean of `~inside`, `(S, B)`."""
+    _check_mask(inside)
     return float((~inside).double().mean())
 
 
 def held_out_nll(log_prob_true: Tensor) -> tuple[float, float]:
     """Mean of −log p_φ(θ*|x) over pairs, in nats, with its standard error.
 
-    The density is the raw estimator's, leaked mass included, as sbi's validation loss reads it.
+    The density is the raw estimator's, leaked mass included, as in sbi's validation loss.
 
     Args:
-        log_prob_true: log p_φ(θ*|x), `(B,)`.
+        log_prob_true: log p_φ(θ*|x), `(B,)`, at least one.
     """
+    if len(check_tensor("log_prob_true", log_prob_true, ("B",))) == 0:
+        raise ValueError("log_prob_true must have at least one pair, got none; pass some pairs.")
     losses = -log_prob_true.double()
     spread = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return float(losses.mean()), spread
@@ -119,11 +152,14 @@ def hpd_ranks(draws: PairDraws, inside: Tensor, randomised: bool = True) -> Tens
     Args:
         draws: Draws and densities at B pairs.
         inside: Whether the draws lie in the prior's support, `(S, B)`; those outside are dropped.
-        randomised: Whether ranks are exactly uniform under the exact posterior, or (r + ½)/(S + 1).
+        randomised: Whether ranks are randomised, and so exactly uniform under the exact posterior;
+            (r + ½)/(S + 1) otherwise.
 
     Returns:
         `(B,)`; ∞ for pairs without a single draw inside, which no region covers.
     """
+    _check_draws(draws, inside)
+    check_bool("randomised", randomised)
     true = draws.log_prob_true
     below, ties = draws.log_prob > true, draws.log_prob == true
     return _ranks(below, ties, _weights(draws, inside), inside, randomised)
@@ -137,12 +173,41 @@ def marginal_ranks(draws: PairDraws, theta_true: Tensor, inside: Tensor) -> Tens
         theta_true: θ*, `(B, D)`.
         inside: Whether the draws lie in the prior's support, `(S, B)`.
     """
+    _check_draws(draws, inside)
+    check_tensor("theta_true", theta_true, draws.theta.shape[1:])
     weights = _weights(draws, inside)
     columns = []
     for k in range(theta_true.shape[1]):
         values, true = draws.theta[..., k], theta_true[:, k]
         columns.append(_ranks(values < true, values == true, weights, inside, True))
     return torch.stack(columns, dim=1)
+
+
+def _check_draws(draws: PairDraws, inside: Tensor) -> None:
+    check_instance("draws", draws, PairDraws)
+    _check_mask(inside, tuple(draws.log_prob.shape))
+
+
+def _check_mask(inside: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Require a tensor of booleans, of a shape if one is given, with at least one entry."""
+    remedy = "pass what inside_prior(prior, draws.theta) returns"
+    check_instance("inside", inside, Tensor, remedy)
+    if inside.dtype != torch.bool:
+        raise TypeError(f"inside must be a tensor of bool, got dtype {inside.dtype}; {remedy}.")
+    if inside.numel() == 0 or (shape is not None and tuple(inside.shape) != shape):
+        expected = "that is not empty" if shape is None else f"of shape {shape}"
+        raise ValueError(
+            f"inside must be a tensor {expected}, got shape {tuple(inside.shape)}; {remedy}."
+        )
+
+
+def _check_levels(levels: Sequence[float]) -> list[float]:
+    """Require levels in (0, 1), at least one."""
+    values = levels.tolist() if isinstance(levels, Tensor) else levels
+    check_instance("levels", values, (list, tuple), "pass a list of numbers in (0, 1)")
+    if not values:
+        raise ValueError("levels must have at least one level, got none; pass (0.5, 0.9), say.")
+    return [check_float("levels", v, 0.0, 1.0, low_open=True, high_open=True) for v in values]
 
 
 def _weights(draws: PairDraws, inside: Tensor) -> Tensor:
@@ -172,8 +237,8 @@ def expected_coverage(
     """How often θ* falls into the HPD region of each level.
 
     θ* is in the region of level α where at most α of the posterior's mass is denser than θ*.
-    That mass is the (weighted) share of draws with higher log density; draws outside the prior
-    are dropped. With S draws the share is (r + ½)/(S + 1), uniform where the posterior is exact.
+    That mass is estimated by the (weighted) share of draws with higher log density, (r + ½)/(S + 1)
+    of S draws; draws outside the prior are dropped.
 
     Args:
         draws: Draws and densities at B pairs.
@@ -185,7 +250,7 @@ def expected_coverage(
     """
     rank = hpd_ranks(draws, inside, randomised=False)
     entries = []
-    for level in levels:
+    for level in _check_levels(levels):
         value = float((rank <= level).double().mean())
         entries.append(Coverage(level, value, math.sqrt(value * (1 - value) / len(rank))))
     return tuple(entries)
@@ -195,12 +260,15 @@ def coverage_curve(ranks: Tensor, levels: Sequence[float] | None = None) -> Cove
     """The coverage at many levels, with the binomial band of an exact posterior.
 
     Args:
-        ranks: By density, from `hpd_ranks`, `(B,)`.
+        ranks: Ranks by density, from `hpd_ranks`, `(B,)`.
         levels: In (0, 1); 0.02, 0.04, … 0.98 if None.
     """
-    from scipy.stats import binom  # sbi depends on scipy
-
-    grid = torch.linspace(0.02, 0.98, 49).double() if levels is None else torch.tensor(levels)
+    if len(check_tensor("ranks", ranks, ("B",))) == 0:
+        raise ValueError("ranks must have at least one pair, got none; pass hpd_ranks(...).")
+    if levels is None:
+        grid = torch.linspace(0.02, 0.98, 49).double()
+    else:
+        grid = torch.tensor(_check_levels(levels), dtype=torch.float64)
     num, tail = len(ranks), (1 - _BAND) / 2
     values = (ranks.unsqueeze(0) <= grid.to(ranks).unsqueeze(1)).double().mean(1).cpu()
     lower, upper = (binom.ppf(q, num, grid.numpy()) / num for q in (tail, 1 - tail))

@@ -1,4 +1,4 @@
-"""Panels and small things that `sbi_jeffreys.diagnostics.plots` puts its figures together from."""
+"""Panels and smaller parts of the figures in `sbi_jeffreys.diagnostics.plots`."""
 
 from __future__ import annotations
 
@@ -45,18 +45,19 @@ def held_out_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
     """F on held-out simulations, Ĥ, and the value of the proxy."""
     trace(axis, summary, "held_out_forward", "F, held-out", 0)
     trace(axis, summary, "entropy_estimate", "Ĥ, best so far", 1)
-    found = [float(v) for v in summary.get("proxy_held_out", []) if math.isfinite(float(v))]
-    if found:
+    found = _numbers(summary, "proxy_held_out")
+    found = found[np.isfinite(found)]
+    if found.size:
         axis.axhline(found[-1], color=COLOURS[2], linestyle=":", label="proxy, held-out")
     axis.set(title="Held-out forward term", ylabel="nats")
 
 
 def priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
-    """λ on the left, ε on the right: they differ in unit and by orders of magnitude."""
+    """λ on the left axis, ε on the right: they differ in unit and by orders of magnitude."""
     trace(axis, summary, "multiplier", "multiplier λ (left)", 0)
     axis.set(title="Priorities", ylabel="λ")
     logarithmic_if_wide(axis)
-    if not len(summary.get("slack", [])):
+    if not _numbers(summary, "slack").size:
         return
     right = axis.twinx()
     trace(right, summary, "slack", "slack ε (right)", 1)
@@ -72,12 +73,28 @@ def priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
 
 def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) -> None:
     """One trace over epochs 1 … n; a marker where there are too few points for a line."""
-    values = np.asarray([float(value) for value in summary.get(key, [])])
+    values = _numbers(summary, key)
     if values.size:
         style: dict[str, Any] = {"color": COLOURS[k], "linestyle": _LINES[k]}
         if values.size <= _FEW:  # hollow, so that one does not hide another
             style |= {"marker": _MARKERS[k], "fillstyle": "none"}
         axis.plot(np.arange(1, values.size + 1), values, label=label, **style)
+
+
+def _numbers(summary: Mapping[str, Any], key: str) -> np.ndarray:
+    """The values of a key of the summary; none where it is missing.
+
+    Raises:
+        TypeError: If they are no numbers.
+    """
+    values = summary.get(key, ())
+    try:
+        return np.asarray([float(value) for value in values])
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"summary[{key!r}] must be a list of numbers, got {type(values).__name__} "
+            f"({str(values)[:60]}); pass inference.summary as it is."
+        ) from None
 
 
 def logarithmic_if_wide(axis: Axes) -> None:
@@ -90,7 +107,7 @@ def logarithmic_if_wide(axis: Axes) -> None:
 
 
 def mark_if_empty(axis: Axes, epochs: int) -> None:
-    """Say so where training had no symmetric stage (`num_steps=0`, or no proxy)."""
+    """Write that there was no symmetric stage (`num_steps=0`, or no proxy) if there was none."""
     if not epochs:
         axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
         axis.set_xticks([])
@@ -123,7 +140,7 @@ def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: st
 
 
 def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
-    """The same limits everywhere, set by the bulk: one far draw must not shrink the rest."""
+    """The same limits everywhere, set by the bulk, so that a far draw does not shrink the rest."""
     everything = np.concatenate(drawn)
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.12 * np.maximum(high - low, 1e-12)
@@ -135,9 +152,10 @@ def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
 def pairs(
     drawn: Mapping[str, np.ndarray], truth: np.ndarray | None, names: Sequence[str]
 ) -> np.ndarray:
-    """sbi's pairplot, the reference first and in grey.
+    """sbi's pairplot, with the reference first and in grey.
 
-    Two methods have one triangle each, above and below the diagonal; more share the upper one.
+    Two methods have one triangle each, above and below the diagonal; more methods share the upper
+    one.
     """
     from matplotlib import rc_context
     from matplotlib.lines import Line2D
@@ -166,7 +184,7 @@ def pairs(
         "upper_kwargs": points,
         "lower_kwargs": points,
     }
-    with rc_context():  # sbi's own style changes end here
+    with rc_context():  # sbi's pairplot changes matplotlib's style
         result: Any = pairplot(sets, **options)
     figure, grid = result
     if len(names) == 1:
@@ -178,7 +196,7 @@ def pairs(
     return np.asarray(grid, dtype=object)
 
 
-# ------------------------------------------------------------------ small things
+# ------------------------------------------------------------------ smaller parts
 
 
 def new_axes(
@@ -205,12 +223,12 @@ def method_style(k: int) -> dict[str, Any]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of their mean; 0 for a single value, which has none to show."""
+    """The standard error of the values' mean; 0 for a single value, which has none to show."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def whole_epochs(axis: Axes, epochs: int) -> None:
-    """Epochs are whole numbers from 1."""
+    """Ticks at whole numbers, since epochs are counted from 1."""
     from matplotlib.ticker import MaxNLocator
 
     if epochs <= _FEW:
@@ -221,7 +239,7 @@ def whole_epochs(axis: Axes, epochs: int) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def legend(axis: Axes) -> None:
+def legend(axis: Axes, **kwargs: Any) -> None:
     """A small legend, where there is something to name."""
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, **kwargs)

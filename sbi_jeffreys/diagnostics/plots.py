@@ -1,8 +1,8 @@
 """Figures of a training and of its diagnostics: matplotlib axes in, axes out.
 
 Every function draws on the axes it is given, or makes its own figure, and returns the axes.
-Colours are Okabe–Ito's, which readers with any colour vision tell apart; markers or line styles
-repeat what colour says. Nothing here touches matplotlib's global state.
+Colours are Okabe and Ito's, which readers with any colour vision can tell apart; markers or line
+styles differ together with the colours. Nothing here changes matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -14,6 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from sbi_jeffreys._checks import check_instance
+from sbi_jeffreys.diagnostics._arguments import (
+    by_name,
+    c2st_scores,
+    check_dims,
+    check_labels,
+    check_samples,
+    checked_axes,
+    checked_axis,
+)
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.diagnostics.drawing import (
     COLOURS,
     GREY,
@@ -32,7 +43,7 @@ from sbi_jeffreys.diagnostics.drawing import (
     trace,
     whole_epochs,
 )
-from sbi_jeffreys.diagnostics.report import CoverageCurve, HeldOutReport
+from sbi_jeffreys.diagnostics.report import HeldOutReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,26 +68,25 @@ def plot_training(
 ) -> np.ndarray:
     """Traces of the symmetric stage, by epoch.
 
-    Four panels, because the quantities live on scales of their own: the forward terms that are
-    trained on; the forward term on held-out simulations with the entropy estimate Ĥ it is asked
-    to reach; the reverse terms; multiplier λ and slack ε.
+    Four panels, because the quantities have different scales: the forward terms in training; the
+    forward term on held-out simulations with the entropy estimate Ĥ that it is constrained by; the
+    reverse terms; multiplier λ and slack ε. A summary without a symmetric stage, such as sbi's NPE
+    has it, gives empty panels that say so.
 
     Args:
-        summary: `NPE_Jeffreys.summary` after training.
+        summary: `NPE_Jeffreys.summary` after training, or of a loaded object.
         axes: Four axes; a new 2 × 2 figure if None.
 
     Returns:
         The four axes, shape `(4,)`.
 
     Raises:
+        TypeError: If the summary is no mapping, or a trace in it is not of numbers.
         ValueError: If the number of axes is not four.
     """
-    if axes is None:
-        drawn = new_axes(2, 2, (9.0, 6.4)).ravel()
-    else:
-        drawn = np.asarray(axes, dtype=object).ravel()
-    if drawn.size != 4:
-        raise ValueError(f"axes: expected 4, one per panel, got {drawn.size}.")
+    check_instance("summary", summary, Mapping, "pass inference.summary")
+    drawn = checked_axes(axes, 4, "one per panel")
+    drawn = new_axes(2, 2, (9.0, 6.4)).ravel() if drawn is None else drawn
     terms, held_out, reverse, priorities = drawn
     trace(terms, summary, "forward_term", "F, on simulations", 0)
     trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
@@ -105,15 +115,21 @@ def plot_training(
 def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
     """Expected coverage of the HPD regions over their nominal level.
 
-    Below the diagonal is overconfident, above it conservative. The band is where an exact
-    posterior's coverage lies with 99 % probability, point by point, given the number of pairs.
+    A curve below the diagonal is overconfident, one above it conservative. The band is where an
+    exact posterior's coverage lies with 99 % probability, point by point, given the number of
+    pairs.
 
     Args:
         curves: A report or curve, or several by the name of their method.
         ax: Where to draw; a new figure if None.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If there is no curve.
     """
-    axis = new_axes(1, 1, (4.6, 4.4)).item() if ax is None else ax
-    named = _curves(curves)
+    given = by_name("curves", curves, (HeldOutReport, CoverageCurve), "")
+    named = {k: v.coverage if isinstance(v, HeldOutReport) else v for k, v in given.items()}
+    axis = checked_axis(ax) or new_axes(1, 1, (4.6, 4.4)).item()
     fewest = min(named.values(), key=lambda curve: curve.num_pairs)
     levels = fewest.levels.numpy()
     label = f"99 % band of {fewest.num_pairs:,} pairs"
@@ -132,7 +148,7 @@ def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
         axis.plot(curve.levels.numpy(), curve.values.numpy(), label=name or "posterior", **style)
     axis.set(xlabel="nominal level", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
     axis.set_aspect("equal")
-    axis.legend(loc="upper left", fontsize=8, frameon=False)
+    legend(axis, loc="upper left")
     return axis
 
 
@@ -141,18 +157,21 @@ def plot_divergences(
 ) -> Axes:
     """Forward NLL above the best method's, and reverse KL, with standard errors.
 
-    The forward term is known up to the entropy of π only, so its bars start at the best of the
-    methods: their heights are differences of KL(π‖p_φ), comparable with the reverse KL in nats. On
-    the same held-out pairs; the bars' errors are of each method by itself, not of the differences.
+    The forward term is known only up to the entropy of π, so its bars start at the best of the
+    methods: their heights are differences of KL(π‖p_φ), comparable with the reverse KL in nats. All
+    reports must be on the same held-out pairs. The error bars are those of each method by itself,
+    not of the differences.
 
     Args:
         reports: A report, or several by the name of their method.
         ax: Where to draw; a new figure if None.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If there is no report.
     """
-    named = {"posterior": reports} if isinstance(reports, HeldOutReport) else dict(reports)
-    if not named:
-        raise ValueError("reports: expected at least one report, got none.")
-    axis = new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item() if ax is None else ax
+    named = by_name("reports", reports, (HeldOutReport,), "posterior")
+    axis = checked_axis(ax) or new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item()
     best = min(report.forward for report in named.values())
     places = np.arange(len(named))
     forward = [(r.forward - best, r.forward_error) for r in named.values()]
@@ -169,7 +188,7 @@ def plot_divergences(
     axis.set_xticks(places, list(named), rotation=20 if len(named) > 3 else 0)
     axis.set_ylabel("nats (± standard error)")
     axis.margins(y=0.15)
-    axis.legend(fontsize=8, frameon=False)
+    legend(axis)
     return axis
 
 
@@ -180,14 +199,13 @@ def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None 
         rows: Each with `method`, `simulations` and `c2st`; several of the same method and budget
             (seeds, observations) become their mean with its standard error.
         ax: Where to draw; a new figure if None.
+
+    Raises:
+        TypeError: If the rows are no mappings, or a value in them is no number.
+        ValueError: If there is no row, a key is missing, or a value is out of range.
     """
-    axis = new_axes(1, 1, (5.2, 3.8)).item() if ax is None else ax
-    scores: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        budgets = scores.setdefault(str(row["method"]), {})
-        budgets.setdefault(float(row["simulations"]), []).append(float(row["c2st"]))
-    if not scores:
-        raise ValueError("rows: expected at least one, with method, simulations and c2st.")
+    scores = c2st_scores(rows)
+    axis = checked_axis(ax) or new_axes(1, 1, (5.2, 3.8)).item()
     for k, (method, budgets) in enumerate(scores.items()):
         sizes = sorted(budgets)
         means = [float(np.mean(budgets[size])) for size in sizes]
@@ -196,13 +214,13 @@ def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None 
     axis.axhline(0.5, color=GREY, linewidth=1, zorder=1)
     every = sorted({size for budgets in scores.values() for size in budgets})
     axis.set_xscale("log")
-    if len(every) <= 8:  # the budgets themselves say more than powers of ten
+    if len(every) <= 8:  # the budgets themselves are more useful than powers of ten
         axis.set_xticks(every, [f"{size:,.0f}" for size in every])
         axis.minorticks_off()
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, 0.48), min(high, 1.02))
     axis.set(xlabel="simulations", ylabel="C2ST (0.5: cannot be told apart)")
-    axis.legend(fontsize=8, frameon=False)
+    legend(axis)
     return axis
 
 
@@ -215,8 +233,9 @@ def plot_posteriors(
 ) -> np.ndarray:
     """Posterior samples of several methods at one observation.
 
-    Two parameters: a scatter plot per method, side by side on the same limits, the reference in
-    grey beneath. More: sbi's pairplot, methods overlaid, in a figure of its own.
+    Two parameters give a scatter plot per method, side by side on the same limits, with the
+    reference in grey beneath. Any other number gives sbi's pairplot, methods overlaid, in a figure
+    of its own.
 
     Args:
         samples: By the name of the method, `(N, D)` each.
@@ -229,38 +248,29 @@ def plot_posteriors(
         The axes, `(methods,)`, or the pairplot's grid.
 
     Raises:
-        ValueError: If axes are given that do not fit.
+        TypeError: If an argument is of another type.
+        ValueError: If shapes, dims, labels or axes do not fit to one another.
     """
-    if not samples:
-        raise ValueError("samples: expected at least one method's samples, got none.")
-    width = next(iter(samples.values())).shape[-1]
-    kept = list(range(min(width, 5)) if dims is None else dims)
-    names = [f"$\\theta_{{{k + 1}}}$" for k in kept] if labels is None else list(labels)
+    width = check_samples(samples, reference)
+    kept = check_dims(dims, width)
+    names = check_labels(labels, kept)
     drawn = {name: np.asarray(values[:, kept].cpu()) for name, values in samples.items()}
     truth = None if reference is None else np.asarray(reference[:, kept].cpu())
     if len(kept) != 2:
         if axes is not None:
             raise ValueError(
-                f"axes: {len(kept)} parameters make a figure of their own; pass dims=(i, j) to "
-                "draw two of them on these axes, or leave axes out."
+                f"axes must be None for a pairplot, got axes for {len(kept)} parameters, which "
+                "need a figure of their own; pass dims=(i, j) to draw two of them on these axes, "
+                "or leave axes out."
             )
         return pairs(drawn, truth, names)
-    grid = new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True) if axes is None else axes
-    flat = np.asarray(grid, dtype=object).ravel()
-    if flat.size != len(drawn):
-        raise ValueError(f"axes: expected {len(drawn)}, one per method, got {flat.size}.")
+    flat = checked_axes(axes, len(drawn), "one per method")
+    if flat is None:
+        flat = new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True).ravel()
     for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
         scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
         axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
     share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
     if truth is not None:
-        flat[0].legend(loc="best", fontsize=8, frameon=False, markerscale=3)
+        legend(flat[0], loc="best", markerscale=3)
     return flat
-
-
-def _curves(curves: Curves) -> dict[str, CoverageCurve]:
-    """Curves by name; a single one has the empty name."""
-    named = curves if isinstance(curves, Mapping) else {"": curves}
-    if not named:
-        raise ValueError("curves: expected at least one report or curve, got none.")
-    return {k: v.coverage if isinstance(v, HeldOutReport) else v for k, v in named.items()}

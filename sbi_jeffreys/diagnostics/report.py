@@ -3,12 +3,12 @@ r"""What to report about a trained posterior, from simulations it has not seen.
     report = held_out_report(inference, theta, x)
     print(report)
 
-reads, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys divergence (the forward
-NLL, and the reverse KL as far as the proxy can tell), expected coverage, marginal ranks, and the
-mass outside the prior, and says in words what is wrong. Each finding is a test, and together they
-raise a false alarm on an exact posterior once in a hundred reports: "healthy" means healthy as far
-as that many pairs can show, which the report states. What no rank can show is in
-`sbi_jeffreys.diagnostics.verdicts`.
+The report evaluates, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys
+divergence (the forward NLL, and the reverse KL as far as the proxy can tell), expected coverage,
+marginal ranks, and the mass outside the prior, and it says in words what is wrong. Each finding is
+a test, and together the tests raise a false alarm on an exact posterior in one report of a hundred.
+"Healthy" means healthy as far as so many pairs can show, and the report states how far that is.
+`sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
 from torch import Tensor
 
+from sbi_jeffreys._checks import check_bool, check_instance, check_int, check_tensor
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import (
     CoverageCurve,
@@ -31,11 +32,12 @@ from sbi_jeffreys.diagnostics.calibration import (
     leakage,
     marginal_ranks,
 )
-from sbi_jeffreys.diagnostics.reading import read
-from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, judge
+from sbi_jeffreys.diagnostics.evaluation import evaluate
+from sbi_jeffreys.diagnostics.findings import Finding
+from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, healthy_words, judge
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["CoverageCurve", "HeldOutReport", "held_out_report"]
+__all__ = ["HeldOutReport", "held_out_report"]
 
 _MIN_PAIRS = 50
 _MIN_SAMPLES = 20
@@ -52,17 +54,17 @@ class HeldOutReport:
         num_samples: Draws of the posterior per pair, S.
         forward: E[−log p_φ(θ*|x)] in nats: KL(π‖p_φ) up to the entropy of π, which is unknown.
         forward_error: Its standard error.
-        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to where the proxy has mass (the
-            prior's support); None without proxy. What it says about π is as good as the proxy. For
-            a `CorrectedPosterior`: of the main that is corrected.
+        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to the prior's support, where
+            the proxy has mass; None without a proxy. It tells about π only as much as the proxy
+            is right. For a `CorrectedPosterior` it is that of the main that is corrected.
         reverse_error: Its standard error over observations.
         effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
-            observations; 1 where main and proxy agree *where the main has mass*: a mode that the
-            main misses does not lower it.
+            observations. It is 1 where main and proxy agree *where the main has mass*: a mode that
+            the main misses does not lower it.
         coverage: Expected coverage of the HPD regions.
         marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
         leakage: Mass of the raw density estimator outside the prior, in [0, 1].
-        verdict: Findings in words; one that starts with "healthy" if there are none.
+        findings: What is wrong, each a value with its kind and numbers; empty if nothing is.
     """
 
     num_pairs: int
@@ -75,12 +77,20 @@ class HeldOutReport:
     coverage: CoverageCurve
     marginal_ranks: Tensor
     leakage: float
-    verdict: list[str]
+    findings: tuple[Finding, ...]
 
     @property
     def healthy(self) -> bool:
         """Whether nothing was found."""
-        return self.verdict[0].startswith("healthy")
+        return not self.findings
+
+    @property
+    def verdict(self) -> list[str]:
+        """The findings as sentences; without findings, one on what so many pairs can show."""
+        if self.findings:
+            return [str(finding) for finding in self.findings]
+        num_parameters, with_proxy = self.marginal_ranks.shape[1], self.reverse is not None
+        return [healthy_words(self.num_pairs, num_parameters, with_proxy)]
 
     def __str__(self) -> str:
         """All numbers and the verdict, a few lines."""
@@ -92,7 +102,7 @@ class HeldOutReport:
             f"  leakage       {100 * self.leakage:.1f} % of the mass outside the prior",
             f"verdict (false alarms: {100 * FAMILYWISE:g} % of reports on an exact posterior)",
         ]
-        return "\n".join(lines + [f"  - {finding}" for finding in self.verdict])
+        return "\n".join(lines + [f"  - {sentence}" for sentence in self.verdict])
 
     def _reverse_words(self) -> str:
         if self.reverse is None:
@@ -125,22 +135,23 @@ def held_out_report(
 ) -> HeldOutReport:
     """Diagnose a posterior on held-out simulations.
 
-    The pairs must be new to it, and drawn from the joint: θ from the prior, also after several
-    rounds (a posterior trained for one x_o is then judged away from it). Ranks are randomised:
-    results depend on torch's generator.
+    The pairs must be new to the posterior and drawn from the joint: θ from the prior, also after
+    several rounds. A posterior trained for one x_o is then judged away from it. Draws and ranks
+    are random, so results depend on torch's generator.
 
     Args:
         inference_or_posterior: A trained `NPE_Jeffreys` (or sbi NPE), a `CorrectedPosterior`, an
-            sbi `DirectPosterior`, or an `EnsemblePosterior` of these last.
+            sbi `DirectPosterior`, or an `EnsemblePosterior` of `DirectPosterior`s.
         theta: True parameters, `(N, D)`, N ≥ 50; some hundreds show more.
         x: Their simulations, `(N, *x_shape)`.
-        num_samples: Posterior draws per pair.
+        num_samples: Posterior draws per pair, at least 20.
         proxy: For the reverse KL; taken from an `NPE_Jeffreys` or `CorrectedPosterior` if None.
         show_progress_bars: Whether to show progress over the pairs.
 
     Raises:
-        ValueError: If the pairs are too few, of wrong shape, or not finite.
-        TypeError: If the first argument is none of the above.
+        ValueError: If the pairs are too few, of wrong shape, or not finite, or an argument is out
+            of range.
+        TypeError: If an argument is of another type.
         RuntimeError: If the inference is not trained yet.
 
     Example:
@@ -160,21 +171,26 @@ def held_out_report(
         >>> report.reverse is None  # there is no proxy to measure it with
         True
     """
-    _check(theta, x, num_samples)
-    reading = read(inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars)
-    theta, draws = theta.to(reading.draws.theta), reading.draws
+    _check_pairs(theta, x)
+    check_int("num_samples", num_samples, _MIN_SAMPLES)
+    check_bool("show_progress_bars", show_progress_bars)
+    if proxy is not None:
+        check_instance("proxy", proxy, Proxy, "pass inference.proxy, a GivenProxy, or None")
+    evaluation = evaluate(inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars)
+    draws = evaluation.draws
+    theta = theta.to(draws.theta)
     if bool(torch.isnan(draws.log_prob_true).any()):
         raise ValueError(
             "x: the posterior's density is NaN at some of the pairs; drop simulations that failed "
             "or are far outside what it was trained on."
         )
-    inside = inside_prior(reading.prior, draws.theta)
+    inside = inside_prior(evaluation.prior, draws.theta)
     ranks = hpd_ranks(draws, inside)
     marginals = marginal_ranks(draws, theta, inside)
     leaked = 0.0 if draws.log_weights is not None else leakage(inside)
     forward, forward_error = held_out_nll(draws.log_prob_true)
-    reverse, reverse_error = _mean(reading.reverse), _error(reading.reverse)
-    size = _mean(reading.effective_sample_size)
+    reverse, reverse_error = _mean(evaluation.reverse), _error(evaluation.reverse)
+    size = _mean(evaluation.effective_sample_size)
     against = None
     if reverse is not None and reverse_error is not None and size is not None:
         against = (reverse, reverse_error, size)
@@ -189,38 +205,34 @@ def held_out_report(
         coverage=coverage_curve(ranks),
         marginal_ranks=marginals.cpu(),
         leakage=leaked,
-        verdict=judge(ranks, marginals, leaked, num_samples, against),
+        findings=judge(ranks, marginals, leaked, num_samples, against),
     )
 
 
-def _check(theta: Tensor, x: Tensor, num_samples: int) -> None:
-    """Raise on what cannot be diagnosed, with the remedy."""
-    if theta.ndim != 2:
-        raise ValueError(
-            f"theta: expected shape (N, D), got {tuple(theta.shape)}; for a single parameter use "
-            "theta.reshape(-1, 1)."
-        )
+def _check_pairs(theta: Tensor, x: Tensor) -> None:
+    """Refuse pairs that cannot be diagnosed, with the remedy."""
+    check_tensor("theta", theta, ("N", "D"), remedy="for a single parameter, theta.reshape(-1, 1)")
+    check_tensor("x", x)
     if x.ndim < 2 or len(theta) != len(x):
         raise ValueError(
-            f"theta and x: expected as many simulations as parameters, got {tuple(theta.shape)} "
-            f"and {tuple(x.shape)}; pass row i of x `(N, ...)` as the simulation of row i of theta."
+            "theta and x must have as many simulations as parameters, got shapes "
+            f"{tuple(theta.shape)} and {tuple(x.shape)}; pass row i of x `(N, ...)` as the "
+            "simulation of row i of theta."
         )
     if len(theta) < _MIN_PAIRS:
         raise ValueError(
-            f"theta: expected at least {_MIN_PAIRS} held-out pairs, got {len(theta)}: fewer show "
-            "next to nothing. Simulate more, or hold out more of the simulations you have."
+            f"theta and x must be at least {_MIN_PAIRS} held-out pairs, got {len(theta)}, which "
+            "show next to nothing; simulate more, or hold out more of the simulations you have."
         )
-    # NaN is how trials that are missing are encoded; a row of nothing else is a failure.
+    # Missing trials are encoded as NaN; a row of nothing else is a failed simulation.
     flat = x.flatten(1)
     failed = torch.isinf(flat).any(1) | torch.isnan(flat).all(1)
     bad = int((failed.cpu() | ~torch.isfinite(theta).all(1).cpu()).sum())
     if bad:
         raise ValueError(
-            f"theta, x: {bad} of {len(theta)} pairs are not finite; drop them, or have the "
-            "simulator say what a failure looks like in x."
+            f"theta and x must be finite, but {bad} of {len(theta)} pairs are not finite; drop "
+            "them, or let the simulator return a finite value for failed simulations."
         )
-    if not isinstance(num_samples, int) or num_samples < _MIN_SAMPLES:
-        raise ValueError(f"num_samples: expected an int ≥ {_MIN_SAMPLES}, got {num_samples!r}.")
 
 
 def _mean(values: Tensor | None) -> float | None:

@@ -1,13 +1,13 @@
-r"""Tests on ranks, and what to call their failures. Numbers in, words out.
+r"""Tests on ranks, and what their failures are called.
 
 Every threshold follows from the number of pairs N: under the exact posterior ranks are independent
 uniforms, so a coverage is binomial, the mean of N ranks has standard deviation √(1/12N), and the
 mean of their distance |u − ½| has √(1/48N). All tests of a report share one false-alarm
 probability of 1 % (Bonferroni).
 
-Ranks cannot see everything: a posterior that ignores part of x (at the extreme, the prior itself)
-is calibrated, and passes. The reverse KL through a proxy sees it; so does a worse forward NLL than
-that of another method on the same pairs.
+Ranks cannot show everything: a posterior that ignores part of x (at the extreme, the prior itself)
+is calibrated and passes. The reverse KL through a proxy shows it, and so does a forward NLL that is
+worse than that of another method on the same pairs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import math
 from statistics import NormalDist
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
-__all__ = ["FAMILYWISE", "judge"]
+from sbi_jeffreys._checks import check_float, check_int, check_tensor
+from sbi_jeffreys.diagnostics.findings import Finding, FindingKind, Measurement, Statistic
+
+__all__ = ["FAMILYWISE", "healthy_words", "judge"]
 
 #: Probability that a report on an exact posterior finds anything.
 FAMILYWISE = 0.01
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
-# Not from N, since an exact posterior leaks nothing at all: where leaked mass starts to matter, as
-# rejected draws and as a density that integrates to less than one inside the prior.
+# An exact posterior leaks nothing, so this bound does not follow from N: it is where leaked mass
+# starts to matter, as rejected draws and as a density that integrates to less than one inside.
 _TOLERATED_LEAKAGE = 0.05
-# Nor these: main and proxy are two fits, and never agree exactly. One nat is a factor e in density.
+# Main and proxy are two fits and never agree exactly. One nat is a factor e in density.
 _LOW_SAMPLE_SIZE = 0.1
 _LARGE_DIVERGENCE = 1.0
 
@@ -37,127 +41,60 @@ def judge(
     leakage: float,
     num_samples: int,
     against_proxy: tuple[float, float, float] | None = None,
-) -> list[str]:
-    """Findings about a posterior, one sentence each; a single "healthy …" if there are none.
+) -> tuple[Finding, ...]:
+    """What is wrong with a posterior; nothing if no test fails.
 
     Args:
-        ranks: By density, 0 the densest, `(N,)`; ∞ where there was no draw.
-        marginals: By coordinate, `(N, D)`.
-        leakage: Mass outside the prior.
+        ranks: Ranks of the true parameters by density, 0 the densest, `(N,)`; ∞ where there was
+            no draw inside the prior.
+        marginals: Ranks by coordinate, `(N, D)`.
+        leakage: Mass outside the prior, in [0, 1].
         num_samples: Draws S that the ranks are among.
         against_proxy: Reverse KL in nats, its standard error, and the effective sample size in
             [0, 1], where there is a proxy.
+
+    Raises:
+        TypeError, ValueError: If an argument is of another type, shape or range.
     """
+    check_tensor("ranks", ranks, ("N",))
+    check_tensor("marginals", marginals, (len(ranks), "D"))
+    check_float("leakage", leakage, 0.0, 1.0)
+    check_int("num_samples", num_samples, 1)
     ranks, marginals = ranks.double().cpu(), marginals.double().cpu()
-    num_tests = len(_LEVELS) + 2 + 2 * marginals.shape[1]
-    alpha = FAMILYWISE / num_tests
+    alpha = _alpha(marginals.shape[1])
     width = _width_by_density(ranks, alpha) or _width_by_marginals(marginals, alpha)
-    findings = [width] if width else []
-    findings += _missed(ranks, num_samples, alpha)
-    findings += _shifted(marginals, alpha)
+    findings = width + _missed(ranks, num_samples, alpha) + _shifted(marginals, alpha)
     if leakage > _TOLERATED_LEAKAGE:
-        findings.append(
-            f"leaks: {100 * leakage:.0f} % of the mass is outside the prior; its samples are "
-            "rejected, and the density inside is too low by as much"
-        )
+        found = Measurement(Statistic.LEAKAGE, leakage, 0.0, 0.0, _TOLERATED_LEAKAGE)
+        findings.append(Finding(FindingKind.LEAKS, (found,)))
     if against_proxy is not None:
         findings += _disagreement(*against_proxy, alpha)
-    return findings or [_healthy(len(ranks), alpha, against_proxy is not None)]
+    return tuple(findings)
 
 
-def _width_by_density(ranks: Tensor, alpha: float) -> str | None:
-    """Overconfident or too wide, by coverage at the level that shows it most clearly."""
-    from scipy.stats import binom  # sbi depends on scipy
+def healthy_words(num_pairs: int, num_parameters: int, with_proxy: bool) -> str:
+    """The verdict where nothing was found: how small a fault so many pairs would have shown.
 
-    num = len(ranks)
-    found: list[tuple[float, str]] = []
-    for level in _LEVELS:
-        hits = int((ranks <= level).sum())
-        low, high = (int(binom.ppf(q, num, level)) for q in (alpha / 2, 1 - alpha / 2))
-        if not low <= hits <= high:
-            word = "overconfident" if hits < low else "too wide"
-            text = (
-                f"{word}: the {100 * level:.0f} % region holds {100 * hits / num:.0f} % of the "
-                f"true parameters ({100 * low / num:.0f}–{100 * high / num:.0f} % by chance)"
-            )
-            found.append((abs(hits - num * level) / math.sqrt(num * level * (1 - level)), text))
-    mean, bound = float(ranks.clamp(max=1).mean()), _bound(alpha, 1 / 12, num)
-    if not found and abs(mean - 0.5) > bound:
-        word = "overconfident" if mean > 0.5 else "too wide"
-        return (
-            f"{word}: true parameters rank {mean:.2f} by density on average "
-            f"(0.50 ± {bound:.2f} by chance)"
-        )
-    if len({text.split(":")[0] for _, text in found}) > 1:
-        return "of the wrong shape: " + "; ".join(text for _, text in found)
-    return max(found)[1] if found else None
-
-
-def _width_by_marginals(marginals: Tensor, alpha: float) -> str | None:
-    """The width of single parameters, where the joint region looks right."""
-    bound = _bound(alpha, 1 / 48, len(marginals))
-    spread = (marginals.clamp(max=1) - 0.5).abs().mean(0) - 0.25
-    texts = []
-    for word, wrong in (("overconfident", spread > bound), ("too wide", spread < -bound)):
-        if bool(wrong.any()):
-            texts.append(f"{word} in {_names(wrong)}: ranks of single parameters show it")
-    return "; ".join(texts) or None
-
-
-def _missed(ranks: Tensor, num_samples: int, alpha: float) -> list[str]:
-    """True parameters where the posterior has no mass: the tail that the forward KL pays for."""
-    from scipy.stats import binom
-
-    num, expected = len(ranks), 1 / (num_samples + 1)
-    count = int((ranks > 1 - expected).sum())
-    if count <= int(binom.ppf(1 - alpha, num, expected)):
-        return []
-    return [
-        f"misses mass: at {100 * count / num:.0f} % of the pairs the true parameter is less likely "
-        f"than all {num_samples} draws ({100 * expected:.1f} % expected): a mode may be missing, "
-        "or the posterior is much too narrow"
-    ]
-
-
-def _shifted(marginals: Tensor, alpha: float) -> list[str]:
-    """Parameters whose mean rank is off the centre."""
-    bound = _bound(alpha, 1 / 12, len(marginals))
-    texts = []
-    # A rank of ∞ (no draw inside the prior) says nothing about direction: it counts as central.
-    offset = torch.where(torch.isfinite(marginals), marginals, 0.5).mean(0) - 0.5
-    for word, wrong in (("too low", offset > bound), ("too high", offset < -bound)):
-        if bool(wrong.any()):
-            ranks = ", ".join(f"{0.5 + float(value):.2f}" for value in offset[wrong])
-            texts.append(
-                f"biased: {_names(wrong)} {word} (mean rank of the true parameter {ranks}; "
-                f"0.50 ± {bound:.2f} by chance)"
-            )
-    return texts
-
-
-def _disagreement(reverse: float, error: float, size: float, alpha: float) -> list[str]:
-    """Main and proxy far from each other: one of them is wrong."""
-    surely = reverse - NormalDist().inv_cdf(1 - alpha) * error
-    if surely <= _LARGE_DIVERGENCE and size >= _LOW_SAMPLE_SIZE:
-        return []
-    return [
-        f"disagrees with its proxy: reverse KL {reverse:.1f} nats, importance weights keep "
-        f"{100 * size:.0f} % of the draws; coverage, and the held-out NLL of both, tell which of "
-        "the two to doubt"
-    ]
-
-
-def _healthy(num: int, alpha: float, with_proxy: bool) -> str:
-    """With the resolution: what would have been found."""
-    resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num)
+    Args:
+        num_pairs: Held-out pairs N.
+        num_parameters: Dimension D of θ.
+        with_proxy: Whether the posterior was compared with a proxy.
+    """
+    alpha = _alpha(num_parameters)
+    resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num_pairs)
     # 1/√(4π) is how fast a Gaussian's mean rank moves with its mean, per standard deviation.
-    shift = _bound(alpha, 1 / 12, num) * math.sqrt(4 * math.pi)
-    blind = "" if with_proxy else "; that it uses all of x, only a proxy or a lower NLL could tell"
+    shift = _bound(alpha, 1 / 12, num_pairs) * math.sqrt(4 * math.pi)
+    blind = "; only a proxy or a lower NLL could show whether it uses all of x"
     return (
-        f"healthy within what {num} pairs can show: the 90 % region's coverage is within "
-        f"{resolution:.0f} points of nominal, no parameter is off by more than about {shift:.2f} "
-        f"posterior standard deviations throughout{blind}"
+        f"healthy within what {num_pairs} pairs can show: the 90 % region's coverage is within "
+        f"{resolution:.0f} points of nominal, and no parameter is off by more than about "
+        f"{shift:.2f} posterior standard deviations throughout{'' if with_proxy else blind}"
     )
+
+
+def _alpha(num_parameters: int) -> float:
+    """False-alarm probability of each of a report's tests."""
+    return FAMILYWISE / (len(_LEVELS) + 2 + 2 * num_parameters)
 
 
 def _bound(alpha: float, variance: float, num: int) -> float:
@@ -165,5 +102,90 @@ def _bound(alpha: float, variance: float, num: int) -> float:
     return NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(variance / num)
 
 
-def _names(wrong: Tensor) -> str:
-    return ", ".join(f"θ{int(k) + 1}" for k in torch.where(wrong)[0])
+def _width_by_density(ranks: Tensor, alpha: float) -> list[Finding]:
+    """Overconfident or too wide, by coverage at the level that shows it most clearly."""
+    num = len(ranks)
+    found: list[Measurement] = []
+    for level in _LEVELS:
+        hits = int((ranks <= level).sum())
+        low, high = (int(binom.ppf(q, num, level)) for q in (alpha / 2, 1 - alpha / 2))
+        if not low <= hits <= high:
+            shares = (hits / num, level, low / num, high / num)
+            found.append(Measurement(Statistic.COVERAGE, *shares))
+    if not found:
+        mean, bound = float(ranks.clamp(max=1).mean()), _bound(alpha, 1 / 12, num)
+        if abs(mean - 0.5) <= bound:
+            return []
+        kind = FindingKind.OVERCONFIDENT if mean > 0.5 else FindingKind.TOO_WIDE
+        interval = (mean, 0.5, 0.5 - bound, 0.5 + bound)
+        return [Finding(kind, (Measurement(Statistic.MEAN_DENSITY_RANK, *interval),))]
+    kinds = {
+        FindingKind.OVERCONFIDENT if m.value < m.expected else FindingKind.TOO_WIDE for m in found
+    }
+    if len(kinds) > 1:
+        return [Finding(FindingKind.WRONG_SHAPE, tuple(found))]
+    return [Finding(kinds.pop(), (max(found, key=_standard_deviations_off),))]
+
+
+def _standard_deviations_off(m: Measurement) -> float:
+    """How far a coverage is from its level, up to a factor √N."""
+    return abs(m.value - m.expected) / math.sqrt(m.expected * (1 - m.expected))
+
+
+def _width_by_marginals(marginals: Tensor, alpha: float) -> list[Finding]:
+    """The width of single parameters, where the joint region looks right."""
+    bound = _bound(alpha, 1 / 48, len(marginals))
+    distance = (marginals.clamp(max=1) - 0.5).abs().mean(0)
+    cases = (
+        (FindingKind.OVERCONFIDENT, distance > 0.25 + bound),
+        (FindingKind.TOO_WIDE, distance < 0.25 - bound),
+    )
+    findings = []
+    for kind, wrong in cases:
+        found = _of_parameters(Statistic.RANK_DISTANCE, distance, wrong, 0.25, bound)
+        findings += [Finding(kind, found)] if found else []
+    return findings
+
+
+def _missed(ranks: Tensor, num_samples: int, alpha: float) -> list[Finding]:
+    """True parameters where the posterior has no mass, to which the forward KL is sensitive."""
+    num, expected = len(ranks), 1 / (num_samples + 1)
+    count = int((ranks > 1 - expected).sum())
+    most = int(binom.ppf(1 - alpha, num, expected))
+    if count <= most:
+        return []
+    found = Measurement(Statistic.MISSED_PAIRS, count / num, expected, 0.0, most / num)
+    return [Finding(FindingKind.MISSES_MASS, (found,))]
+
+
+def _shifted(marginals: Tensor, alpha: float) -> list[Finding]:
+    """Parameters whose mean rank is off the centre."""
+    bound = _bound(alpha, 1 / 12, len(marginals))
+    # A rank of ∞ (no draw inside the prior) has no direction: it counts as central.
+    mean = torch.where(torch.isfinite(marginals), marginals, 0.5).mean(0)
+    wrong = (mean - 0.5).abs() > bound
+    found = _of_parameters(Statistic.MEAN_RANK, mean, wrong, 0.5, bound)
+    return [Finding(FindingKind.BIASED, found)] if found else []
+
+
+def _of_parameters(
+    statistic: Statistic, values: Tensor, wrong: Tensor, expected: float, bound: float
+) -> tuple[Measurement, ...]:
+    """A measurement for every parameter whose value, of `(D,)`, is wrong."""
+    interval = (expected, expected - bound, expected + bound)
+    return tuple(
+        Measurement(statistic, float(values[k]), *interval, parameter=int(k))
+        for k in torch.where(wrong)[0]
+    )
+
+
+def _disagreement(reverse: float, error: float, size: float, alpha: float) -> list[Finding]:
+    """Main and proxy far from each other: one of them is wrong."""
+    lower_end = reverse - NormalDist().inv_cdf(1 - alpha) * error
+    if lower_end <= _LARGE_DIVERGENCE and size >= _LOW_SAMPLE_SIZE:
+        return []
+    found = (
+        Measurement(Statistic.REVERSE_KL, reverse, 0.0, -math.inf, _LARGE_DIVERGENCE),
+        Measurement(Statistic.EFFECTIVE_SAMPLE_SIZE, size, 1.0, _LOW_SAMPLE_SIZE, 1.0),
+    )
+    return [Finding(FindingKind.DISAGREES_WITH_PROXY, found)]

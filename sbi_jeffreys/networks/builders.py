@@ -7,7 +7,9 @@ bijections: the posterior stays what it is, and mass outside a box or below zero
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -16,12 +18,19 @@ from sbi.neural_nets import posterior_nn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_bool, check_instance
+from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.spline import with_fast_splines
-from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform
+from sbi_jeffreys.networks.transforms import (
+    MarginalTransform,
+    PriorTransform,
+    is_bounded,
+    on_edge,
+)
 
-__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config"]
+__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config", "main_builder"]
+
+_EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
@@ -155,6 +164,32 @@ class MainBuilder:
         vars(twin).update(vars(self) | {"prior": prior})
         return twin
 
+    def avoiding_edge(self, theta: Tensor) -> MainBuilder:
+        """This builder, or, where parameters lie on the edge of the support, one that models θ.
+
+        In unconstrained space the edge is at infinity, and a single pair there would dominate the
+        loss.
+
+        Args:
+            theta: All simulated parameters, `(N, D)`.
+
+        Warns:
+            JeffreysWarning: If θ is modelled as it is for that reason.
+        """
+        bounded = self.prior is not None and self.marginal_transforms and not self._is_mixture
+        transform = PriorTransform.fit(self.prior) if bounded and self.prior is not None else None
+        num = 0 if transform is None else int(on_edge(transform, theta).sum())
+        if num <= _EDGE_SHARE * len(theta):
+            return self
+        warnings.warn(
+            f"{num} of {len(theta)} parameters lie on the edge of the prior's support (clamped, or "
+            "on a grid): the main models theta as it is and can put mass outside the support, "
+            "which sampling then rejects. Draw parameters from the prior to avoid this.",
+            JeffreysWarning,
+            stacklevel=2,
+        )
+        return self.with_prior(None)
+
     @property
     def _is_mixture(self) -> bool:
         """Whether the model is a mixture of Gaussians over θ itself."""
@@ -174,10 +209,10 @@ class MainBuilder:
     def _build(self, x: Tensor) -> Build:
         """sbi's builder, with a vector x transformed and z-scored where no net embeds it."""
         embedding = None
-        vector = x.ndim == 2 and bool(torch.isfinite(x).all()) and bool((x != x[:1]).any())
-        if self.marginal_transforms and vector and not self._embeds():
-            transform = MarginalTransform.fit(x)
-            embedding = None if transform.is_identity else _Standardised(transform, x)
+        if self.marginal_transforms and x.ndim == 2 and not self._embeds():
+            with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
+                transform = MarginalTransform.fit(x)
+                embedding = None if transform.is_identity else _Standardised(transform, x)
         if not isinstance(self.model, str):
             changes = {} if embedding is None else _condition(embedding, "z_score_condition")
             config = dataclasses.replace(self.model, **changes) if changes else self.model
@@ -195,6 +230,45 @@ class MainBuilder:
             return self.embedding_net is not None or "z_score_x" in self.settings
         net = getattr(self.model, "embedding_net", None)
         return net is not None and not isinstance(net, nn.Identity)
+
+
+def main_builder(
+    given: Any, prior: Distribution | None, marginal_transforms: bool
+) -> Callable[..., Any]:
+    """What builds the main: a `MainBuilder` for names and configs, the user's own as it is.
+
+    Args:
+        given: A name, a config, a `MainBuilder`, any other builder, or None for "nsf".
+        prior: The prior whose unconstrained space the main is built in.
+        marginal_transforms: Of the `MainBuilder` that is made for a name or config.
+
+    Warns:
+        JeffreysWarning: If a builder of the user's own does not know the bounds of the prior.
+    """
+    if given is None or isinstance(given, str) or is_config(given):
+        name = "nsf" if given is None else given
+        given = MainBuilder(name, marginal_transforms=marginal_transforms)
+    if isinstance(given, MainBuilder):
+        known = prior is None or not is_bounded(prior) or PriorTransform.fit(prior) is not None
+        if not known and given.marginal_transforms:
+            warnings.warn(
+                f"The support of the prior ({type(prior).__name__}) has no unconstrained space "
+                "that torch knows: the main models theta as it is and can put mass outside it, "
+                "which sampling then rejects. If you can, write the prior in terms of parameters "
+                "with a box or half-line support.",
+                JeffreysWarning,
+                stacklevel=3,
+            )
+        return given.with_prior(prior)
+    if prior is not None and is_bounded(prior):
+        warnings.warn(
+            "density_estimator is a builder of your own and is used as it is: the posterior can "
+            "put mass outside the prior's support, which sampling then rejects. MainBuilder(name, "
+            "embedding_net=...) of sbi_jeffreys builds the same networks inside the support.",
+            JeffreysWarning,
+            stacklevel=3,
+        )
+    return given
 
 
 def _condition(embedding: nn.Module, z_score: str) -> dict[str, Any]:

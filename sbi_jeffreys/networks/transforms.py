@@ -5,6 +5,9 @@ likelihood as a density of x, and T may be chosen for what a network learns best
 dequantised (a density of integers is degenerate), positive heavy-tailed outputs are logged, and
 constant dimensions, which have no density, are dropped.
 
+Up to 20 outputs have a transform each. Beyond that x is taken for a signal, whose neighbouring
+outputs belong together: all of them share one, or none.
+
 The choice per dimension is Box & Cox's (1964): the profile log-likelihood of a Gaussian for the
 transformed values, Jacobian included, among identity, square root, log and scaled arsinh.
 """
@@ -18,10 +21,13 @@ from sbi.utils import mcmc_transform, within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-__all__ = ["MarginalTransform", "PriorTransform"]
+__all__ = ["MarginalTransform", "PriorTransform", "is_bounded", "on_edge"]
 
 _KINDS = ("identity", "log", "sqrt", "asinh")
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
+_EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 tells
+_MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
+_RESOLVED = 8.0  # spread, in units of float32's spacing, from which an output counts as varying
 _MIN_GAIN = 0.05  # nats per datum that a transform must win over the identity: Occam's margin
 
 
@@ -36,6 +42,29 @@ def _candidates(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, tuple[Ten
     return out
 
 
+def _choose_shared(values: Tensor, centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
+    """One kind for all outputs `(N, D)`, as of a signal: that of the largest total score."""
+    totals: dict[str, float] = {}
+    num = values.shape[1]
+    for d in range(num):
+        for kind, score in _scores(values[:, d], centre[d], scale[d]).items():
+            totals[kind] = totals.get(kind, 0.0) + score
+        positive = bool((values[:, d] > 0).all())
+        if not positive:  # then neither log nor root is admissible for all
+            totals["log"] = totals["sqrt"] = -math.inf
+    best = max(totals, key=lambda kind: totals[kind])
+    gains = totals[best] > totals["identity"] + _MIN_GAIN * num
+    return [best if gains and not bool(integer.any()) else "identity"] * num
+
+
+def _scores(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, float]:
+    """Gaussian profile log-likelihood per datum of every admissible kind."""
+    return {
+        kind: float(-0.5 * t.var().clamp_min(1e-24).log() + log_jac.mean())
+        for kind, (t, log_jac) in _candidates(v, centre, scale).items()
+    }
+
+
 def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: bool) -> str:
     """The kind with the largest Gaussian profile log-likelihood; for counts, the square root.
 
@@ -44,10 +73,7 @@ def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: bool) -> str:
     """
     if integer and bool((v > 0).all()):
         return "sqrt" if float(v.max()) > _MAX_SMALL_COUNT else "identity"
-    scores = {
-        kind: float(-0.5 * t.var().clamp_min(1e-24).log() + log_jac.mean())
-        for kind, (t, log_jac) in _candidates(v, centre, scale).items()
-    }
+    scores = _scores(v, centre, scale)
     best = max(scores, key=lambda kind: scores[kind])
     return best if scores[best] > scores["identity"] + _MIN_GAIN else "identity"
 
@@ -117,11 +143,13 @@ class MarginalTransform(nn.Module):
                 "x contains NaN or inf; drop those simulations or use an embedding net."
             )
         wide = x.detach().to("cpu", torch.float64)
-        varies = (wide != wide[:1]).any(dim=0)
+        spacing = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
+        varies = wide.amax(dim=0) - wide.amin(dim=0) > _RESOLVED * spacing
         if not bool(varies.any()):
             raise ValueError(
-                f"x is constant over all {len(x)} simulations in every dimension: it carries no "
-                "information on theta. Check the simulator's output."
+                f"x is constant over all {len(x)} simulations in every dimension, as far as "
+                "float32 can tell: it carries no information on theta. Check the simulator's "
+                "output; subtract a large offset."
             )
         keep = varies.nonzero().squeeze(-1)
         kept = wide[:, keep]
@@ -130,11 +158,14 @@ class MarginalTransform(nn.Module):
         centre = kept.median(dim=0).values
         spread = kept.quantile(0.75, dim=0) - kept.quantile(0.25, dim=0)
         scale = torch.where(spread > 0, spread, kept.std(dim=0).clamp_min(1e-12))
-        kinds = [
-            _choose(kept[:, d], centre[d], scale[d], bool(integer[d])) for d in range(len(keep))
-        ]
         if not choose:
             kinds = ["identity"] * len(keep)
+        elif len(keep) > _MAX_OWN_SCALES:
+            kinds = _choose_shared(kept, centre, scale, integer)
+        else:
+            kinds = [
+                _choose(kept[:, d], centre[d], scale[d], bool(integer[d])) for d in range(len(keep))
+            ]
         # A new x below the smallest one seen stays in the domain of log and sqrt.
         floor = torch.where(kept.amin(dim=0) > 0, kept.amin(dim=0) / 10, -torch.inf)
         as_x = [b.to(x.device, x.dtype) for b in (centre, scale, floor, wide[0])]
@@ -214,25 +245,38 @@ def _is_bounded(constraint: constraints.Constraint) -> bool:
 class PriorTransform(nn.Module):
     """θ ↔ u, from the prior's support to unconstrained space (sbi's `mcmc_transform`).
 
+    It keeps the bijection and the support, not the prior, so that it can be copied and pickled even
+    where the prior cannot.
+
     Args:
         prior: A prior with bounded support.
     """
 
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
-        self.prior = prior
+        self.support = prior.support
         self.bijection: Transform = mcmc_transform(prior, device=str(_device_of(prior)))
 
     @classmethod
     def fit(cls, prior: Distribution) -> PriorTransform | None:
-        """The transform of a continuous prior with bounded support, else None."""
+        """The transform of a continuous prior with bounded support, else None.
+
+        None also where torch knows no bijection of the support that keeps its dimensions (a
+        triangle, a simplex); see `is_bounded`.
+        """
+        if not is_bounded(prior):
+            return None
         try:
-            support = prior.support
-        except (NotImplementedError, AttributeError):
+            with torch.random.fork_rng(devices=[]):  # a trial leaves no trace in random numbers
+                transform = cls(prior)
+                theta = prior.sample(torch.Size((8,)))
+            u, log_det, inside = transform(theta)
+            back = transform.inverse(u)
+            fits = u.shape == back.shape == theta.shape and bool(inside.all())
+            close = fits and torch.allclose(back, theta, rtol=1e-2, atol=1e-4)
+        except (NotImplementedError, RuntimeError, ValueError, AssertionError):
             return None
-        if support is None or getattr(support, "is_discrete", False) or not _is_bounded(support):
-            return None
-        return cls(prior)
+        return transform if close and bool(torch.isfinite(log_det).all()) else None
 
     def forward(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u = T(θ), log |det ∂u/∂θ| and whether θ is inside the support.
@@ -244,7 +288,7 @@ class PriorTransform(nn.Module):
             Tensors of shapes `(*B, D)`, `(*B,)`, `(*B,)`.
         """
         flat = theta.reshape(-1, theta.shape[-1])
-        inside = within_support(self.prior, flat)
+        inside = within_support(self, flat)
         u = torch.as_tensor(self.bijection(flat))
         finite = torch.isfinite(u).all(dim=-1) & inside
         u = torch.where(finite.unsqueeze(-1), u, torch.zeros_like(u))
@@ -256,6 +300,26 @@ class PriorTransform(nn.Module):
         """θ = T⁻¹(u), inside the support by construction."""
         flat = torch.as_tensor(self.bijection.inv(u.reshape(-1, u.shape[-1])))
         return flat.reshape(u.shape)
+
+
+def is_bounded(prior: Distribution) -> bool:
+    """Whether a continuous prior declares a support that is not all of ℝᴰ."""
+    try:
+        support = prior.support
+    except (NotImplementedError, AttributeError):
+        return False
+    if support is None or getattr(support, "is_discrete", False):
+        return False
+    return _is_bounded(support)
+
+
+def on_edge(transform: PriorTransform, theta: Tensor) -> Tensor:
+    """Which θ `(N, D)` lie on the support's edge, where u is infinite but for rounding, `(N,)`.
+
+    Draws of a continuous prior do so less than once in a million; clamped ones and grids do.
+    """
+    u, _, inside = transform(theta)
+    return inside & (u.abs() > _EDGE).any(dim=-1)
 
 
 def _device_of(prior: Distribution) -> torch.device:

@@ -1,8 +1,8 @@
 r"""The proxy as a posterior of its own: sbi's samplers on log q̃_ψ(θ, x_o).
 
-The proxy is an unnormalised density, so what samples from it is MCMC, importance sampling with the
-main as the proposal, or rejection from the prior. Beside the main's posterior it is a second
-opinion at one observation; `CorrectedPosterior` is the fast compromise between the two.
+The proxy is an unnormalised density, so it is sampled by MCMC, by importance sampling with the main
+as the proposal, or by rejection from the prior. At one observation this posterior can be compared
+with the main's; `CorrectedPosterior` is a fast compromise between the two.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sbi.inference.posteriors import (
 from sbi.utils import mcmc_transform
 from torch import Tensor
 
+from sbi_jeffreys._checks import check_choice, check_instance
 from sbi_jeffreys._sbi import (
     BasePotential,
     ConditionalDensityEstimator,
@@ -43,18 +44,22 @@ _PARAMETERS: dict[str, type[PosteriorParameters]] = {
 
 
 class ProxyPotential(BasePotential):
-    """log q̃_ψ(θ, x_o) in the form that sbi's samplers take; picklable.
+    """log q̃_ψ(θ, x_o) as a potential function of sbi's, which its samplers take; picklable.
 
-    Several rows of x_o are independent observations of one θ (their log factors add up under one
-    prior), unless `set_x(x, x_is_iid=False)` pairs them with as many θ.
+    Several rows of x_o are independent observations of one θ, whose log factors are added under one
+    prior, unless `set_x(x, x_is_iid=False)` pairs them with as many θ.
 
     Args:
         proxy: A fitted proxy.
         x_shape: Shape of one observation, without batch dimension.
         device: Where to evaluate it.
+
+    Raises:
+        TypeError: If `proxy` is no Proxy.
     """
 
     def __init__(self, proxy: Proxy, x_shape: torch.Size, device: str = "cpu") -> None:
+        check_instance("proxy", proxy, Proxy, "pass inference.proxy or a GivenProxy")
         self.proxy, self.x_shape = proxy, x_shape
         super().__init__(proxy.prior, None, device)
 
@@ -86,11 +91,11 @@ class ProxyPotential(BasePotential):
 class MainProposal:
     """The main at the potential's observation, as a proposal for importance sampling.
 
-    sbi sets the observation on the potential alone; this reads it there, so that both agree.
+    sbi sets the observation on the potential alone, so the proposal takes it from there.
 
     Args:
         main: The main model.
-        potential: Whose observation it is.
+        potential: The potential that holds the observation.
     """
 
     def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
@@ -100,8 +105,9 @@ class MainProposal:
         x = self.potential.x_o.reshape(-1, *self.main.condition_shape)
         if len(x) != 1:
             raise ValueError(
-                f"x: expected one observation for importance sampling, got {len(x)}; the main is "
-                "a posterior given one. Use sample_with='mcmc' for several independent ones."
+                f"x must be one observation for importance sampling, got {len(x)}; the main is a "
+                "posterior given one observation. Use sample_with='mcmc' for several independent "
+                "ones."
             )
         return x
 
@@ -109,7 +115,7 @@ class MainProposal:
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of shape `(*sample_shape, D)`; of the prior as long as no observation is set."""
         shape = torch.Size(sample_shape)
-        if self.potential.return_x_o() is None:  # sbi tries its transforms out on a few draws
+        if self.potential.return_x_o() is None:  # sbi tests its transforms on a few draws
             return self.potential.proxy.prior.sample(shape)
         theta = self.main.sample(torch.Size((shape.numel(),)), self._x())
         return theta[:, 0].reshape(*shape, -1)
@@ -119,7 +125,7 @@ class MainProposal:
         return self.main.log_prob(theta.unsqueeze(1), self._x())[:, 0]
 
     def __getattr__(self, name: str) -> Any:
-        # What sbi builds its unconstraining transform from; the prior's, as the main stays inside.
+        # sbi builds its unconstraining transform from these. The main stays inside the prior.
         if name in ("support", "mean", "stddev"):
             return getattr(self.potential.prior, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
@@ -140,27 +146,27 @@ def proxy_posterior(
 
     Args:
         main: The main model, the proposal of importance sampling.
-        proxy: A fitted proxy; its prior starts chains and is what rejection sampling proposes.
+        proxy: A fitted proxy; chains start at draws of its prior, which is also the proposal of
+            rejection sampling.
         sample_with: "mcmc", "importance" or "rejection".
         parameters: sbi's parameters of that posterior; None for its defaults.
         device: Device of the posterior.
 
     Raises:
         ValueError: For another `sample_with`.
-        TypeError: If `parameters` are another posterior's.
+        TypeError: If an argument is of another type, or `parameters` are another posterior's.
     """
-    if sample_with not in _PARAMETERS:
+    check_instance("main", main, ConditionalDensityEstimator, "pass what train() returned")
+    check_instance("proxy", proxy, Proxy, "pass inference.proxy or a GivenProxy")
+    if sample_with == "direct":
         raise ValueError(
-            f"sample_with must be one of {tuple(_PARAMETERS)}, got {sample_with!r}; the proxy is "
-            "unnormalised, so it cannot be drawn from directly."
+            f"sample_with must be one of {tuple(_PARAMETERS)}, got 'direct': the proxy's density "
+            "is unnormalised and cannot be drawn from directly; use 'importance'."
         )
-    expected = _PARAMETERS[sample_with]
+    expected = _PARAMETERS[check_choice("sample_with", sample_with, tuple(_PARAMETERS))]
     parameters = expected() if parameters is None else parameters
-    if not isinstance(parameters, expected):
-        raise TypeError(
-            f"posterior_parameters must be {expected.__name__} for sample_with={sample_with!r}, "
-            f"got {type(parameters).__name__}."
-        )
+    remedy = f"sample_with={sample_with!r} needs {expected.__name__}(...)"
+    check_instance("posterior_parameters", parameters, expected, remedy)
     main, proxy = deepcopy(main), deepcopy(proxy)
     prior = proxy.prior
     potential = ProxyPotential(proxy, main.condition_shape, device)

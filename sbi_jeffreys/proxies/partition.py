@@ -20,6 +20,7 @@ from sbi_jeffreys.proxies.base import Proxy
 __all__ = [
     "Contrasts",
     "defensive_draws",
+    "defensive_log_density",
     "defensive_log_normaliser",
     "draw_atoms",
     "draw_contrasts",
@@ -57,13 +58,25 @@ def defensive_draws(
         theta = torch.cat([theta, flat.reshape(-1, *theta.shape[1:])])
         if first is not None:
             theta = torch.cat([first.unsqueeze(0), theta])
+        log_m, log_prior = defensive_log_density(proxy, main, theta, x, from_main / num)
+    return theta, log_m, log_prior
+
+
+@torch.no_grad()
+def defensive_log_density(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    theta: Tensor,
+    x: Tensor,
+    share: float = _MAIN_SHARE,
+) -> tuple[Tensor, Tensor]:
+    """log m(θ|x) and log p(θ) of θ `(K, B, D)`, `(K, B)` each; `share` is the main's share of m."""
+    with embedded_once(main, x):
         # Where the main fails, the points are left to the prior's share of the mixture.
         log_main = main.log_prob(theta, x).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     log_prior = proxy.log_prior(theta)
-    log_m = torch.logaddexp(
-        log_main + math.log(from_main / num), log_prior + math.log1p(-from_main / num)
-    )
-    return theta, log_m, log_prior
+    log_m = torch.logaddexp(log_main + math.log(share), log_prior + math.log1p(-share))
+    return log_m, log_prior
 
 
 @torch.no_grad()

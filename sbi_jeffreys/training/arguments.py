@@ -25,7 +25,13 @@ from sbi_jeffreys._sbi import ImproperEmpirical
 from sbi_jeffreys.networks.builders import MainBuilder, is_config
 from sbi_jeffreys.options import JeffreysOptions
 
-__all__ = ["TrainArguments", "check_constructor", "check_simulations"]
+__all__ = [
+    "TrainArguments",
+    "check_constructor",
+    "check_resumable",
+    "check_simulations",
+    "lost_builder",
+]
 
 _TRACKER_METHODS = ("log_metric", "flush")  # of sbi's protocol, what training calls
 _WRITER_METHODS = ("add_scalar", "flush")
@@ -234,6 +240,61 @@ def check_simulations(
             f"{num} outside it, the first in row {row}: {theta[row].tolist()}; drop them, or "
             "pass the prior that they were drawn from."
         )
+
+
+_FREE = ("proxy", "checkpoint", "checkpoint_seconds")  # a copied proxy is another object
+
+
+def check_resumable(
+    begun: int | None,
+    available: int,
+    options: JeffreysOptions,
+    begun_options: JeffreysOptions | None,
+) -> None:
+    """Refuse to resume a training that does not exist, or that began with something else.
+
+    Args:
+        begun: How many simulations there were when training began; None: it did not begin.
+        available: How many there are now.
+        options: The trainer's options now.
+        begun_options: Those that the symmetric stage began with, if there is one.
+
+    Raises:
+        RuntimeError: If there is nothing to resume.
+        ValueError: If simulations were appended, or options changed, since.
+    """
+    if begun is None:
+        raise RuntimeError(
+            "resume_training=True, but nothing was trained yet: call train() without it first."
+        )
+    if available != begun:
+        raise ValueError(
+            f"resume_training=True continues on the {begun} simulations that training began with, "
+            f"but now there are {available}. Call train() without it (with "
+            "force_first_round_loss=True if the new ones come from the prior)."
+        )
+    names = [field.name for field in fields(options) if field.name not in _FREE]
+    changed = [
+        name
+        for name in names
+        if begun_options is not None and getattr(options, name) != getattr(begun_options, name)
+    ]
+    if changed:
+        raise ValueError(
+            f"options were changed since the symmetric stage began ({', '.join(changed)}); "
+            "resume_training=True goes on with the stage as it is. Set them back, or train anew "
+            "without resume_training."
+        )
+
+
+def lost_builder() -> RuntimeError:
+    """The error for a network that cannot be built because its builder could not be pickled."""
+    return RuntimeError(
+        "density_estimator was lost when this object was pickled or copied, because it cannot be "
+        "pickled; a new network cannot be built (retrain_from_scratch=True). Make a new "
+        "NPE_Jeffreys with it and append the simulations of get_simulations(), or give the density "
+        "estimator by name or as a MainBuilder."
+    )
 
 
 def _check_methods(name: str, value: Any, methods: tuple[str, ...]) -> None:

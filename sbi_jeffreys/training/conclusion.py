@@ -1,4 +1,4 @@
-"""From the state of a training to its report: which problems there are, and how large."""
+"""From the state of a training to its report and to the trainer's summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
 from sbi_jeffreys.training.preparation import Prepared
 from sbi_jeffreys.training.report import (
@@ -18,9 +21,9 @@ from sbi_jeffreys.training.report import (
     StageStatus,
     TrainingReport,
 )
-from sbi_jeffreys.training.symmetric import SymmetricTraining
+from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 
-__all__ = ["make_report"]
+__all__ = ["complete_summary", "make_report"]
 
 _GAP = 0.5  # nats by which a main may be behind its proxy
 _CLEARLY = 2.0  # standard errors
@@ -41,7 +44,12 @@ def make_report(
     status = ProxyStatus.NOT_FITTED if prepared is None else prepared.status
     proxy = None if prepared is None else prepared.proxy
     main_losses = None if symmetric is None else symmetric.best.losses
-    gap = _gap(main_losses, prepared)
+    proxy_losses = None if prepared is None else prepared.proxy_losses
+    if symmetric is not None and symmetric.proxy_losses is not None:
+        proxy_losses = symmetric.proxy_losses
+    gap = None
+    if main_losses is not None and proxy_losses is not None:
+        gap = Estimate.of(main_losses - proxy_losses)
     multiplier = None
     if symmetric is not None:
         multiplier = float(symmetric.stage.multipliers.multipliers[0])
@@ -54,7 +62,10 @@ def make_report(
         stage_status=StageStatus.NOT_RUN if symmetric is None else symmetric.status,
         kept=Kept.PLAIN_NPE if symmetric is None else symmetric.best.kept,
         npe=_estimate(None if prepared is None else prepared.main_losses),
-        proxy_held_out=_estimate(None if prepared is None else prepared.proxy_losses),
+        proxy_held_out=_estimate(proxy_losses),
+        uncertain=0.0 if prepared is None else prepared.uncertain,
+        coverage_before=None if symmetric is None else symmetric.coverage_before,
+        coverage=None if symmetric is None else symmetric.coverage_after,
         main=_estimate(main_losses),
         gap=gap,
         multiplier=multiplier,
@@ -66,15 +77,32 @@ def make_report(
     )
 
 
+def complete_summary(trainer: NPE, epochs: int, plain: bool, best: float) -> None:
+    """Count the symmetric stage into sbi's entries of a call of `train`, and log it.
+
+    Args:
+        trainer: The trainer, whose `summary` and tracker they are.
+        epochs: Epochs of the symmetric stage in this call.
+        plain: Whether plain NPE was trained in this call, so that sbi made its entries.
+        best: Held-out value of the weights kept.
+    """
+    summary, tracker = trainer.summary, _sbi.tracker_of(trainer)
+    totals = {"epochs_trained": epochs, "best_validation_loss": best}
+    if plain:
+        totals["epochs_trained"] += summary["epochs_trained"].pop()
+        summary["best_validation_loss"].pop()
+    for name, value in totals.items():
+        summary[name].append(value)
+        tracker.log_metric(name=name, value=value, step=_sbi.latest_round(trainer) + 1)
+    for name in (*TRACES, "validation_loss", "training_loss", "epoch_durations_sec"):
+        first = len(summary[name]) - epochs
+        for step, value in enumerate(summary[name][first:], start=first):
+            tracker.log_metric(name=name, value=value, step=step)
+    tracker.flush()
+
+
 def _estimate(losses: Tensor | None) -> Estimate | None:
     return None if losses is None else Estimate.of(losses)
-
-
-def _gap(main_losses: Tensor | None, prepared: Prepared | None) -> Estimate | None:
-    """Held-out loss of the main above its proxy's, pair by pair."""
-    if main_losses is None or prepared is None or prepared.proxy_losses is None:
-        return None
-    return Estimate.of(main_losses - prepared.proxy_losses)
 
 
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
@@ -82,6 +110,17 @@ def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
     if not isinstance(proxy, LikelihoodProxy):
         return ()
     return tuple((str(k + 1), float(weight)) for k, weight in enumerate(proxy.weights))
+
+
+def covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:
+    """Whether regions of the main cover clearly less than nominal, and than plain NPE's did.
+
+    Clearly: at 50 or 90 %, below the 99 % band of an exact posterior and below plain NPE.
+    """
+    if before is None or after is None:
+        return False
+    low = after.values < after.lower.to(after.values)
+    return bool((low & (after.values < before.values)).any())
 
 
 def _problems(
@@ -107,6 +146,8 @@ def _problems(
             found.append(Problem.MAIN_BEHIND_PROXY)
         elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
             found.append(Problem.MULTIPLIER_AT_BOUND)
+    if covers_less(symmetric.coverage_before, symmetric.coverage_after):
+        found.append(Problem.COVERS_LESS)
     if stage.skipped:
         found.append(Problem.STEPS_SKIPPED)
     return found

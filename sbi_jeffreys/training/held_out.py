@@ -1,11 +1,11 @@
-r"""Reading main and proxy on the same held-out simulations, in the same units.
+r"""Main and proxy evaluated on the same held-out simulations, in the same units.
 
 First round: F_val = −log p_φ(θ|x), and for the proxy P_val = −log q̃_ψ(θ, x) + log Ẑ_ψ(x), with
-Ẑ by importance sampling from a defensive mixture of main (¾) and prior (¼).
+Ẑ by adaptive importance sampling that starts from main (¾) and prior (¼).
 
 Later rounds: the pairs come from a proposal, under which −log p_φ is not a proper score. There both
-are read as classifiers of the true θ among the round's other θ (the atomic loss of Greenberg et al.
-2019, arXiv 1905.07488), in which proposal and partition function cancel.
+are evaluated as classifiers of the true θ among the round's other θ (the atomic loss of Greenberg
+et al. 2019, arXiv 1905.07488), in which proposal and partition function cancel.
 """
 
 from __future__ import annotations
@@ -15,18 +15,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.diagnostics.calibration import (
+    CoverageCurve,
+    PairDraws,
+    coverage_curve,
+    hpd_ranks,
+    inside_prior,
+)
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_normaliser
+from sbi_jeffreys.proxies.normaliser import estimate_log_normaliser
+from sbi_jeffreys.proxies.partition import defensive_draws
 from sbi_jeffreys.training.temperature import inverse_temperature
 
 __all__ = ["HeldOut"]
 
 _MAX_CONTRASTS = 50
 _EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
+_COVERAGE_DRAWS = 200  # per held-out pair
 _ROWS = 25  # held-out pairs per network call: bounds memory
 
 
@@ -67,18 +77,40 @@ class HeldOut:
         return ranking_nce_losses(ratio[0], ratio[1:])
 
     @torch.no_grad()
-    def proxy_losses(self, proxy: Proxy, main: ConditionalDensityEstimator) -> Tensor:
-        """Loss of the proxy at each pair, `(M,)`."""
+    def proxy_losses(
+        self, proxy: Proxy, main: ConditionalDensityEstimator
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the proxy at each pair, and where it is uncertain, `(M,)` each.
+
+        First round: the pessimistic estimate of log Z is used (`proxies.normaliser`).
+        """
         if self.atomic:
             theta = self._with_contrasts()
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
-            return ranking_nce_losses(factor[0], factor[1:])
-        num_samples = self._num_draws()
-        losses = []
+            losses = ranking_nce_losses(factor[0], factor[1:])
+            return losses, torch.zeros_like(losses, dtype=torch.bool)
+        found, uncertain = [], []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
-            log_z, _ = defensive_log_normaliser(proxy, main, x, num_samples)
-            losses.append(log_z - proxy.log_potential(theta.unsqueeze(0), x)[0])
-        return torch.cat(losses)
+            log_z = estimate_log_normaliser(proxy, main, theta, x, self._num_draws())
+            found.append(log_z.pessimistic - proxy.log_potential(theta.unsqueeze(0), x)[0])
+            uncertain.append(log_z.uncertain)
+        return torch.cat(found), torch.cat(uncertain)
+
+    @torch.no_grad()
+    def coverage(self, main: ConditionalDensityEstimator, prior: Distribution) -> CoverageCurve:
+        """Coverage of the main's 50 and 90 % HPD regions on these pairs, with a binomial band.
+
+        After a first round only: the pairs have to come from the prior.
+        """
+        parts = []
+        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
+            with embedded_once(main, x):
+                drawn = main.sample(torch.Size((_COVERAGE_DRAWS,)), x)
+                log_p = main.log_prob(torch.cat([theta.unsqueeze(0), drawn]), x)
+            parts.append(
+                hpd_ranks(PairDraws(drawn, log_p[1:], log_p[0]), inside_prior(prior, drawn))
+            )
+        return coverage_curve(torch.cat(parts), (0.5, 0.9))
 
     def main(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> float:
         """F_val of the main."""
@@ -86,7 +118,7 @@ class HeldOut:
 
     def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
         """P_val of the proxy; inf where it cannot be evaluated."""
-        return self.mean(self.proxy_losses(proxy, main))
+        return self.mean(self.proxy_losses(proxy, main)[0])
 
     def _num_draws(self) -> int:
         """Draws per held-out pair."""

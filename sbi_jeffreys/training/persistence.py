@@ -1,8 +1,9 @@
-"""A whole inference object in one file: simulations, networks, optimisers, random state.
+"""A whole inference object in one file, and its weights in a form that runs no code when read.
 
-The file is a zip archive of a readable header (format, package versions) and a pickle. The header
-is apart because a pickle of other versions may not even load, and the error should say so. As with
-every pickle, loading runs code: load only files you trust.
+The file is a zip archive of a readable header (format, package versions), a pickle of everything,
+and the tensors that a posterior needs (simulations and the main's weights). The header is apart
+because a pickle of other versions may not even load, and the error should say so. As with every
+pickle, `load` runs code: load only files you trust. `load_weights` reads the tensors alone.
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["FORMAT_VERSION", "is_picklable", "load", "place_step_counters", "save"]
+from sbi_jeffreys._checks import JeffreysWarning
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "is_picklable",
+    "load",
+    "load_tensors",
+    "place_step_counters",
+    "save",
+]
+
+FORMAT_VERSION = 2
 _FORMAT = "sbi_jeffreys inference"
-_HEADER, _PAYLOAD = "header.json", "inference.pt"
+_HEADER, _PAYLOAD, _TENSORS = "header.json", "inference.pt", "tensors.pt"
 _PACKAGES = ("sbi_jeffreys", "sbi", "torch")
+_REMEDY = "Pass a file written by NPE_Jeffreys.save; if it was one, it is damaged: save it anew."
 
 
 def _versions() -> dict[str, str]:
@@ -46,42 +58,92 @@ def is_picklable(obj: Any) -> bool:
     return True
 
 
-def save(inference: Any, path: str | os.PathLike[str]) -> None:
+def save(inference: Any, path: str | os.PathLike[str], tensors: dict[str, Any]) -> None:
     """Write `inference` to `path`, complete or not at all.
+
+    A new file gets the permissions that the umask leaves, an existing one keeps its own, and a
+    symbolic link stays a link to the file that is replaced.
 
     Args:
         inference: The object.
         path: File to write; an existing one is replaced.
+        tensors: What `load_tensors` shall give back: tensors, and dicts of tensors.
 
     Raises:
         TypeError: If something in it cannot be pickled.
     """
-    path = Path(path)
-    buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
             # sbi warns of what loading loses; `NPE_Jeffreys.save` documents it.
             warnings.filterwarnings("ignore", message="When the inference object is pickled")
-            torch.save(inference, buffer)
+            payload = _dumped(inference)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             f"inference cannot be saved to {path}: {error}. Everything in it must be picklable: "
             "define priors, proxies' functions and embedding nets at the top level of a module."
         ) from error
     header = {"format": _FORMAT, "format_version": FORMAT_VERSION, "packages": _versions()}
-    # In the same folder, so that the rename is atomic: a reader sees the old file or the new one.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(_HEADER, json.dumps(header, indent=1))
+        archive.writestr(_PAYLOAD, payload)
+        archive.writestr(_TENSORS, _dumped(tensors))
+    _replace(Path(os.path.realpath(path)), buffer.getvalue())
+
+
+def _dumped(obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put `content` into the file at `path` in one step: readers see the old file or the new one.
+
+    The temporary file stands beside it, so that the renaming is atomic. Where the system can, it
+    has no name until it is complete: a killed process leaves nothing behind.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~umask
+    handle, temporary = _nameless(path.parent)
+    if temporary is None:
+        named = path.parent / f".{path.name}.{os.getpid()}"
+        named.unlink(missing_ok=True)
+    else:
+        named = Path(temporary)
     try:
         with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr(_HEADER, json.dumps(header, indent=1))
-                archive.writestr(_PAYLOAD, buffer.getvalue())
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fchmod(handle, mode)
+            os.fsync(handle)
+            if temporary is None:
+                _give_name(handle, named)
+        os.replace(named, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        named.unlink(missing_ok=True)
         raise
+
+
+def _nameless(folder: Path) -> tuple[int, str | None]:
+    """A new file in the folder: its descriptor, and its name where it has to have one."""
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is not None and os.path.isdir("/proc/self/fd"):
+        try:
+            return os.open(folder, flag | os.O_RDWR, 0o600), None
+        except OSError:  # a file system without such files, or no permission: said below
+            pass
+    return tempfile.mkstemp(dir=folder, prefix=".sbi_jeffreys.")
+
+
+def _give_name(handle: int, path: Path) -> None:
+    """Link an open file without a name to a path."""
+    folder = os.open("/proc/self/fd", os.O_RDONLY)
+    try:  # with a folder's descriptor, Python follows the link under /proc
+        os.link(str(handle), path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
@@ -93,25 +155,48 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is something else, damaged, of a newer format, or of package versions
+        ValueError: If it is something else, damaged, of an unknown format, or of package versions
             that cannot be read here.
+
+    Warns:
+        JeffreysWarning: If it was saved with other package versions.
     """
-    path = Path(path)
-    header, payload = _read(path)
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}, this sbi_jeffreys reads up to "
-            f"{FORMAT_VERSION}: it was saved by a newer one. Install what it was saved with: "
-            f"{_listed(header.get('packages'))}."
-        )
+    header, payload = _read(Path(path), _PAYLOAD)
     try:
-        return torch.load(io.BytesIO(payload), map_location=device, weights_only=False)
+        loaded = torch.load(io.BytesIO(payload), map_location=device, weights_only=False)
     except Exception as error:  # unpickling raises whatever the classes' changed code raises
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {error}. It was saved with "
             f"{_listed(header.get('packages'))}; here are {_listed(_versions())}. Install what it "
             "was saved with, or, if it came from a CUDA machine, pass device='cpu'."
+        ) from error
+    if header.get("packages") != _versions():
+        warnings.warn(
+            f"{path} was saved with {_listed(header.get('packages'))}; here are "
+            f"{_listed(_versions())}. Check a posterior against a known result, or install what it "
+            "was saved with.",
+            JeffreysWarning,
+            stacklevel=3,
+        )
+    return loaded
+
+
+def load_tensors(path: str | os.PathLike[str], device: str) -> dict[str, Any]:
+    """The tensors of a saved inference object, without running code from the file.
+
+    Args:
+        path: The file.
+        device: Where they go.
+
+    Raises:
+        FileNotFoundError, ValueError: As of `load`.
+    """
+    _, content = _read(Path(path), _TENSORS)
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} holds no readable weights ({type(error).__name__}). {_REMEDY}"
         ) from error
 
 
@@ -125,23 +210,38 @@ def place_step_counters(optimizer: Optimizer) -> None:
             continue
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
-            if isinstance(state.get("step"), torch.Tensor):
+            if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and pickle of a file, both checked against the archive's checksums."""
-    remedy = "Pass a file written by NPE_Jeffreys.save; if it was one, it is damaged: save it anew."
+def _read(path: Path, part: str) -> tuple[dict[str, Any], bytes]:
+    """Header and one part of a file, both checked against the archive's checksums."""
     if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}. {remedy}")
+        raise FileNotFoundError(f"There is no file {path}. {_REMEDY}")
     try:
         with zipfile.ZipFile(path) as archive:
-            header, payload = json.loads(archive.read(_HEADER)), archive.read(_PAYLOAD)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a saved inference object ({error}). {remedy}") from error
+            header = json.loads(archive.read(_HEADER))
+            _check_header(path, header)
+            return header, archive.read(part)
+    except _WrongFormat:
+        raise
+    except Exception as error:  # damaged archives raise NotImplementedError, zlib.error, and more
+        raise ValueError(f"{path} is not a saved inference object ({error}). {_REMEDY}") from error
+
+
+class _WrongFormat(ValueError):
+    """The file is readable, but not of a format that is known here."""
+
+
+def _check_header(path: Path, header: Any) -> None:
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a saved inference object (other format). {remedy}")
-    return header, payload
+        raise _WrongFormat(f"{path} is not a saved inference object (other format). {_REMEDY}")
+    version = header.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _WrongFormat(
+            f"{path} has format version {version!r}, this sbi_jeffreys reads {FORMAT_VERSION}. "
+            f"Install what it was saved with: {_listed(header.get('packages'))}."
+        )
 
 
 def _listed(packages: Any) -> str:

@@ -58,6 +58,7 @@ class Prepared:
         pool: Observations of the symmetric stage, where it should run.
         proxy_value: P_val, the mean of `proxy_losses`.
         main_value: V_NPE, the mean of `main_losses`.
+        uncertain: Share of the pairs at which the proxy's loss could not be bounded well.
         atomic: Whether the losses are those of classifying θ among other pairs' θ.
     """
 
@@ -71,6 +72,7 @@ class Prepared:
     proxy_value: float = math.inf
     main_value: float = math.inf
     atomic: bool = False
+    uncertain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,22 @@ def prepare(
             patience=budget.patience,
         )
     _temper(proxy, main, held_out, options)
-    main_losses, proxy_losses = (
-        held_out.main_losses(main, proxy),
-        held_out.proxy_losses(proxy, main),
-    )
+    main_losses = held_out.main_losses(main, proxy)
+    proxy_losses, uncertain = held_out.proxy_losses(proxy, main)
     values = held_out.mean(proxy_losses), held_out.mean(main_losses)
     t = float(trust(*values)) if options.adaptive else 1.0
     untrusted = ProxyStatus.UNTRUSTED
     found = Prepared(
-        untrusted, proxy, note, proxy_losses, main_losses, t, None, *values, held_out.atomic
+        untrusted,
+        proxy,
+        note,
+        proxy_losses,
+        main_losses,
+        t,
+        None,
+        *values,
+        held_out.atomic,
+        float(uncertain.float().mean()),
     )
     if t < options.min_trust:
         return found

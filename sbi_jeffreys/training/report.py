@@ -13,6 +13,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
+
 __all__ = ["REFUSED", "Estimate", "Kept", "Problem", "ProxyStatus", "StageStatus", "TrainingReport"]
 
 
@@ -66,6 +68,11 @@ class Problem(Enum):
         "raise JeffreysOptions.num_steps, use a larger density_estimator, or correct the draws "
         "with build_corrected_posterior()"
     )
+    COVERS_LESS = (
+        "its credible regions are too small; correct the draws with build_corrected_posterior(), "
+        "check held_out_report() on new simulations, or use plain NPE, "
+        "JeffreysOptions(num_steps=0)"
+    )
     STEPS_SKIPPED = (
         "look for outliers in x and for a prior or likelihood that is not finite; lower the "
         "learning_rate"
@@ -117,6 +124,9 @@ class TrainingReport:
         problems: What keeps the result from being what the method promises.
         atomic: Whether held-out losses are those of a classifier of θ among other pairs' θ (later
             rounds), not negative log densities.
+        uncertain: Share of the held-out pairs at which the proxy's loss could not be bounded well.
+        coverage_before: Of plain NPE's 50 and 90 % regions on held-out pairs; None in later rounds.
+        coverage: Of the kept main's.
     """
 
     proxy_status: ProxyStatus
@@ -136,6 +146,9 @@ class TrainingReport:
     seconds: tuple[float, float, float]
     problems: tuple[Problem, ...]
     atomic: bool = False
+    uncertain: float = 0.0
+    coverage_before: CoverageCurve | None = None
+    coverage: CoverageCurve | None = None
 
     @property
     def refused(self) -> bool:
@@ -177,10 +190,22 @@ class TrainingReport:
         unit = "classification loss" if self.atomic else "negative log density"
         parts = [f"plain NPE {self.npe}"]
         if self.proxy_held_out is not None:
-            parts.append(f"proxy {self.proxy_held_out}")
+            doubt = f" (uncertain at {100 * self.uncertain:.0f} % of the pairs)"
+            parts.append(f"proxy {self.proxy_held_out}{doubt if self.uncertain > 0.1 else ''}")
         if self.main is not None:
             parts.append(f"main {self.main}")
-        return f"Held-out {unit} in nats: {', '.join(parts)}."
+        return f"Held-out {unit} in nats: {', '.join(parts)}.{self._coverage_words()}"
+
+    def _coverage_words(self) -> str:
+        if self.coverage is None:
+            return ""
+        half, most = (100 * float(value) for value in self.coverage.values)
+        low, high = 100 * self.coverage.lower, 100 * self.coverage.upper
+        num = self.coverage.num_pairs
+        return (
+            f" Its 50 and 90 % regions hold {half:.0f} and {most:.0f} % of {num} parameters "
+            f"(by chance {low[0]:.0f}–{high[0]:.0f} and {low[1]:.0f}–{high[1]:.0f})."
+        )
 
     def _stage_words(self) -> str:
         plain, proxy, stage = self.seconds
@@ -198,5 +223,6 @@ _NAMES = {
     Problem.STAGE_STOPPED: "The symmetric stage diverged and was stopped",
     Problem.MULTIPLIER_AT_BOUND: "The multiplier was at its bound at the end",
     Problem.MAIN_BEHIND_PROXY: "The main is behind its proxy on held-out simulations",
+    Problem.COVERS_LESS: "The main covers less of the held-out parameters than plain NPE did",
     Problem.STEPS_SKIPPED: "Steps were skipped because their gradient was not finite",
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
@@ -17,6 +20,10 @@ from sbi_jeffreys.training.report import Kept, StageStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 
 __all__ = ["TRACES", "Best", "SymmetricTraining"]
+
+# The guard: nats above plain NPE, beyond three standard errors, in the two halves of the stage.
+_EXCESS_EARLY, _EXCESS_LATE, _ERRORS = 3.0, 0.5, 3.0
+_MAX_RESTARTS = 2
 
 #: Per-epoch traces of the symmetric stage in `summary`, all in nats except the last three.
 TRACES = (
@@ -50,18 +57,26 @@ class SymmetricTraining:
     Attributes:
         stage: The stage with its multipliers and optimiser.
         best: The weights to hand out.
+        plain: Held-out losses of plain NPE, `(M,)`, which the guard compares with.
         last_weights: Those of the last step, while the best ones are in the main; else None.
         status: How far the stage got.
         restarts: How often it went back to its best weights at half the step size.
+        coverage_before: Of plain NPE on held-out pairs; None in later rounds.
+        coverage_after: Of the main that is kept.
+        proxy_losses: Held-out losses of the proxy, estimated again with the trained main.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
     """
 
     stage: SymmetricStage
     best: Best
+    plain: Tensor
     last_weights: dict[str, Tensor] | None = None
     status: StageStatus = StageStatus.PAUSED
     restarts: int = 0
     always_at_bound: bool = True
+    coverage_before: CoverageCurve | None = None
+    coverage_after: CoverageCurve | None = None
+    proxy_losses: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -74,6 +89,7 @@ class SymmetricTraining:
         next_real: Callable[[], RealBatch],
         max_epochs: int,
         on_epoch: Callable[[dict[str, float], float, float], None],
+        after_epoch: Callable[[], None],
         show_progress_bars: bool,
     ) -> int:
         """Run what is left of the stage, at most `max_epochs` epochs; leave the best weights.
@@ -86,6 +102,7 @@ class SymmetricTraining:
             next_real: Returns the next batch of training simulations.
             max_epochs: Bound on the epochs of this call.
             on_epoch: Called with the values of `TRACES`, the training loss, and the seconds.
+            after_epoch: Called when an epoch is complete and training could be resumed from here.
             show_progress_bars: Whether to show progress.
 
         Returns:
@@ -114,9 +131,26 @@ class SymmetricTraining:
                     self.always_at_bound &= stage.at_bound
                 epochs += 1
                 bar.set_postfix(held_out=f"{value:.3f}", best=f"{self.best.value:.3f}")
+                if self._diverged(held_out, losses) and not self._restart():
+                    break
+                after_epoch()
         finally:
             self.pause()
         return epochs
+
+    def evaluate(self, held_out: HeldOut, before: Tensor) -> None:
+        """Evaluate the main that is kept, and the proxy once more with it as the proposal.
+
+        Both estimates of the proxy's losses are bounds from below, so the larger one counts.
+
+        Args:
+            held_out: Held-out pairs.
+            before: The proxy's losses as they were estimated before the stage, `(M,)`.
+        """
+        after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
+        self.proxy_losses = torch.maximum(before, after)
+        if not held_out.atomic:
+            self.coverage_after = held_out.coverage(self.stage.main, self.proxy.prior)
 
     def keep(self, value: float, losses: Tensor) -> None:
         """Keep the main's weights if they are the best yet; at the end, prefer the annealed ones.
@@ -136,10 +170,33 @@ class SymmetricTraining:
             kept = Kept.LAST if stage.finished else Kept.BEST
             self.best = Best(value, losses, deepcopy(stage.main.state_dict()), kept)
 
+    def _diverged(self, held_out: HeldOut, losses: Tensor) -> bool:
+        """Whether the main's held-out loss is clearly above plain NPE's.
+
+        Early in the stage, large steps may raise it by a nat or two, which later steps make up for:
+        the bound falls at half of the stage.
+        """
+        excess = losses - self.plain
+        error = float(excess.std()) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+        late = 2 * self.stage.step > self.stage.num_steps
+        margin = (_EXCESS_LATE if late else _EXCESS_EARLY) + _ERRORS * error
+        return not held_out.mean(excess) <= margin  # also where either is NaN
+
+    def _restart(self) -> bool:
+        """Go back to the best weights at half the step size; False once that was done twice."""
+        if self.stage.finished or self.restarts >= _MAX_RESTARTS:
+            self.status = StageStatus.STOPPED
+            return False
+        self.restarts += 1
+        self.stage.restart_slower(self.best.weights)
+        return True
+
     def pause(self) -> None:
         """Put the best weights into the main, and keep the last ones for resuming."""
         main = self.stage.main
-        if self.stage.finished:
+        if self.status is StageStatus.STOPPED:
+            self.last_weights = None
+        elif self.stage.finished:
             self.status = StageStatus.FINISHED
         elif self.last_weights is None:
             self.last_weights = deepcopy(main.state_dict())

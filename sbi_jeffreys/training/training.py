@@ -19,15 +19,15 @@ from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import Proxy, hand_back_embedding
-from sbi_jeffreys.training.arguments import TrainArguments
-from sbi_jeffreys.training.conclusion import make_report
+from sbi_jeffreys.training.arguments import TrainArguments, check_resumable, lost_builder
+from sbi_jeffreys.training.conclusion import complete_summary, make_report
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch, SymmetricLoss
 from sbi_jeffreys.training.preparation import Budget, Prepared, Simulations, prepare
 from sbi_jeffreys.training.randomness import RandomStream
 from sbi_jeffreys.training.report import Kept, ProxyStatus, TrainingReport
 from sbi_jeffreys.training.stage import SymmetricStage
-from sbi_jeffreys.training.symmetric import TRACES, Best, SymmetricTraining
+from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
 
 __all__ = ["Training"]
 
@@ -40,9 +40,10 @@ class Training:
         symmetric: The symmetric stage, where there is one.
         report: The outcome of the last call of `train`.
         starting_round: Of the simulations in use, as sbi asked its data loaders for them.
-        available: How many simulations there were when the training began.
+        available: How many simulations there were when the training began; None before it.
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
+        written: When the last checkpoint was written, by the monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class Training:
         self.starting_round = 0
         self.available: int | None = None
         self.report: TrainingReport | None = None
+        self.written = 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -68,6 +70,22 @@ class Training:
     def stage(self) -> SymmetricStage | None:
         """The symmetric stage, if there is one."""
         return None if self.symmetric is None else self.symmetric.stage
+
+    def check_resumable(
+        self, trainer: NPE, options: JeffreysOptions, arguments: TrainArguments, builder: Any
+    ) -> None:
+        """Refuse what contradicts what was trained before; see `arguments.check_resumable`."""
+        trained = hasattr(trainer, "train_indices")
+        if builder is None and (arguments.retrain_from_scratch or not trained):
+            raise lost_builder()
+        if arguments.resume_training:
+            available = len(trainer.get_simulations()[0]) if trained else 0
+            check_resumable(
+                self.available if trained else None,
+                available,
+                options,
+                None if self.stage is None else self.stage.options,
+            )
 
     def run(
         self,
@@ -97,6 +115,7 @@ class Training:
             with self.stream.active():
                 if plain:
                     self._train_plain(trainer, train_plain, arguments, show_progress_bars)
+                    self._checkpoint(trainer, options)
                 if options.num_steps != 0:
                     epochs = self._train_symmetric(trainer, options, arguments, show_progress_bars)
         finally:
@@ -105,9 +124,17 @@ class Training:
         assert main is not None
         main.zero_grad(set_to_none=True)
         main.eval()
-        self._complete_summary(trainer, epochs, plain)
+        if self.symmetric is not None:
+            complete_summary(trainer, epochs, plain, self.symmetric.best.value)
         self._conclude(trainer, arguments, show_progress_bars)
         return main
+
+    def _checkpoint(self, trainer: NPE, options: JeffreysOptions) -> None:
+        """Write the trainer to the path that the options name, if they name one."""
+        if options.checkpoint is not None:
+            self.stream.mark()
+            self.written = time.monotonic()
+            trainer.save(options.checkpoint)  # type: ignore[attr-defined]  # NPE_Jeffreys has it
 
     # ------------------------------------------------------------------ plain NPE
 
@@ -121,6 +148,7 @@ class Training:
         """Stage 0. An exception leaves the best weights so far in the network."""
         if not arguments.resume_training:
             self._forget()
+            self.available = None
         epochs_before = len(trainer.summary["training_loss"])
         silence = nullcontext() if show_progress_bars else redirect_stdout(io.StringIO())
         keywords = arguments.for_sbi() | {"show_train_summary": False}
@@ -130,7 +158,6 @@ class Training:
         except BaseException:
             _restore_plain(trainer)
             raise
-        self.available = len(trainer.get_simulations()[0])
         epochs = len(trainer.summary["training_loss"]) - epochs_before
         self.plain_steps += epochs * len(self._loader(trainer, arguments))
 
@@ -152,6 +179,7 @@ class Training:
         if self.symmetric is None:
             with self._timed(1):
                 self._prepare(trainer, theta, x, held_out, options, arguments, show_progress_bars)
+            self._checkpoint(trainer, options)
         if self.symmetric is None:
             return 0
         summary = trainer.summary
@@ -162,13 +190,29 @@ class Training:
             summary["training_loss"].append(training_loss)
             summary["validation_loss"].append(traces["held_out_forward"])
             summary["epoch_durations_sec"].append(seconds)
-            self.stream.mark()
 
-        batches = self._real_batches(trainer, arguments, atomic)
+        batches, symmetric = self._real_batches(trainer, arguments, atomic), self.symmetric
+
+        def checkpoint_if_due() -> None:
+            due = time.monotonic() - self.written > options.checkpoint_seconds
+            if options.checkpoint is not None and due:
+                symmetric.pause()
+                self._checkpoint(trainer, options)
+                symmetric.resume()
+
         with self._timed(2):
-            return self.symmetric.run(
-                held_out, batches, arguments.max_num_epochs, on_epoch, show_progress_bars
+            epochs = symmetric.run(
+                held_out,
+                batches,
+                arguments.max_num_epochs,
+                on_epoch,
+                checkpoint_if_due,
+                show_progress_bars,
             )
+            assert self.prepared is not None
+            assert self.prepared.proxy_losses is not None
+            symmetric.evaluate(held_out, self.prepared.proxy_losses)
+            return epochs
 
     def _prepare(
         self,
@@ -215,7 +259,10 @@ class Training:
             npe_nll=found.main_value,
             num_steps=num_steps,
         )
-        self.symmetric = SymmetricTraining(stage, best)
+        self.symmetric = SymmetricTraining(stage, best, found.main_losses)
+        if not held_out.atomic:
+            main.eval()
+            self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)
 
     def _loader(self, trainer: NPE, arguments: TrainArguments) -> DataLoader:
         """sbi's loader of the training simulations that plain NPE was trained on."""
@@ -258,30 +305,6 @@ class Training:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-
-    def _complete_summary(self, trainer: NPE, epochs: int, plain: bool) -> None:
-        """Count the symmetric stage into sbi's entries of this call, and log it.
-
-        Args:
-            trainer: The trainer, whose `summary` it is.
-            epochs: Epochs of the symmetric stage in this call.
-            plain: Whether plain NPE was trained in this call, so that sbi made its entries.
-        """
-        if self.symmetric is None:
-            return
-        summary, tracker = trainer.summary, _sbi.tracker_of(trainer)
-        totals = {"epochs_trained": epochs, "best_validation_loss": self.symmetric.best.value}
-        if plain:
-            totals["epochs_trained"] += summary["epochs_trained"].pop()
-            summary["best_validation_loss"].pop()
-        for name, value in totals.items():
-            summary[name].append(value)
-            tracker.log_metric(name=name, value=value, step=_sbi.latest_round(trainer) + 1)
-        for name in (*TRACES, "validation_loss", "training_loss", "epoch_durations_sec"):
-            first = len(summary[name]) - epochs
-            for step, value in enumerate(summary[name][first:], start=first):
-                tracker.log_metric(name=name, value=value, step=step)
-        tracker.flush()
 
     def _conclude(self, trainer: NPE, arguments: TrainArguments, show_progress_bars: bool) -> None:
         """Make the report, print it, and warn of what is not as the method promises."""

@@ -40,7 +40,7 @@ def trainer():
 @pytest.fixture(scope="module")
 def options(trainer):
     """With a proxy that the first fork fits."""
-    return replace(OPTIONS, proxy=CONDITIONS["good"].build(trainer, OPTIONS))
+    return replace(OPTIONS, proxy=CONDITIONS["good"].build(TASK.prior, OPTIONS))
 
 
 def weights(inference):
@@ -75,10 +75,15 @@ def test_a_term_that_is_switched_off_has_no_weight(trainer, options, name):
     def look(stage, owner):
         VARIANTS[f"without_{name}"].edit(stage, owner)
         terms = {key: torch.tensor(1.0) for key in ("forward", "generated", "reverse")}
+        lam = torch.tensor(0.7)
+
+        def loss(terms):
+            stage.loss.loss.terms = lambda step, next_real: dict(terms)
+            return float(stage.loss(0, lam, None)[0])
+
         for key in terms:
-            seen[key] = float(stage.weigh(terms)) - float(
-                stage.weigh({**terms, key: terms[key] * 2})
-            )
+            seen[key] = loss(terms) - loss({**terms, key: terms[key] * 2})
+        del stage.loss.loss.terms
 
     trainer.fork(replace(options, num_steps=1), look)
     assert {key for key, effect in seen.items() if effect == 0} == {name}
@@ -88,13 +93,14 @@ def test_r_at_real_x_reads_training_observations_and_only_there(trainer, options
     seen = []
 
     def look(stage, owner):
-        vargrad = stage._samples
-        stage._samples = lambda x, num: (seen.append(x), vargrad(x, num))[1]
         VARIANTS["real_x"].edit(stage, owner)
-        pool = stage.pool_x
-        terms = stage._terms(None, with_reverse=True)
+        for loss in (stage.loss.loss, stage.loss.real):
+            samples = loss._samples
+            loss._samples = lambda x, num, f=samples: (seen.append(x), f(x, num))[1]
+        _, terms = stage.loss(0, torch.tensor(1.0), None)
         assert set(terms) == {"generated", "reverse"}
-        assert stage.pool_x is pool
+        assert len(seen) == 1
+        del stage.loss.loss._samples, stage.loss.real._samples
 
     trainer.fork(replace(options, num_steps=1), look)
     x = trainer.get_simulations()[1][trainer.train_indices]
@@ -102,7 +108,7 @@ def test_r_at_real_x_reads_training_observations_and_only_there(trainer, options
 
 
 def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
-    shuffled = CONDITIONS["shuffled"].build(trainer, OPTIONS)
+    shuffled = CONDITIONS["shuffled"].build(TASK.prior, OPTIONS)
     fork = trainer.fork(replace(OPTIONS, proxy=shuffled))
     results = shuffled.results
     trainer.fork(replace(OPTIONS, proxy=shuffled))
@@ -113,23 +119,20 @@ def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
 
 @pytest.mark.parametrize("name", sorted(CONDITIONS))
 def test_every_condition_can_be_had_with_the_default_members(name):
-    trainer = argparse.Namespace(_prior=get_task("sir").prior)
-    proxy = CONDITIONS[name].build(trainer, JeffreysOptions())
-    assert proxy.members
+    proxy = CONDITIONS[name].build(get_task("sir").prior, JeffreysOptions())
+    assert proxy.experts
 
 
 def test_an_undertrained_proxy_has_nothing_but_nets_of_two_epochs():
-    trainer = argparse.Namespace(_prior=TASK.prior)
-    proxy = CONDITIONS["undertrained"].build(trainer, JeffreysOptions())
+    proxy = CONDITIONS["undertrained"].build(TASK.prior, JeffreysOptions())
     assert proxy.config.max_epochs == 2
-    assert proxy.members == tuple(m for m in DEFAULT_EXPERTS if isinstance(m, FlowExpert))
+    assert proxy.experts == tuple(m for m in DEFAULT_EXPERTS if isinstance(m, FlowExpert))
 
 
 def test_raw_counts_are_neither_dequantised_nor_transformed():
     task = get_task("sir")
     theta, x = simulations_for(task, 60, 0)
-    trainer = argparse.Namespace(_prior=task.prior)
-    raw = CONDITIONS["raw"].build(trainer, OPTIONS)
+    raw = CONDITIONS["raw"].build(task.prior, OPTIONS)
     raw.fit(theta, x, torch.arange(50), torch.arange(50, 60))
     transform = raw.fitted[0].transform
     assert set(transform.kinds) == {"identity"}
@@ -199,7 +202,7 @@ def test_a_broken_promise_is_said(tmp_path, adaptive, against_frozen, against_np
         (tmp_path / f"sir_raw-n100-s{seed}.json").write_text(json.dumps(cell))
     path = ablation.write_table(tmp_path)
     assert path is not None
-    text = path.read_text()
+    text = " ".join(path.read_text().split())
     assert f"| sir:raw, 100 | {against_frozen} / {against_npe} |" in text
     assert "held-out NLL of the proxy not finite" in text
 
@@ -247,7 +250,7 @@ def test_a_failure_is_told_and_leaves_no_file(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "no luck" in printed.err
     assert "1 failed" in printed.out
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_unknown_rows_end_in_a_message(capsys):

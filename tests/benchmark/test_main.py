@@ -1,11 +1,13 @@
 """The command line, end to end on smoke budgets."""
 
+import argparse
 import builtins
 
 import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark._arguments import positive_int
 from sbi_jeffreys.benchmark.main_job import plot_posteriors
 
 
@@ -49,14 +51,18 @@ def test_more_than_two_parameters_are_drawn_in_pairs(tmp_path):
     assert (tmp_path / "pairs.png").stat().st_size > 5000
 
 
-def test_tasks_are_listed(capsys):
+def test_tasks_are_listed_under_headers(capsys):
     assert run("tasks") == 0
-    assert "two_moons" in capsys.readouterr().out
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["task", "parameters", "outputs", "reference", "posterior"]
+    assert set(rule) == {"-", " "}
+    assert any(row.split() == ["two_moons", "2", "2", "exact"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (("--task", "nope"), "argument --task: expected one of "),
         (("--task", "nope"), "two_moons, got 'nope'"),
         (("--simulations", "few"), "whole number of at least 20, got 'few'"),
         (("--observations", "0"), "at least 1, got '0'"),
@@ -77,10 +83,56 @@ def test_dask_that_is_not_there_is_said(tmp_path, capsys, monkeypatch):
 
     def without_dask(name, *args, **kwargs):
         if name.startswith("dask"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_dask)
     code = run("benchmark", "--fast", "--backend", "dask", "--quiet", "--out", tmp_path / "r")
     assert code == 2
     assert "sbi_jeffreys[dask]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ImportError("cannot import name 'Client' from 'dask.distributed'"),
+        ModuleNotFoundError("No module named 'msgpack'", name="msgpack"),
+        AttributeError("module 'dask' has no attribute 'config'"),
+    ],
+)
+def test_dask_that_is_broken_is_not_called_missing(tmp_path, capsys, monkeypatch, failure):
+    original = builtins.__import__
+
+    def broken_dask(name, *args, **kwargs):
+        if name.startswith("dask"):
+            raise failure
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken_dask)
+    code = run("benchmark", "--fast", "--backend", "dask", "--quiet", "--out", tmp_path / "r")
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert "not installed" not in printed
+    assert f"Dask is installed, but importing it fails with {type(failure).__name__}" in printed
+    assert str(failure) in printed
+
+
+def test_whole_numbers_may_be_written_with_an_exponent():
+    parse = positive_int(20)
+    assert [parse(text) for text in ("1e3", "1000", "2.5e2")] == [1000, 1000, 250]
+    for text in ("1e1", "20.5", "inf", "nan", "1e-3", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number of at least 20"):
+            parse(text)
+
+
+def test_the_main_job_names_trainings_only_where_something_is_trained(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    arguments = ("--fast", "--simulations", 60, "--observations", 1, "--out", tmp_path / "o")
+    assert run(*arguments) == 0
+    said = capsys.readouterr().err
+    assert "NPE: training on 60 simulations" in said
+    assert "NPE_Jeffreys: training on 60 simulations" in said
+    assert "corrected: training" not in said
+    assert "corrected: evaluating" in said

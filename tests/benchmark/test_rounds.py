@@ -7,6 +7,7 @@ import torch
 
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import rounds
+from sbi_jeffreys.benchmark.methods import FitContext
 from sbi_jeffreys.benchmark.rounds import METHODS, RoundsSettings, measure_rounds
 from sbi_jeffreys.benchmark.rounds_table import goal, tabulate, write_table
 from sbi_jeffreys.benchmark.tasks import get_task
@@ -43,7 +44,9 @@ def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeyp
 
 def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):
     monkeypatch.setattr(rounds, "_samples", lambda posterior, num, max_seconds: None)
-    found = measure_rounds(get_task("two_moons"), METHODS["npe_nsf"], 0, SETTINGS)
+    found = measure_rounds(
+        FitContext(fast=True), get_task("two_moons"), METHODS["npe_nsf"], 0, SETTINGS
+    )["results"]
     assert found["c2st"] is None
     assert [entry["sampling_seconds"] for entry in found["rounds"]] == [None]
 
@@ -95,7 +98,7 @@ def test_c2st_is_paired_with_npe(tmp_path):
     for seed in (0, 1, 2):
         for method, score in (("npe_nsf", 0.7), ("npe_jeffreys", 0.6 + 0.01 * seed)):
             found = record(method, seed, [1.0], c2st=score)
-            (tmp_path / f"{seed}{method}.json").write_text(json.dumps(found))
+            (tmp_path / f"two_moons-s{seed}-{method}.json").write_text(json.dumps(found))
     path = write_table(tmp_path, {"npe_nsf": "NPE", "npe_jeffreys": "ours"})
     assert path is not None
     assert "-0.090 [" in path.read_text()

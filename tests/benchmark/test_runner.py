@@ -3,26 +3,30 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import ablation_table, rounds_table
 from sbi_jeffreys.benchmark import methods as methods_module
-from sbi_jeffreys.benchmark._running import measured
-from sbi_jeffreys.benchmark.cells import Cell, write_result
+from sbi_jeffreys.benchmark._running import CommandError, measured
+from sbi_jeffreys.benchmark.cells import Cell, cell_problem, read_results, write_result
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     observations_for,
     pairs_for,
     simulations_for,
 )
+from sbi_jeffreys.benchmark.figures import style_of
 from sbi_jeffreys.benchmark.fitted import FittedMethod
-from sbi_jeffreys.benchmark.methods import FitContext, get_method, register_method
+from sbi_jeffreys.benchmark.methods import FitContext, get_method, proxy_is_usable, register_method
 from sbi_jeffreys.benchmark.report import write_report
-from sbi_jeffreys.benchmark.runner import plan, run_benchmark
+from sbi_jeffreys.benchmark.runner import run_benchmark
 from sbi_jeffreys.benchmark.statistics import collect, paired_difference, ratio, summarise
 from sbi_jeffreys.benchmark.tasks import get_task
+from sbi_jeffreys.diagnostics.drawing import method_style
 
 SETTINGS = EvaluationSettings(observations=1).smoke()
 
@@ -70,14 +74,14 @@ def go(folder, methods, **kwargs):
 
 def test_a_deleted_cell_is_computed_again_and_only_that_one(tmp_path, toys):
     folder = tmp_path / "results"
-    first, failures = go(folder, ["prior_method"])
-    assert (len(first.pending), failures) == (2, [])
+    first = go(folder, ["prior_method"])
+    assert (len(first.computed), first.failed) == (2, {})
     files = sorted(folder.iterdir())
     content = [json.loads(f.read_text()) for f in files]
     files[0].unlink()
-    again, _ = go(folder, ["prior_method"])
-    assert [cell.seed for cell in again.pending] == [0]
-    assert [cell.seed for cell in again.done] == [1]
+    again = go(folder, ["prior_method"])
+    assert again.computed == [files[0].name]
+    assert again.present == [files[1].name]
     assert sorted(folder.iterdir()) == files  # and no temporary file is left
     repeated = json.loads(files[0].read_text())
     assert repeated["metrics"] == content[0]["metrics"]
@@ -93,24 +97,22 @@ def test_a_corrupt_file_is_named_and_computed_again(tmp_path, toys, damage):
     folder.mkdir()
     (folder / cell.file_name).write_text(damage)
     with pytest.warns(UserWarning, match=cell.file_name):
-        found = plan([cell], folder, SETTINGS)
-    assert found.pending == [cell]
-    with pytest.warns(UserWarning, match=cell.file_name):
-        go(folder, ["prior_method"])
+        assert cell.file_name in go(folder, ["prior_method"]).computed
     assert json.loads((folder / cell.file_name).read_text())["status"] == "done"
 
 
 def test_a_failing_method_is_recorded_and_stops_nothing(tmp_path, toys):
     folder = tmp_path / "results"
-    _, failures = go(folder, ["prior_method", "broken"])
-    assert [cell.method for cell, _ in failures] == ["broken", "broken"]
-    record = json.loads((folder / Cell("two_moons", 30, 0, "broken").file_name).read_text())
+    names = [Cell("two_moons", 30, seed, "broken").file_name for seed in (0, 1)]
+    assert list(go(folder, ["prior_method", "broken"]).failed) == names
+    record = json.loads((folder / names[0]).read_text())
     assert record["status"] == "failed"
     assert "always fails" in record["traceback"]
-    assert not (go(folder, ["prior_method", "broken"])[0]).pending
+    again = go(folder, ["prior_method", "broken"])
+    assert (again.computed, again.failed, again.failed_before) == ([], {}, names)
     toys[2].broken = False
-    retried, failures = go(folder, ["prior_method", "broken"], retry_failed=True)
-    assert (len(retried.pending), failures) == (2, [])
+    retried = go(folder, ["prior_method", "broken"], retry_failed=True)
+    assert (retried.computed, retried.failed) == (names, {})
 
 
 def test_other_settings_do_not_mix(tmp_path, toys):
@@ -259,7 +261,7 @@ def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     write_result(results, failed, {"status": "failed", "error": "ValueError: no luck"})
     with pytest.warns(UserWarning, match="two_moons-n100-s9-npe_nsf"):
         path = write_report(results, tmp_path / "report", show_progress=False)
-    text = path.read_text()
+    text = " ".join(path.read_text().split())
     assert "| NPE | 3 | 0.850 ± 0.029 |" in text
     assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text
     assert "| NPE_Jeffreys | 0 / 1 / 0 | 0 / 0 / 1 | 1 / 0 / 0 |" in text
@@ -277,6 +279,7 @@ def test_times_of_another_commit_are_not_compared(results, tmp_path):
         entry["provenance"] = {**entry.get("provenance", {}), "git_commit": "an earlier one"}
         path.write_text(json.dumps(entry))
     text = write_report(results, tmp_path / "report", show_progress=False).read_text()
+    text = " ".join(text.split())
     assert "| NPE_Jeffreys | 100 | – | – | – |" in text
     assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text  # accuracy is
 
@@ -284,3 +287,96 @@ def test_times_of_another_commit_are_not_compared(results, tmp_path):
 def test_report_without_results_says_so(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path), "--quiet"]) == 2
     assert "run `benchmark` first" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "field"),
+    [
+        (("metrics", "c2st"), math.nan, "metrics.c2st"),
+        (("metrics", "c2st"), 7, "metrics.c2st"),
+        (("metrics", "c2st"), True, "metrics.c2st"),
+        (("metrics", "c2st"), None, "metrics.c2st"),
+        (("metrics", "nll"), {"mean": 1.0}, "metrics.nll"),
+        (("metrics", "nll"), 10**400, "metrics.nll"),
+        (("metrics", "coverage_90"), -0.1, "metrics.coverage_90"),
+        (("metrics",), [0.7], "metrics"),
+        (("training", "seconds"), "long", "training.seconds"),
+        (("training",), None, "training"),
+        (("evaluation_seconds",), {"sampling": []}, "evaluation_seconds.sampling"),
+        (("settings",), "default", "settings"),
+        (("provenance",), 3, "provenance"),
+        (("label",), ["NPE"], "label"),
+        (("cell", "seed"), "0", "cell.seed"),
+        (("cell", "seed"), True, "cell.seed"),
+        (("cell",), {"task": "two_moons"}, "cell.simulations"),
+        (("status",), ["done"], "status"),
+    ],
+)
+def test_a_wrong_field_is_named_and_the_report_goes_on(results, tmp_path, place, value, field):
+    path = results / "two_moons-n100-s0-npe_nsf.json"
+    entry = json.loads(path.read_text())
+    inner = entry
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(entry))
+    with pytest.warns(UserWarning, match=rf"{path.name}: expected .*{field}\b"):
+        report = write_report(results, tmp_path / "report", show_progress=False)
+    assert path.name in report.read_text()
+
+
+def test_every_committed_result_is_valid_by_the_checks():
+    folder = Path(__file__).parents[2] / "benchmark_results"
+    if not folder.exists():
+        pytest.skip("this checkout has no results")
+    checks = {"ablation": ablation_table.CHECK, "rounds": rounds_table.CHECK}
+    for inner in ("seven_tasks", "published_protocol", "structured", "ablation", "rounds"):
+        found = list(read_results(folder / inner, checks.get(inner, cell_problem)))
+        assert found
+        assert all(isinstance(record, dict) for record in found)
+
+
+@pytest.mark.parametrize("command", ["benchmark", "ablation", "rounds", "main job"])
+def test_an_output_folder_that_cannot_be_used_is_said_before_anything_is_trained(
+    tmp_path, capsys, monkeypatch, command
+):
+    (tmp_path / "file").write_text("I was here first.")
+    monkeypatch.setattr("sbi.inference.NPE.train", lambda *_, **__: pytest.fail("trained"))
+    arguments = [] if command == "main job" else [command]
+    assert main([*arguments, "--fast", "--quiet", "--out", str(tmp_path / "file")]) == 2
+    assert "expected a folder that can be written to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "I was here first."
+
+
+def test_a_full_disk_is_said_before_anything_is_trained(tmp_path, toys, monkeypatch):
+    def full_disk(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    with pytest.raises(CommandError, match=r"No space left on device.*--out, or make room"):
+        go(tmp_path / "results", ["prior_method"])
+    assert toys[0].seen == []
+
+
+def test_corrected_draws_need_a_proxy_that_was_trusted():
+    inference = SimpleNamespace(proxy=object(), summary={"trust": [0.9]})
+    assert proxy_is_usable(inference)
+    assert not proxy_is_usable(SimpleNamespace(proxy=object(), summary={"trust": []}))
+    assert not proxy_is_usable(SimpleNamespace(proxy=None, summary={"trust": [0.9]}))
+
+
+def test_one_seed_has_no_standard_error_to_show():
+    assert f"{summarise({0: {'c2st': 0.5213}}, 'c2st'):.3f}" == "0.521"
+    two = summarise({0: {"c2st": 0.5}, 1: {"c2st": 0.6}}, "c2st")
+    assert f"{two:.2f}" == "0.55 ± 0.05"
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    styles = {name: style_of(name) for name in methods_module.METHODS}
+    looks = {(style["color"], style["marker"]) for style in styles.values()}
+    assert len(looks) == len(styles)
+    for k, name in enumerate(("npe_nsf", "npe_jeffreys")):  # as `plots` draws a first and second
+        assert styles[name].items() >= method_style(k).items()

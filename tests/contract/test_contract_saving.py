@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import pickle
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -23,7 +25,7 @@ from contract_tools import (
 )
 from sbi.neural_nets import posterior_nn
 
-from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys import JeffreysWarning, NPE_Jeffreys
 from sbi_jeffreys.training import persistence
 from sbi_jeffreys.training.report import ProxyStatus
 from sbi_jeffreys.training.symmetric import SymmetricTraining
@@ -243,7 +245,9 @@ def test_header_is_readable(inference, tmp_path):
     assert set(header["packages"]) == {"sbi_jeffreys", "sbi", "torch", "python"}
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "flip", "newer", "other", "pickle"])
+@pytest.mark.parametrize(
+    "damage", ["text", "cut", "flip", "newer", "older", "zero", "true", "other", "pickle"]
+)
 def test_wrong_files_are_named_with_a_remedy(inference, tmp_path, damage):
     path = tmp_path / "damaged.sbij"
     inference.save(path)
@@ -256,8 +260,12 @@ def test_wrong_files_are_named_with_a_remedy(inference, tmp_path, damage):
         middle = len(whole) // 2
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
     else:
-        header = {"format": "sbi_jeffreys inference", "format_version": 1, "packages": {"sbi": "9"}}
-        header |= {"newer": {"format_version": 99}, "other": {"format": "x"}}.get(damage, {})
+        header = {"format": "sbi_jeffreys inference", "format_version": 2, "packages": {"sbi": "9"}}
+        changes = {"newer": 99, "older": 1, "zero": 0, "true": True}
+        if damage in changes:
+            header["format_version"] = changes[damage]
+        if damage == "other":
+            header["format"] = "x"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("header.json", json.dumps(header))
             archive.writestr("inference.pt", b"no pickle")
@@ -266,7 +274,7 @@ def test_wrong_files_are_named_with_a_remedy(inference, tmp_path, damage):
 
 
 def test_other_content_and_absent_file(tmp_path):
-    persistence.save({"a": 1}, tmp_path / "dict")
+    persistence.save({"a": 1}, tmp_path / "dict", {})
     with pytest.raises(ValueError, match="holds a dict"):
         NPE_Jeffreys.load(tmp_path / "dict")
     with pytest.raises(FileNotFoundError, match="absent"):
@@ -279,6 +287,59 @@ def test_what_cannot_be_pickled_is_said(inference, tmp_path):
     with pytest.raises(TypeError, match="must be picklable"):
         other.save(tmp_path / "a")
     assert not list(tmp_path.glob("*a*"))
+
+
+def test_any_flipped_or_missing_byte_is_a_value_error(inference, tmp_path):
+    path = tmp_path / "damaged"
+    inference.save(path)
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        place = int(torch.randint(len(whole), (), generator=generator))
+        bit = 1 << int(torch.randint(8, (), generator=generator))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        try:
+            NPE_Jeffreys.load(path)
+        except ValueError as error:
+            assert "damaged" in str(error)  # noqa: PT017 - damage may also hit unused bytes
+
+
+def test_mode_and_link_are_respected(inference, tmp_path):
+    path, link = tmp_path / "real", tmp_path / "link"
+    umask = os.umask(0o027)
+    try:
+        inference.save(path)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o604)
+    link.symlink_to(path)
+    inference.save(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_weights_load_without_running_code(inference, tmp_path, monkeypatch):
+    inference.save(tmp_path / "a")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a pickle was loaded")
+
+    monkeypatch.setattr(persistence, "load", forbidden)
+    other = fresh().load_weights(tmp_path / "a")
+    assert torch.equal(samples(inference), samples(other))
+    with pytest.raises(ValueError, match="do not fit the density_estimator"):
+        fresh("nsf").load_weights(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="without simulations"):
+        other.load_weights(tmp_path / "a")
+
+
+def test_other_package_versions_are_warned_of(inference, tmp_path, monkeypatch):
+    inference.save(tmp_path / "a")
+    monkeypatch.setattr(persistence, "_versions", lambda: {"sbi": "0.99"})
+    with pytest.warns(JeffreysWarning, match=r"saved with .*here are sbi 0\.99"):
+        NPE_Jeffreys.load(tmp_path / "a")
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

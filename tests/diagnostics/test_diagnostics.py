@@ -4,16 +4,11 @@ import math
 
 import pytest
 import torch
+from known_posteriors import NOISE, PRIOR, Known, gaussian, log_likelihood, pairs, two_modes
 from sbi.inference import NPE
 from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
 from sbi.utils import BoxUniform
-from torch.distributions import (
-    Categorical,
-    Independent,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-)
+from torch.distributions import Independent, Normal
 
 from sbi_jeffreys import (
     CorrectedPosterior,
@@ -23,7 +18,6 @@ from sbi_jeffreys import (
     NPE_Jeffreys,
     held_out_report,
 )
-from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.diagnostics.calibration import (
     PairDraws,
     coverage_curve,
@@ -31,68 +25,22 @@ from sbi_jeffreys.diagnostics.calibration import (
     inside_prior,
     marginal_ranks,
 )
+from sbi_jeffreys.diagnostics.findings import FindingKind, Statistic
 from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, judge
 
-_NOISE = 0.5
-_SPREAD = math.sqrt(0.2)  # θ ∼ N(0, I), x ∼ N(θ, ¼ I): posterior N(x / 1.25, 0.2 I)
-_PRIOR = MultivariateNormal(torch.zeros(2), torch.eye(2))
 _BOX = BoxUniform(-torch.ones(2), torch.ones(2))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no parameters/buffers")
 
 
-class Known(ConditionalDensityEstimator):
-    """A density estimator with a distribution known in closed form: `law(x)`, batch shape (B,)."""
-
-    def __init__(self, law, dim=2):
-        super().__init__(torch.nn.Identity(), torch.Size((dim,)), torch.Size((dim,)))
-        self.law = law
-
-    def log_prob(self, input, condition, **kwargs):
-        return self.law(condition).log_prob(input)
-
-    def sample(self, sample_shape, condition, **kwargs):
-        return self.law(condition).sample(sample_shape)
-
-    def loss(self, input, condition, **kwargs):
-        return -self.law(condition).log_prob(input)
-
-
-def gaussian(scale=1.0, shift=0.0):
-    """The posterior, its standard deviation times `scale`, shifted by so many of them."""
-    shift = torch.as_tensor(shift) * _SPREAD
-    return lambda x: Independent(Normal(x / 1.25 + shift, scale * _SPREAD), 1)
-
-
-def two_modes(weight):
-    """Modes at ±x/1.25, the first with the given weight; ½ is exact where x's sign is hidden."""
-
-    def law(x):
-        means = torch.stack([x, -x], dim=-2) / 1.25
-        weights = torch.tensor([weight, 1 - weight]).expand(*x.shape[:-1], 2)
-        return MixtureSameFamily(Categorical(weights), Independent(Normal(means, _SPREAD), 1))
-
-    return law
-
-
-def log_likelihood(theta, x):
-    return Normal(theta, _NOISE).log_prob(x).sum(-1)
-
-
-def pairs(num, prior=_PRIOR, hidden_sign=False):
-    theta = prior.sample((num,))
-    sign = torch.randn(num, 1).sign() if hidden_sign else 1.0
-    return theta, sign * theta + _NOISE * torch.randn(num, 2)
-
-
-def report_on(law, num=500, prior=_PRIOR, hidden_sign=False, **kwargs) -> HeldOutReport:
+def report_on(law, num=500, prior=PRIOR, hidden_sign=False, **kwargs) -> HeldOutReport:
     theta, x = pairs(num, prior, hidden_sign)
     return held_out_report(DirectPosterior(Known(law), prior), theta, x, **kwargs)
 
 
-def words(report):
-    """What the findings are called."""
-    return {finding.split(":")[0].split(" in ")[0] for finding in report.verdict}
+def kinds(report):
+    """What was found."""
+    return {finding.kind for finding in report.findings}
 
 
 # ------------------------------------------------------------------ right ones pass
@@ -128,7 +76,7 @@ def test_false_alarms_are_as_rare_as_promised(num):
     alarms = 0
     for _ in range(repeats):
         ranks, marginals = torch.rand(num), torch.rand(num, 3)
-        alarms += not judge(ranks, marginals, 0.0, 100)[0].startswith("healthy")
+        alarms += bool(judge(ranks, marginals, 0.0, 100))
     assert alarms <= repeats * FAMILYWISE + 3 * math.sqrt(repeats * FAMILYWISE)
 
 
@@ -153,8 +101,8 @@ def test_ranks_are_uniform_for_any_number_of_draws_also_weighted():
 @pytest.mark.parametrize("num", [100, 500])
 def test_too_narrow_is_overconfident(num):
     report = report_on(gaussian(0.6), num)
-    assert "overconfident" in words(report)
-    assert not words(report) & {"too wide", "biased", "leaks"}
+    assert FindingKind.OVERCONFIDENT in kinds(report)
+    assert not kinds(report) & {FindingKind.TOO_WIDE, FindingKind.BIASED, FindingKind.LEAKS}
     k = int((report.coverage.levels - 0.9).abs().argmin())
     assert report.coverage.values[k] < report.coverage.lower[k]
 
@@ -162,7 +110,7 @@ def test_too_narrow_is_overconfident(num):
 @pytest.mark.parametrize("num", [100, 500])
 def test_too_wide_is_called_so(num):
     report = report_on(gaussian(1.6), num)
-    assert words(report) == {"too wide"}
+    assert kinds(report) == {FindingKind.TOO_WIDE}
     k = int((report.coverage.levels - 0.5).abs().argmin())
     assert report.coverage.values[k] > report.coverage.upper[k]
 
@@ -171,24 +119,48 @@ def test_wrong_width_of_one_parameter_that_the_joint_region_hides():
     scale = torch.tensor([0.75, 1.35])
     report = report_on(gaussian(scale), 2000)
     assert not report.healthy
-    assert not words(report) & {"biased", "leaks"}
+    assert not kinds(report) & {FindingKind.BIASED, FindingKind.LEAKS}
 
 
 def test_a_shift_is_found_with_its_parameter_and_direction():
     report = report_on(gaussian(shift=(0.0, 0.4)))
-    (finding,) = [text for text in report.verdict if text.startswith("biased")]
-    assert "θ2 too high" in finding
-    assert "θ1" not in finding
+    (finding,) = [found for found in report.findings if found.kind is FindingKind.BIASED]
+    assert finding.parameters == (1,)
+    (measured,) = finding.measurements
+    assert measured.statistic is Statistic.MEAN_RANK
+    assert measured.value < measured.low < measured.expected  # true θ2 ranks low: draws too high
+    assert "θ2 too high" in str(finding)
     report = report_on(gaussian(shift=(-0.4, 0.4)))
     assert "θ1 too low" in str(report)
     assert "θ2 too high" in str(report)
 
 
+def test_a_wrong_shape_has_both_levels_among_its_measurements():
+    # Too many true parameters inside the 50 % region, too few inside the 95 % region.
+    ranks = torch.cat([torch.linspace(0, 0.5, 700), torch.linspace(0.96, 1, 300)])
+    findings = judge(ranks, torch.linspace(0, 1, 1000).unsqueeze(1), 0.0, 10_000)
+    (shape,) = [found for found in findings if found.kind is FindingKind.WRONG_SHAPE]
+    assert {m.statistic for m in shape.measurements} == {Statistic.COVERAGE}
+    levels = {m.expected: m.value for m in shape.measurements}
+    assert levels[0.5] == pytest.approx(0.7)
+    assert levels[0.95] == pytest.approx(0.7)
+
+
+def test_a_verdict_is_made_from_the_findings():
+    report = report_on(gaussian(0.6))
+    assert report.verdict == [str(finding) for finding in report.findings]
+    for finding in report.findings:
+        assert str(finding).startswith(finding.kind.value)
+        for measured in finding.measurements:
+            assert not measured.low <= measured.value <= measured.high
+            assert str(measured) in str(report)
+
+
 @pytest.mark.parametrize("num", [60, 500])
 def test_a_missing_mode_shows_as_missed_mass(num):
     report = report_on(two_modes(1.0), num, hidden_sign=True)
-    assert "misses mass" in words(report)
-    assert "too wide" not in words(report)
+    assert FindingKind.MISSES_MASS in kinds(report)
+    assert FindingKind.TOO_WIDE not in kinds(report)
     exact = report_on(two_modes(0.5), num, hidden_sign=True)
     assert report.forward > exact.forward + 3 * report.forward_error  # the heavy tail
 
@@ -198,13 +170,13 @@ def test_an_invented_mode_is_calibrated_and_only_the_proxy_finds_it():
     # can object. This is why the reverse half of the divergence is reported.
     theta, x = pairs(400)
     far = x.norm(dim=1) > 1.5  # the modes are apart
-    posterior = DirectPosterior(Known(two_modes(0.5)), _PRIOR)
-    proxy = GivenProxy(_PRIOR, log_likelihood)
+    posterior = DirectPosterior(Known(two_modes(0.5)), PRIOR)
+    proxy = GivenProxy(PRIOR, log_likelihood)
     blind = held_out_report(posterior, theta[far], x[far])
     assert blind.healthy
     assert "uses all of x" in blind.verdict[0]
     report = held_out_report(posterior, theta[far], x[far], 1000, proxy)
-    assert words(report) == {"disagrees with its proxy"}
+    assert kinds(report) == {FindingKind.DISAGREES_WITH_PROXY}
     assert report.effective_sample_size == pytest.approx(0.5, abs=0.05)
     assert report.reverse is not None
     assert report.reverse > 3  # the invented mode lies where the proxy has almost no mass
@@ -212,12 +184,12 @@ def test_an_invented_mode_is_calibrated_and_only_the_proxy_finds_it():
 
 def test_the_prior_as_posterior_is_calibrated_and_the_proxy_finds_it():
     narrow = lambda theta, x: Normal(theta, 0.05).log_prob(x).sum(-1)  # noqa: E731
-    theta = _PRIOR.sample((300,))
+    theta = PRIOR.sample((300,))
     x = theta + 0.05 * torch.randn_like(theta)
-    posterior = DirectPosterior(Known(lambda x: Independent(Normal(0 * x, 1.0), 1)), _PRIOR)
+    posterior = DirectPosterior(Known(lambda x: Independent(Normal(0 * x, 1.0), 1)), PRIOR)
     assert held_out_report(posterior, theta, x).healthy
-    report = held_out_report(posterior, theta, x, proxy=GivenProxy(_PRIOR, narrow))
-    assert words(report) == {"disagrees with its proxy"}
+    report = held_out_report(posterior, theta, x, proxy=GivenProxy(PRIOR, narrow))
+    assert kinds(report) == {FindingKind.DISAGREES_WITH_PROXY}
 
 
 def test_a_missing_mode_does_not_lower_the_effective_sample_size_but_raises_the_reverse_kl():
@@ -227,13 +199,13 @@ def test_a_missing_mode_does_not_lower_the_effective_sample_size_but_raises_the_
     theta, x = pairs(400, hidden_sign=True)
     far = x.norm(dim=1) > 1.8
     report = held_out_report(
-        DirectPosterior(Known(two_modes(1.0)), _PRIOR),
+        DirectPosterior(Known(two_modes(1.0)), PRIOR),
         theta[far],
         x[far],
         num_samples=1000,
-        proxy=GivenProxy(_PRIOR, likelihood),
+        proxy=GivenProxy(PRIOR, likelihood),
     )
-    assert "misses mass" in words(report)
+    assert FindingKind.MISSES_MASS in kinds(report)
     assert report.reverse == pytest.approx(math.log(2), abs=0.08)
     assert report.effective_sample_size is not None
     assert report.effective_sample_size > 0.85
@@ -242,9 +214,9 @@ def test_a_missing_mode_does_not_lower_the_effective_sample_size_but_raises_the_
 def test_leakage_is_found_and_does_not_spoil_the_ranks():
     # The Gaussian cut to the box is the exact posterior under the uniform prior.
     report = report_on(
-        lambda x: Independent(Normal(x, _NOISE), 1), prior=_BOX, hidden_sign=False, num=1000
+        lambda x: Independent(Normal(x, NOISE), 1), prior=_BOX, hidden_sign=False, num=1000
     )
-    assert words(report) == {"leaks"}
+    assert kinds(report) == {FindingKind.LEAKS}
     assert 0.2 < report.leakage < 0.8
 
 
@@ -254,7 +226,7 @@ def test_leakage_is_found_and_does_not_spoil_the_ranks():
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.7, 0.0), (1.3, 0.5)])
 def test_reverse_kl_is_the_one_between_gaussians(scale, shift):
     report = report_on(
-        gaussian(scale, shift), proxy=GivenProxy(_PRIOR, log_likelihood), num_samples=400
+        gaussian(scale, shift), proxy=GivenProxy(PRIOR, log_likelihood), num_samples=400
     )
     truth = scale**2 + shift**2 - 1 - 2 * math.log(scale)  # two dimensions, shift in each
     assert report.reverse is not None
@@ -264,7 +236,7 @@ def test_reverse_kl_is_the_one_between_gaussians(scale, shift):
 
 def test_reverse_kl_is_that_of_the_posterior_cut_to_the_prior():
     proxy = GivenProxy(_BOX, log_likelihood)
-    report = report_on(lambda x: Independent(Normal(x, _NOISE), 1), prior=_BOX, proxy=proxy)
+    report = report_on(lambda x: Independent(Normal(x, NOISE), 1), prior=_BOX, proxy=proxy)
     assert report.reverse == pytest.approx(0.0, abs=0.03)  # the cut posterior is exact
 
 
@@ -273,18 +245,18 @@ def test_reverse_kl_is_that_of_the_posterior_cut_to_the_prior():
 
 def test_the_corrected_posterior_is_judged_by_its_weighted_draws():
     theta, x = pairs(500)
-    main, proxy = Known(gaussian(1.5)), GivenProxy(_PRIOR, log_likelihood)
-    corrected = CorrectedPosterior(main, proxy, _PRIOR)
+    main, proxy = Known(gaussian(1.5)), GivenProxy(PRIOR, log_likelihood)
+    corrected = CorrectedPosterior(main, proxy, PRIOR)
     report = held_out_report(corrected, theta, x, num_samples=400)
     assert report.healthy, str(report)
     entropy = math.log(2 * math.pi * math.e * 0.2)
     assert abs(report.forward - entropy) < 4 * report.forward_error
-    assert not held_out_report(DirectPosterior(main, _PRIOR), theta, x).healthy
+    assert not held_out_report(DirectPosterior(main, PRIOR), theta, x).healthy
 
 
 def test_an_ensemble_is_judged_as_the_mixture_it_is():
     theta, x = pairs(500, hidden_sign=True)
-    members = [DirectPosterior(Known(two_modes(w)), _PRIOR) for w in (1.0, 0.0)]
+    members = [DirectPosterior(Known(two_modes(w)), PRIOR) for w in (1.0, 0.0)]
     assert held_out_report(EnsemblePosterior(members), theta, x).healthy
     assert not held_out_report(EnsemblePosterior(members, [0.95, 0.05]), theta, x).healthy
 
@@ -292,7 +264,7 @@ def test_an_ensemble_is_judged_as_the_mixture_it_is():
 def test_an_inference_brings_its_proxy_along():
     theta, x = pairs(260)
     options = JeffreysOptions(num_steps=20)
-    inference = NPE_Jeffreys(_PRIOR, "mdn", show_progress_bars=False, options=options)
+    inference = NPE_Jeffreys(PRIOR, "mdn", show_progress_bars=False, options=options)
     with pytest.raises(RuntimeError, match="call train"):
         held_out_report(inference, theta, x)
     inference.append_simulations(theta[:200], x[:200]).train(max_num_epochs=5)
@@ -316,8 +288,16 @@ def test_an_inference_brings_its_proxy_along():
         (torch.zeros(49, 2), torch.zeros(49, 2), "at least 50"),
         (torch.zeros(60, 2), torch.zeros(61, 2), "as many simulations"),
         (torch.zeros(60), torch.zeros(60, 2), "reshape"),
-        (torch.zeros(60, 3), torch.zeros(60, 2), r"theta: expected shape \(N, 2\)"),
-        (torch.zeros(60, 2), torch.zeros(60, 3), r"x: expected shape \(N, 2\)"),
+        (
+            torch.zeros(60, 3),
+            torch.zeros(60, 2),
+            r"theta must be .*\(N, 2\), got shape \(60, 3\)",
+        ),
+        (
+            torch.zeros(60, 2),
+            torch.zeros(60, 3),
+            r"x must be .*\(N, 2\), got shape \(60, 3\)",
+        ),
         (torch.full((60, 2), math.nan), torch.zeros(60, 2), "60 of 60 pairs are not finite"),
         (torch.zeros(60, 2), torch.full((60, 2), math.inf), "drop them"),
         (torch.zeros(60, 2), torch.full((60, 2), math.nan), "drop them"),
@@ -325,20 +305,20 @@ def test_an_inference_brings_its_proxy_along():
 )
 def test_bad_pairs_are_refused_with_the_remedy(theta, x, message):
     with pytest.raises(ValueError, match=message):
-        held_out_report(DirectPosterior(Known(gaussian()), _PRIOR), theta, x)
+        held_out_report(DirectPosterior(Known(gaussian()), PRIOR), theta, x)
 
 
 def test_nan_densities_and_other_kinds_are_refused():
     theta, x = pairs(60)
-    broken = DirectPosterior(Known(lambda x: _NanDensity(len(x))), _PRIOR)
+    broken = DirectPosterior(Known(lambda x: _NanDensity(len(x))), PRIOR)
     with pytest.raises(ValueError, match="density is NaN"):
         held_out_report(broken, theta, x)
     with pytest.raises(ValueError, match="num_samples"):
         held_out_report(broken, theta, x, num_samples=5)
     with pytest.raises(TypeError, match="DirectPosterior"):
-        held_out_report(_PRIOR, theta, x)  # pyright: ignore[reportArgumentType]
+        held_out_report(PRIOR, theta, x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="not trained"):
-        held_out_report(NPE(_PRIOR), theta, x)
+        held_out_report(NPE(PRIOR), theta, x)
 
 
 class _NanDensity:

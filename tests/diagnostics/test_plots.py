@@ -44,7 +44,7 @@ def report(power=1.0, forward=6.0, reverse: float | None = 0.4):
     error = None if reverse is None else 0.05
     curve = coverage_curve(ranks)
     return HeldOutReport(
-        300, 100, forward, 0.1, reverse, error, 0.5, curve, torch.rand(300, 2), 0.0, ["healthy"]
+        300, 100, forward, 0.1, reverse, error, 0.5, curve, torch.rand(300, 2), 0.0, ()
     )
 
 
@@ -93,7 +93,7 @@ def test_training_on_given_axes_and_wrong_numbers_of_them():
     figure, axes = plt.subplots(1, 4)
     assert list(plot_training(summary(), axes)) == list(axes)
     assert len(plt.get_fignums()) == 1
-    with pytest.raises(ValueError, match="expected 4"):
+    with pytest.raises(ValueError, match=r"axes must be 4 Axes.*got 3"):
         plot_training(summary(), axes[:3])
     figure.canvas.draw()
 

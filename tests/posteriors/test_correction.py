@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from known_posteriors import PRIOR, SPREAD, Known, gaussian, log_likelihood, pairs
 from sbi.utils import BoxUniform
-from test_diagnostics import Known, gaussian, log_likelihood, pairs
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import Independent, Normal
 
 from sbi_jeffreys import (
     CorrectedPosterior,
@@ -15,12 +15,10 @@ from sbi_jeffreys import (
     NPE_Jeffreys,
     held_out_report,
 )
-from sbi_jeffreys.posteriors.corrected import best_power, pooling_power
+from sbi_jeffreys.posteriors import best_power, pooling_power
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no parameters/buffers")
 
-PRIOR = MultivariateNormal(torch.zeros(2), torch.eye(2))
-SPREAD = math.sqrt(0.2)  # the exact posterior is N(x / 1.25, 0.2 I)
 X = torch.tensor([0.5, -1.0])
 
 
@@ -117,7 +115,13 @@ def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
     assert inference.build_corrected_posterior().power == 1.0
 
 
-@pytest.mark.parametrize("power", [0.0, -1, 1.5, "half", True, math.nan])
+@pytest.mark.parametrize("power", [0.0, -1, 1.5, math.nan])
 def test_a_power_out_of_range_is_refused(power):
     with pytest.raises(ValueError, match=r"power must be a number in \(0, 1\].*build_posterior"):
+        corrected(power)
+
+
+@pytest.mark.parametrize("power", ["half", True])
+def test_a_power_that_is_no_number_is_refused(power):
+    with pytest.raises(TypeError, match=r"power must be a number in \(0, 1\].*build_posterior"):
         corrected(power)

@@ -17,7 +17,14 @@ from . import sir as sir
 from . import slcp as slcp
 from . import two_moons as two_moons
 from ._reference import ReferenceConvergenceError
-from ._registry import TASKS, get_task, register_task
+from ._registry import TASKS, get_task, known_tasks, register_task
 from .base import Task
 
-__all__ = ["TASKS", "ReferenceConvergenceError", "Task", "get_task", "register_task"]
+__all__ = [
+    "TASKS",
+    "ReferenceConvergenceError",
+    "Task",
+    "get_task",
+    "known_tasks",
+    "register_task",
+]

@@ -1,18 +1,55 @@
-"""Runge–Kutta integration of many small ODEs at once, each with a step fit for its own speed."""
+"""What SIR and Lotka–Volterra share: log-normal priors, and an integrator of many small ODEs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent, LogNormal, MultivariateNormal
+
+from ._reference import adaptive_importance_sample
+from .base import Task
 
 # Step times rate. Chosen so that SIR and Lotka–Volterra stay within 1e-4 of scipy's solve_ivp
 # at rtol 1e-9 over the priors, tails included (tests/test_tasks.py).
 _STEP_TIMES_RATE = 0.2
-# Keeps a hopeless θ from running for ever: 16,384 steps per interval are far beyond any draw
-# of the priors; past it the result is finite or NaN, but not accurate.
+# Bounds the time for extreme θ: 16,384 steps per interval are far beyond any draw of the priors;
+# past them the result is finite or NaN, but not accurate.
 _MAX_LOG2_STEPS = 14
+
+
+class LogNormalTask(Task):
+    """A task whose prior is log-normal, independently per parameter.
+
+    Attributes:
+        loc: Means of log θ.
+        scale: Their standard deviations.
+        prior_cut: The reference cuts the prior at this many standard deviations of log θ.
+    """
+
+    loc: tuple[float, ...]
+    scale: tuple[float, ...]
+    prior_cut: float = math.inf
+
+    def __init__(self) -> None:
+        self.prior = Independent(LogNormal(torch.tensor(self.loc), torch.tensor(self.scale)), 1)
+
+    def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
+        """See `Task`. Adaptive importance sampling in log θ, where the prior is Gaussian."""
+        observed = self.check_observation(x)
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        log_prior = MultivariateNormal(torch.tensor(self.loc).double(), torch.diag(scale**2))
+
+        def log_target(log_theta: Tensor) -> Tensor:
+            inside = ((log_theta - log_prior.mean).abs() < self.prior_cut * scale).all(-1)
+            log_joint = log_prior.log_prob(log_theta)
+            log_joint[inside] += self.log_likelihood(log_theta[inside].exp(), observed)
+            return torch.where(inside, log_joint, -torch.inf)
+
+        log_theta = adaptive_importance_sample(log_target, log_prior, num_samples, self.name)
+        return log_theta.exp().float()
 
 
 def rk4(

@@ -9,6 +9,7 @@ along tempered targets; tasks that know a good proposal call `accept_weighted` d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -194,14 +195,13 @@ def adaptive_importance_sample(
         # Four fits at the target itself: later ones only follow the noise of their draws.
         if best[0] >= 0.6 or num_at_target >= 4:
             break
-        temperature = _next_temperature(log_initial, log_p, log_q, 0.1 * draws_per_round)
-        log_w = _tempered(log_initial, log_p, temperature) - log_q
-        if effective_sample_size(log_w) < 2 * draws.shape[-1]:
-            raise ReferenceConvergenceError(
-                task, "the effective sample size while adapting", effective_sample_size(log_w),
-                2.0 * draws.shape[-1],
-            )  # fmt: skip
-        # Heavy tails insure the final weights; on the way there they would waste draws, and
+        tempered = partial(_tempered, log_initial, log_p, log_q)
+        temperature = largest_temperature(tempered, 0.1 * draws_per_round)
+        log_w, required = tempered(temperature), 2.0 * draws.shape[-1]
+        if (ess := effective_sample_size(log_w)) < required:
+            what = "the effective sample size while adapting"
+            raise ReferenceConvergenceError(task, what, ess, required)
+        # Heavy tails bound the final weights; on the way there they would waste draws, and
         # simulators can be slow far out.
         tails = df if temperature == 1.0 else max(df, _DF_ON_THE_WAY)
         proposal = StudentMixture.fit(draws, log_w, num_components, tails)
@@ -234,19 +234,19 @@ def _truncation_level(log_weights: Tensor) -> float:
     return float(ordered[last])
 
 
-def _tempered(log_initial: Tensor, log_p: Tensor, temperature: float) -> Tensor:
-    """(1 − t) log initial + t log target, −∞ wherever the target vanishes."""
-    mixed = (1.0 - temperature) * log_initial + temperature * log_p
+def _tempered(log_initial: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """(1 − t) log initial + t log target − log q, −∞ wherever the target vanishes."""
+    mixed = (1.0 - temperature) * log_initial + temperature * log_p - log_q
     return torch.where(torch.isfinite(log_p), mixed, -torch.inf)
 
 
-def _next_temperature(log_initial: Tensor, log_p: Tensor, log_q: Tensor, min_ess: float) -> float:
-    """The largest t in [0, 1] whose weights keep `min_ess` draws effective, by bisection."""
-    low, high = 0.0, 1.0
-    if effective_sample_size(log_p - log_q) >= min_ess:
+def largest_temperature(log_weights: Callable[[float], Tensor], min_ess: float) -> float:
+    """The largest t in [0, 1] whose log weights keep `min_ess` draws effective, by bisection."""
+    if effective_sample_size(log_weights(1.0)) >= min_ess:
         return 1.0
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = 0.5 * (low + high)
-        enough = effective_sample_size(_tempered(log_initial, log_p, middle) - log_q) >= min_ess
+        enough = effective_sample_size(log_weights(middle)) >= min_ess
         low, high = (middle, high) if enough else (low, middle)
     return low

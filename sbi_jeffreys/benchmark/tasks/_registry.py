@@ -1,4 +1,4 @@
-"""The table of tasks by name, and how a user adds her own."""
+"""The table of tasks by name, and how a user adds another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ TaskType = TypeVar("TaskType", bound=type[Task])
 def register_task(cls: TaskType) -> TaskType:
     """Make a task known by its `name`; use it as a class decorator.
 
-    Args:
-        cls: A subclass of `Task` with the class attribute `name`.
-
-    Returns:
-        The class, unchanged.
-
     Raises:
         ValueError: If the class has no name, or another class already has it.
     """
@@ -30,12 +24,9 @@ def register_task(cls: TaskType) -> TaskType:
             f"cls: expected a Task subclass with a non-empty `name`, got {cls.__name__} with "
             f'name {name!r}; add e.g. `name = "my_task"` to the class body.'
         )
-    known = TASKS.get(name)
+    known = TASKS.get(name, cls)
     # The same class defined again (a notebook cell run twice, a module reloaded) replaces itself.
-    if known is not None and (known.__module__, known.__qualname__) != (
-        cls.__module__,
-        cls.__qualname__,
-    ):
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(
             f"cls: expected a new task name, got {name!r}, which {known.__qualname__} already "
             "has; choose another `name`."
@@ -44,13 +35,18 @@ def register_task(cls: TaskType) -> TaskType:
     return cls
 
 
+def known_tasks() -> dict[str, type[Task]]:
+    """All tasks by name, of vector-valued x and structured."""
+    return {**STRUCTURED_TASKS, **TASKS}
+
+
 def get_task(name: str) -> Task:
     """A fresh instance of the task of that name, of vector-valued x or structured.
 
     Raises:
         ValueError: If no task of that name is registered; the message lists the known ones.
     """
-    known = {**STRUCTURED_TASKS, **TASKS}
+    known = known_tasks()
     if name not in known:
         raise ValueError(
             f"name: expected one of {', '.join(sorted(known))}, got {name!r}; "

@@ -25,6 +25,7 @@ class Task(ABC):
         name: Identifier on the command line.
         dim_theta: Number of parameters D.
         dim_x: Number of elements of one simulation output.
+        x_shape: Its shape, where that is not `(dim_x,)`.
         prior: Prior over θ, as sbi accepts it (event shape `(D,)`).
         exact_reference: Whether `sample_reference` draws exact independent samples.
     """
@@ -32,6 +33,7 @@ class Task(ABC):
     name: str
     dim_theta: int
     dim_x: int
+    x_shape: tuple[int, ...] = ()
     prior: Distribution
     exact_reference: bool = False
 
@@ -56,23 +58,23 @@ class Task(ABC):
         return torch.where(inside, log_joint, torch.full_like(log_joint, -torch.inf))
 
     def check_observation(self, x: Tensor) -> Tensor:
-        """One observation as float64 of shape `(dim_x,)`; `(1, dim_x)` is accepted too.
+        """One observation as float64 of its shape; a leading axis of one is accepted.
 
         Raises:
             ValueError: If x is not one finite observation of this task.
         """
-        flat = x.detach().reshape(-1).to(torch.float64)
-        if x.ndim > 2 or flat.numel() != self.dim_x:
+        shape = self.x_shape or (self.dim_x,)
+        if tuple(x.shape) not in (shape, (1, *shape)):
             raise ValueError(
-                f"x: expected one observation of {self.name}, shape ({self.dim_x},) or "
-                f"(1, {self.dim_x}), got {tuple(x.shape)}; pass one row of `simulate` at a time."
+                f"x: expected one observation of {self.name}, shape {shape} or {(1, *shape)}, got "
+                f"{tuple(x.shape)}; pass one row of `simulate` at a time."
             )
-        if not torch.isfinite(flat).all():
+        if not torch.isfinite(x).all():
             raise ValueError(
-                f"x: expected finite values for {self.name}, got {flat.tolist()}; "
-                "drop failed simulations first."
+                f"x: expected finite values for {self.name}, got "
+                f"{int((~torch.isfinite(x)).sum())} NaN or inf; drop failed simulations first."
             )
-        return flat
+        return x.detach().reshape(shape).to(torch.float64)
 
     def embedding_net(self) -> nn.Module | None:
         """A fresh, untrained embedding net for x, or None where x is a vector."""

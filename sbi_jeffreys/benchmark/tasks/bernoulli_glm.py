@@ -78,7 +78,6 @@ class BernoulliGLM(_BernoulliGLM):
     dim_x = 1 + _NUM_LAGS
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 10)` → x `(N, 10)`."""
         return (self._simulate_spikes(theta) @ design_matrix()).to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -106,7 +105,6 @@ class BernoulliGLMRaw(_BernoulliGLM):
         return self._simulate_spikes(theta).to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log P(x|θ) for broadcastable `(*B, 10)`, `(*B, 100)` → `(*B,)`."""
         statistics = x.double() @ design_matrix()
         return self._log_likelihood_of_statistics(theta, statistics).to(theta.dtype)
 

@@ -33,12 +33,10 @@ class _GaussianMean(Task):
     exact_reference = True
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 10)` → x `(N, 10)`."""
         covariance = _VARIANCE * torch.eye(_DIM, dtype=theta.dtype)
         return linear_gaussian(theta, torch.zeros(_DIM, dtype=theta.dtype), covariance)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log p(x|θ) for broadcastable `(*B, 10)`, `(*B, 10)` → `(*B,)`."""
         squared = (x.double() - theta.double()).square().sum(-1)
         log_norm = 0.5 * _DIM * math.log(2 * math.pi * _VARIANCE)
         return (-0.5 * squared / _VARIANCE - log_norm).to(theta.dtype)

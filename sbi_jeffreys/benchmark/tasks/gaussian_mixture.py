@@ -34,13 +34,11 @@ class GaussianMixture(Task):
         self.prior = BoxUniform(-_BOUND * torch.ones(2), _BOUND * torch.ones(2))
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 2)` → x `(N, 2)`."""
         component = torch.randint(0, 2, (len(theta), 1))
         scale = torch.tensor(_SCALES, dtype=theta.dtype)[component]
         return theta + scale * torch.randn_like(theta)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log p(x|θ) for broadcastable `(*B, 2)`, `(*B, 2)` → `(*B,)`."""
         squared = (x.double() - theta.double()).square().sum(-1)
         per_component = [
             -0.5 * squared / scale**2 - math.log(2 * math.pi * scale**2) for scale in _SCALES

@@ -6,28 +6,20 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, LogNormal, MultivariateNormal
 
-from ._ode import integrate_coupled_logs
-from ._reference import adaptive_importance_sample
+from ._ode import LogNormalTask, integrate_coupled_logs
 from ._registry import register_task
-from .base import Task
 
-_LOC = (-0.125, -3.0, -0.125, -3.0)
-_SCALE = 0.5
 _START = (30.0, 1.0)
 _NOISE = 0.1
 # sbibm solves 20 days at a step of 0.1 and keeps every 21st state: days 0, 2.1, ..., 18.9.
 _INTERVAL = 2.1
 _NUM_TIMES = 10
-# The reference cuts the prior at this many standard deviations of each log parameter: 1e-8 of
-# its mass lies outside, where one orbit can take seconds to integrate.
-_PRIOR_CUT = 6.0
 _LOG_CLAMP = (math.log(1e-10), math.log(1e4))
 
 
 @register_task
-class LotkaVolterra(Task):
+class LotkaVolterra(LogNormalTask):
     """dX/dt = αX − βXY, dY/dt = −γY + δXY over 20 days, X(0) = 30, Y(0) = 1.
 
     x ∼ LogNormal(log X(t), 0.1) at ten times, the prey's then the predators', populations
@@ -37,12 +29,12 @@ class LotkaVolterra(Task):
     name = "lotka_volterra"
     dim_theta = 4
     dim_x = 2 * _NUM_TIMES
-
-    def __init__(self) -> None:
-        self.prior = Independent(LogNormal(torch.tensor(_LOC), _SCALE * torch.ones(4)), 1)
+    loc = (-0.125, -3.0, -0.125, -3.0)
+    scale = (0.5, 0.5, 0.5, 0.5)
+    # 1e-8 of the prior's mass lies outside, where one orbit can take seconds to integrate.
+    prior_cut = 6.0
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 4)` → x `(N, 20)`."""
         log_mean = _log_mean(theta)
         return (log_mean + _NOISE * torch.randn_like(log_mean)).exp().to(theta.dtype)
 
@@ -54,24 +46,6 @@ class LotkaVolterra(Task):
         log_density = -0.5 * squared - math.log(_NOISE * math.sqrt(2 * math.pi)) - log_x
         positive = (x > 0).all(-1)
         return torch.where(positive, log_density.sum(-1), -torch.inf).to(theta.dtype)
-
-    def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(20,)` → `(num_samples, 4)`.
-
-        Adaptive importance sampling in log θ, where the prior is Gaussian.
-        """
-        observed = self.check_observation(x)
-        covariance = _SCALE**2 * torch.eye(4, dtype=torch.float64)
-        log_prior = MultivariateNormal(torch.tensor(_LOC).double(), covariance)
-
-        def log_target(log_theta: Tensor) -> Tensor:
-            inside = ((log_theta - log_prior.mean).abs() < _PRIOR_CUT * _SCALE).all(-1)
-            log_joint = log_prior.log_prob(log_theta)
-            log_joint[inside] += self.log_likelihood(log_theta[inside].exp(), observed)
-            return torch.where(inside, log_joint, -torch.inf)
-
-        log_theta = adaptive_importance_sample(log_target, log_prior, num_samples, self.name)
-        return log_theta.exp().float()
 
 
 def log_populations(theta: Tensor) -> Tensor:

@@ -6,15 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, LogNormal, MultivariateNormal
 
-from ._ode import integrate_coupled_logs
-from ._reference import adaptive_importance_sample
+from ._ode import LogNormalTask, integrate_coupled_logs
 from ._registry import register_task
-from .base import Task
 
-_LOC = (math.log(0.4), math.log(0.125))
-_SCALE = (0.5, 0.2)
 _POPULATION = 1e6
 _INFECTED = 1.0
 _NUM_TESTED = 1000
@@ -24,7 +19,7 @@ _NUM_TIMES = 10
 
 
 @register_task
-class SIR(Task):
+class SIR(LogNormalTask):
     """dS/dt = −βSI/N, dI/dt = βSI/N − γI over 160 days, N = 10⁶, I(0) = 1.
 
     x_t ∼ Binomial(1000, I(t)/N) at ten times; β ∼ LogNormal(log 0.4, 0.5),
@@ -34,9 +29,8 @@ class SIR(Task):
     name = "sir"
     dim_theta = 2
     dim_x = _NUM_TIMES
-
-    def __init__(self) -> None:
-        self.prior = Independent(LogNormal(torch.tensor(_LOC), torch.tensor(_SCALE)), 1)
+    loc = (math.log(0.4), math.log(0.125))
+    scale = (0.5, 0.2)
 
     def simulate(self, theta: Tensor) -> Tensor:
         """θ `(N, 2)` → counts x `(N, 10)`."""
@@ -45,7 +39,6 @@ class SIR(Task):
         return counts.to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log P(x|θ) for broadcastable `(*B, 2)`, `(*B, 10)` → `(*B,)`."""
         log_share = log_infected_share(theta.reshape(-1, 2)).reshape(*theta.shape[:-1], -1)
         log_share = log_share.clamp_max(-1e-12)
         counts = x.double()
@@ -54,21 +47,6 @@ class SIR(Task):
         log_rest = torch.log(-torch.expm1(log_share))
         log_pmf = log_choose + counts * log_share + (n - counts) * log_rest
         return log_pmf.sum(-1).to(theta.dtype)
-
-    def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(10,)` → `(num_samples, 2)`.
-
-        Adaptive importance sampling in log θ, where the prior is Gaussian.
-        """
-        observed = self.check_observation(x)
-        scale = torch.tensor(_SCALE, dtype=torch.float64)
-        log_prior = MultivariateNormal(torch.tensor(_LOC).double(), torch.diag(scale**2))
-
-        def log_target(log_theta: Tensor) -> Tensor:
-            return log_prior.log_prob(log_theta) + self.log_likelihood(log_theta.exp(), observed)
-
-        log_theta = adaptive_importance_sample(log_target, log_prior, num_samples, self.name)
-        return log_theta.exp().float()
 
 
 def log_infected_share(theta: Tensor) -> Tensor:

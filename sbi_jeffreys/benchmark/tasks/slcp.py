@@ -52,7 +52,6 @@ class SLCP(Task):
         return torch.stack((x_1, x_2), -1).flatten(1).to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log p(x|θ) for broadcastable `(*B, 5)`, `(*B, 8)` → `(*B,)`."""
         params = theta.double()
         var_1, var_2, cov = _covariance(params)
         residual = x.double().unflatten(-1, (_NUM_POINTS, 2)) - params[..., None, :2]
@@ -85,7 +84,6 @@ class SLCPDistractors(SLCP):
     dim_x = 2 * _NUM_POINTS + _NUM_DISTRACTORS
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 5)` → x `(N, 100)`."""
         noise = _sample_distractors(len(theta)).to(theta.dtype)
         return torch.cat((super().simulate(theta), noise), 1)[:, _distractors()[2]]
 

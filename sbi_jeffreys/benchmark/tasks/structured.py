@@ -16,7 +16,7 @@ from sbi.utils import BoxUniform
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Uniform
 
-from ._reference import Proposal, adaptive_importance_sample, effective_sample_size
+from ._reference import Proposal, adaptive_importance_sample, largest_temperature
 from ._student import StudentMixture
 from .base import Task
 
@@ -28,13 +28,7 @@ _SCOUT_SAMPLE_SIZE = 100.0
 
 
 class StructuredTask(Task):
-    """A task whose x has more than one axis.
-
-    Attributes:
-        x_shape: Shape of one simulation output; `dim_x` is its number of elements.
-    """
-
-    x_shape: tuple[int, ...]
+    """A task whose x has more than one axis."""
 
     @abstractmethod
     def embedding_net(self) -> nn.Module:
@@ -43,24 +37,6 @@ class StructuredTask(Task):
     @abstractmethod
     def _prior64(self) -> Proposal:
         """The prior in float64: where the reference sampler starts."""
-
-    def check_observation(self, x: Tensor) -> Tensor:
-        """One observation as float64 of shape `x_shape`; a leading axis of one is accepted.
-
-        Raises:
-            ValueError: If x is not one finite observation of this task.
-        """
-        if tuple(x.shape) not in (self.x_shape, (1, *self.x_shape)):
-            raise ValueError(
-                f"x: expected one observation of {self.name}, shape {self.x_shape} or "
-                f"{(1, *self.x_shape)}, got {tuple(x.shape)}; pass one row of `simulate` at a time."
-            )
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"x: expected finite values for {self.name}, got "
-                f"{int((~torch.isfinite(x)).sum())} NaN or inf; drop failed simulations first."
-            )
-        return x.detach().reshape(self.x_shape).to(torch.float64)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
         """Samples of p(θ|x) for x of `x_shape` → `(num_samples, D)`.
@@ -77,22 +53,13 @@ class StructuredTask(Task):
             return log_prior
 
         scouts = prior.sample(torch.Size((_NUM_SCOUTS,)))
-        log_weights = _tempered_to(self.log_likelihood(scouts, observed), _SCOUT_SAMPLE_SIZE)
+        log_weights = self.log_likelihood(scouts, observed)
+        log_weights = log_weights * largest_temperature(
+            lambda temperature: temperature * log_weights, _SCOUT_SAMPLE_SIZE
+        )
         # Scouts are at a temperature above the posterior's: wider than it, as a start should be.
         start = StudentMixture.fit(scouts, log_weights, num_components=3, df=5.0)
         return adaptive_importance_sample(log_target, start, num_samples, self.name).float()
-
-
-def _tempered_to(log_weights: Tensor, min_sample_size: float) -> Tensor:
-    """t · log w with the largest t ≤ 1 that keeps `min_sample_size` draws effective."""
-    if effective_sample_size(log_weights) >= min_sample_size:
-        return log_weights
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        enough = effective_sample_size(middle * log_weights) >= min_sample_size
-        low, high = (middle, high) if enough else (low, middle)
-    return low * log_weights
 
 
 class _Box64:
@@ -128,13 +95,11 @@ class BlurredSource(StructuredTask):
         self.prior = BoxUniform(self._low, self._high)
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 4)` → x `(N, 32, 32)`."""
         column, row = self._profiles(theta)
         image = column[..., :, None] * row[..., None, :]
         return image + self.noise * torch.randn_like(image)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
-        """log p(x|θ) for broadcastable batches `(*B, 4)`, `(*B, 32, 32)` → `(*B,)`."""
         column, row = self._profiles(theta.double())
         pixels = x.double()
         # |x − abᵀ|² = |x|² − 2 aᵀxb + |a|²|b|²: no image is formed per θ.
@@ -184,7 +149,6 @@ class IIDTrials(StructuredTask):
         self.prior = MultivariateNormal(*self._prior_moments(torch.float32))
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 3)` → x `(N, 20, 2)`."""
         noise = torch.randn(len(theta), *self.x_shape).to(theta)
         rho = self.correlation
         second = rho * noise[..., 0] + math.sqrt(1 - rho**2) * noise[..., 1]

@@ -27,6 +27,14 @@ from torch.distributions import (
 from sbi_jeffreys.benchmark.tasks.base import Task
 
 
+def _box(dim: int, bound: float) -> BoxUniform:
+    return BoxUniform(-bound * torch.ones(dim), bound * torch.ones(dim))
+
+
+def _matrix(seed: int, rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
 class TuningTask(Task):
     """A task given by its observation model p(x|θ), a torch distribution."""
 
@@ -53,7 +61,7 @@ class TuneFold(TuningTask):
     noise = 0.15
 
     def __init__(self) -> None:
-        self.prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+        self.prior = _box(2, 2.0)
 
     def observation_model(self, theta: Tensor) -> Distribution:
         mean = torch.stack([theta[..., 0] ** 2, theta[..., 0] * theta[..., 1]], -1)
@@ -61,7 +69,7 @@ class TuneFold(TuningTask):
 
 
 class TuneNarrow(TuneFold):
-    """The fold with a fifth of its noise: two thin arcs, the bridge between which is dear."""
+    """The fold with a fifth of its noise: two thin arcs, with little probability between them."""
 
     name, noise = "tune_narrow", 0.03
 
@@ -72,7 +80,7 @@ class TuneArc(TuningTask):
     name, dim_theta, dim_x = "tune_arc", 2, 2
 
     def __init__(self) -> None:
-        self.prior = BoxUniform(-torch.ones(2), torch.ones(2))
+        self.prior = _box(2, 1.0)
 
     def observation_model(self, theta: Tensor) -> Distribution:
         mean = torch.stack([theta.square().sum(-1), 0.3 * theta[..., 0] ** 2], -1)
@@ -85,8 +93,7 @@ class TuneLinear(TuningTask):
     name, dim_theta, dim_x = "tune_linear", 8, 8
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        a = torch.randn(8, 8, generator=generator) / 8**0.5
+        a = _matrix(1, 8, 8) / 8**0.5
         self.mixing = torch.eye(8) + 0.5 * a
         self.prior = MultivariateNormal(torch.zeros(8), 0.3 * torch.eye(8) + 0.2 * a @ a.T)
 
@@ -100,7 +107,7 @@ class TuneIID(TuningTask):
     name, dim_theta, dim_x = "tune_iid", 4, 10
 
     def __init__(self) -> None:
-        self.prior = BoxUniform(-2 * torch.ones(4), 2 * torch.ones(4))
+        self.prior = _box(4, 2.0)
 
     def observation_model(self, theta: Tensor) -> Distribution:
         mean = torch.stack([theta[..., 0], theta[..., 0] * theta[..., 1] / 2], -1)
@@ -115,8 +122,7 @@ class TunePoisson(TuningTask):
     name, dim_theta, dim_x = "tune_poisson", 6, 10
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(2)
-        self.design = torch.randn(10, 6, generator=generator) / 2
+        self.design = _matrix(2, 10, 6) / 2
         self.prior = MultivariateNormal(torch.zeros(6), torch.eye(6))
 
     def observation_model(self, theta: Tensor) -> Distribution:
@@ -163,9 +169,8 @@ class TuneOutliers(TuningTask):
     name, dim_theta, dim_x = "tune_outliers", 3, 4
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.mixing = torch.randn(3, 4, generator=generator) / 3**0.5
-        self.prior = BoxUniform(-2 * torch.ones(3), 2 * torch.ones(3))
+        self.mixing = _matrix(3, 3, 4) / 3**0.5
+        self.prior = _box(3, 2.0)
 
     def observation_model(self, theta: Tensor) -> Distribution:
         mean = torch.sin(theta) @ self.mixing + 0.5 * theta @ self.mixing.flip(0)
@@ -178,7 +183,7 @@ class TuneGlitch(TuningTask):
     name, dim_theta, dim_x = "tune_glitch", 3, 3
 
     def __init__(self) -> None:
-        self.prior = BoxUniform(-2 * torch.ones(3), 2 * torch.ones(3))
+        self.prior = _box(3, 2.0)
 
     def observation_model(self, theta: Tensor) -> Distribution:
         a, b, c = theta.unbind(-1)

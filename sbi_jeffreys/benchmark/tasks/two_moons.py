@@ -37,7 +37,6 @@ class TwoMoons(Task):
         self.prior = BoxUniform(-torch.ones(2), torch.ones(2))
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 2)` → x `(N, 2)`."""
         return (_crescent(len(theta)) + _shift(theta.double())).to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:

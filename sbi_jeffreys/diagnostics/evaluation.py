@@ -1,8 +1,8 @@
-"""Reading posteriors of several kinds in the same terms: draws and densities at held-out pairs."""
+"""Draws and densities of a posterior at held-out pairs, in the same terms for several kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
+from sbi_jeffreys._checks import check_tensor
+from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, device_of, network_of, prior_of
 from sbi_jeffreys.diagnostics.calibration import PairDraws, inside_prior
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, reverse_term
@@ -20,14 +21,15 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_log_normaliser
 
-__all__ = ["Reading", "read"]
+__all__ = ["Evaluation", "evaluate"]
 
-_DRAWS_AT_ONCE = 20_000  # shared between the pairs of a batch
-_MAX_REVERSE_PAIRS = 200  # the reverse KL varies little between observations, and proxies are dear
+_DRAWS_AT_ONCE = 20_000  # shared between the pairs of a batch: bounds memory
+# The reverse KL varies little between observations, and a proxy is expensive to evaluate.
+_MAX_REVERSE_PAIRS = 200
 
 
 @dataclass(frozen=True)
-class Reading:
+class Evaluation:
     """A posterior at N pairs.
 
     Attributes:
@@ -45,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Subject:
-    """The density estimators behind a posterior, their weights, and what goes with them."""
+    """The density estimators behind a posterior, their weights, and what belongs to them."""
 
     mains: Sequence[ConditionalDensityEstimator]
     weights: Tensor
@@ -55,39 +57,51 @@ class _Subject:
     device: torch.device
 
 
-def read(
+def evaluate(
     subject: Any,
     theta: Tensor,
     x: Tensor,
     num_samples: int,
     proxy: Proxy | None = None,
     show_progress_bars: bool = False,
-) -> Reading:
-    """Draws and densities of a posterior at pairs θ `(N, D)`, x `(N, *x_shape)`, batch by batch."""
+) -> Evaluation:
+    """Draw from a posterior and evaluate its density at pairs, batch by batch.
+
+    Args:
+        subject: A trained NPE or NPE_Jeffreys, or a posterior of theirs; see `held_out_report`.
+        theta: Parameters of the pairs, `(N, D)`.
+        x: Their simulations, `(N, *x_shape)`.
+        num_samples: Draws per pair.
+        proxy: For the reverse KL; the subject's own if None.
+        show_progress_bars: Whether to show progress over the pairs.
+
+    Raises:
+        TypeError: If the subject has no density that can be drawn from directly.
+        ValueError: If the pairs' shapes are not those of the network, or an ensemble has a proxy.
+        RuntimeError: If the inference is not trained yet.
+    """
     found = _subject(subject, proxy)
-    _check_shapes(found, theta, x)
+    main = found.mains[0]
+    remedy = "pass simulations of the shape that the posterior was trained on"
+    check_tensor("theta", theta, ("N", *main.input_shape), remedy=remedy)
+    check_tensor("x", x, ("N", *main.condition_shape), remedy=remedy)
     theta, x = theta.to(found.device).float(), x.to(found.device).float()
     size = max(1, _DRAWS_AT_ONCE // num_samples)
     draws: list[PairDraws] = []
     against: list[tuple[Tensor, Tensor]] = []
-    starts = tqdm(
-        range(0, len(theta), size), desc="Reading held-out pairs", disable=not show_progress_bars
-    )
-    for start in starts:
+    starts = range(0, len(theta), size)
+    for start in tqdm(starts, desc="Evaluating held-out pairs", disable=not show_progress_bars):
         rows = slice(start, start + size)
         raw = _draw(found, theta[rows], x[rows], num_samples)
-        if found.proxy is None:
-            draws.append(raw)
-            continue
-        if start < _MAX_REVERSE_PAIRS:
+        if found.proxy is not None and start < _MAX_REVERSE_PAIRS:
             log_q = found.proxy.log_potential(raw.theta, x[rows])
-            log_z, _ = defensive_log_normaliser(found.proxy, found.mains[0], x[rows], num_samples)
+            log_z, _ = defensive_log_normaliser(found.proxy, main, x[rows], num_samples)
             against.append(_against_proxy(found.prior, raw, log_q, log_z))
         if found.corrected is not None:
             raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
     reverse, sizes = map(torch.cat, zip(*against)) if against else (None, None)
-    return Reading(found.prior, _joined(draws), reverse, sizes)
+    return Evaluation(found.prior, _joined(draws), reverse, sizes)
 
 
 # ------------------------------------------------------------------ what is it?
@@ -95,71 +109,56 @@ def read(
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
     """Unwrap a trainer or posterior."""
+    weights = torch.ones(1)
     if isinstance(given, NPE):
-        if given._neural_net is None:
+        network = network_of(given)
+        if network is None:
             raise RuntimeError("The inference is not trained yet: call train() first.")
-        mains, prior = [given._neural_net], given._prior
-        proxy = getattr(given, "proxy", None) if proxy is None else proxy
+        mains = [network]
     elif isinstance(given, DirectPosterior):
-        mains, prior = [given.posterior_estimator], given.prior
-        proxy = getattr(given, "proxy", None) if proxy is None else proxy
+        mains = [given.posterior_estimator]
     elif isinstance(given, EnsemblePosterior) and all(
         type(part) is DirectPosterior for part in given.posteriors
     ):
-        mains, prior = [part.posterior_estimator for part in given.posteriors], given.prior
         if proxy is not None:
-            raise ValueError("proxy: expected None for an ensemble; report on its members instead.")
+            raise ValueError(
+                f"proxy must be None for an ensemble, got {type(proxy).__name__}; report on each "
+                "of its members instead."
+            )
+        mains, weights = [part.posterior_estimator for part in given.posteriors], given.weights
     else:
         raise TypeError(
             f"inference_or_posterior: got {type(given).__name__}; pass a trained NPE_Jeffreys or "
             "NPE, or what build_posterior() returns (a DirectPosterior), or an EnsemblePosterior "
             "of those. A density is needed: build with sample_with='direct'."
         )
-    weights = given.weights if isinstance(given, EnsemblePosterior) else torch.ones(1)
+    proxy = getattr(given, "proxy", None) if proxy is None else proxy
     corrected = given if isinstance(given, CorrectedPosterior) else None
-    return _Subject(mains, weights, prior, proxy, corrected, torch.device(given._device))
-
-
-def _check_shapes(found: _Subject, theta: Tensor, x: Tensor) -> None:
-    """Against what the network was built for."""
-    main = found.mains[0]
-    for name, values, shape in (
-        ("theta", theta, main.input_shape),
-        ("x", x, main.condition_shape),
-    ):
-        if values.shape[1:] != shape:
-            raise ValueError(
-                f"{name}: expected shape (N, {', '.join(map(str, shape))}) like the simulations "
-                f"the posterior was trained on, got {tuple(values.shape)}."
-            )
+    return _Subject(mains, weights, prior_of(given), proxy, corrected, device_of(given))
 
 
 # ------------------------------------------------------------------ draws and densities
 
 
 def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDraws:
-    """Raw draws of the (mixture of) main(s), with densities of draws and truths."""
-    counts = torch.bincount(
-        torch.multinomial(found.weights, num_samples, replacement=True),
-        minlength=len(found.mains),
-    )
-    parts = [
-        _once(main, x, lambda m=main, n=int(n): m.sample(torch.Size((n,)), x))
-        for main, n in zip(found.mains, counts)
-        if n > 0
-    ]
-    drawn = torch.cat(parts)
+    """Raw draws of the main, or of the mixture of mains, with densities of draws and truths."""
+    weights, num = found.weights, len(found.mains)
+    counts = torch.bincount(torch.multinomial(weights, num_samples, True), minlength=num)
+    drawn = torch.cat([_sample(m, int(n), x) for m, n in zip(found.mains, counts) if n > 0])
     both = torch.cat([drawn, theta.unsqueeze(0)])
-    log_probs = [_once(main, x, lambda m=main: m.log_prob(both, x)) for main in found.mains]
-    log_weights = found.weights.to(drawn).log().reshape(-1, 1, 1)
-    log_p = torch.logsumexp(torch.stack(log_probs) + log_weights, dim=0)
+    log_probs = torch.stack([_log_prob(main, both, x) for main in found.mains])
+    log_p = torch.logsumexp(log_probs + weights.to(drawn).log().reshape(-1, 1, 1), dim=0)
     return PairDraws(drawn, log_p[:-1], log_p[-1])
 
 
-def _once(main: ConditionalDensityEstimator, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
-    """`call`, with x embedded once."""
+def _sample(main: ConditionalDensityEstimator, num: int, x: Tensor) -> Tensor:
     with embedded_once(main, x):
-        return call()
+        return main.sample(torch.Size((num,)), x)
+
+
+def _log_prob(main: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
+    with embedded_once(main, x):
+        return main.log_prob(theta, x)
 
 
 def _against_proxy(
@@ -180,7 +179,6 @@ def _reweighted(
     corrected: CorrectedPosterior, raw: PairDraws, theta: Tensor, x: Tensor
 ) -> PairDraws:
     """The main's draws as the weighted draws of its corrected posterior."""
-    assert raw.log_prob_true is not None
     target = corrected.log_potential(raw.theta, x, raw.log_prob)
     target_true = corrected.log_potential(theta.unsqueeze(0), x, raw.log_prob_true[None])[0]
     log_weights = target - raw.log_prob

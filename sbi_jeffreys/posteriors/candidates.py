@@ -1,0 +1,193 @@
+"""Candidates of a corrected posterior: weighted draws of the main, resampling, and a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.objective import truncated_log_weights
+from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
+
+__all__ = [
+    "CandidateCache",
+    "Candidates",
+    "draw_candidates",
+    "draw_in_chunks",
+    "resample",
+    "seeded",
+]
+
+_MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Draws of the main model with their log importance weights.
+
+    Attributes:
+        theta: θ_k ∼ p_φ(·|x), `(K, B, D)`.
+        log_weights: Unnormalised and not truncated, `(K, B)`; −∞ outside the prior.
+    """
+
+    theta: Tensor
+    log_weights: Tensor
+
+    @cached_property
+    def quality(self) -> list[ImportanceQuality]:
+        """One entry for each of the B observations."""
+        return [importance_quality(column) for column in self.log_weights.T]
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """Log of the mean weight, `(B,)`: the integral of the target over that of the main."""
+        return torch.logsumexp(self.log_weights, dim=0) - math.log(len(self.log_weights))
+
+
+@torch.no_grad()
+def draw_candidates(
+    main: ConditionalDensityEstimator,
+    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    num: int,
+    batch: int,
+    show_progress_bars: bool = False,
+) -> Candidates:
+    """Weighted draws of the main at each of B observations.
+
+    Args:
+        main: The main model p_φ(θ|x), the proposal.
+        log_potential: Maps θ `(K, B, D)`, x and log p_φ `(K, B)` to the unnormalised log target.
+        x: Observations `(B, *x_shape)`.
+        num: Draws K per observation.
+        batch: Draws per network call, shared by the observations.
+        show_progress_bars: Whether to show progress over network calls.
+    """
+    step = max(1, batch // len(x))
+    starts = tqdm(range(0, num, step), desc="Weighting draws", disable=not show_progress_bars)
+    thetas, log_weights = [], []
+    with embedded_once(main, x):
+        for start in starts:
+            theta = main.sample(torch.Size((min(step, num - start),)), x)
+            log_p = main.log_prob(theta, x)
+            thetas.append(theta)
+            log_weights.append(log_potential(theta, x, log_p) - log_p)
+    return Candidates(torch.cat(thetas), torch.cat(log_weights))
+
+
+def draw_in_chunks(
+    main: ConditionalDensityEstimator,
+    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    num: int,
+    batch: int,
+    show_progress_bars: bool = False,
+) -> Iterator[tuple[slice, Candidates]]:
+    """As `draw_candidates`, for as many observations at a time as fit into one network call.
+
+    Yields:
+        The rows of x, and their candidates.
+    """
+    size = max(1, batch // num)
+    with tqdm(total=len(x), desc="Observations", disable=not show_progress_bars) as bar:
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            yield rows, draw_candidates(main, log_potential, x[rows], num, batch)
+            bar.update(len(x[rows]))
+
+
+def resample(candidates: Candidates, num: int) -> Tensor:
+    """Draws `(num, B, D)` of the candidates by truncated importance weights.
+
+    Systematic resampling: unbiased like multinomial resampling, with far fewer duplicates.
+
+    Raises:
+        RuntimeError: If at some observation no candidate has a positive weight.
+    """
+    log_weights = truncated_log_weights(candidates.log_weights)
+    empty = torch.where(~torch.isfinite(log_weights).any(dim=0))[0].tolist()
+    if empty:
+        where = "this observation" if log_weights.shape[1] == 1 else f"observations {empty}"
+        raise RuntimeError(
+            f"No draw of the main model has mass under the proxy at {where}: the two disagree "
+            "entirely. Use the uncorrected posterior and check x for misspecification."
+        )
+    edges = torch.cumsum(log_weights.exp().double(), dim=0).T.contiguous()
+    batch, places = len(edges), torch.arange(num, device=edges.device)
+    offsets = torch.rand(batch, 1, device=edges.device, dtype=torch.float64)
+    rows = torch.searchsorted(edges / edges[:, -1:], (places + offsets) / num)
+    order = torch.rand(batch, num, device=edges.device).argsort(dim=1)
+    rows = rows.clamp(max=edges.shape[1] - 1).gather(1, order).T
+    return candidates.theta[rows, torch.arange(batch, device=edges.device)]
+
+
+class CandidateCache:
+    """The candidates of the last few observations; the least recently used are dropped first.
+
+    Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Hashable, Candidates] = OrderedDict()
+
+    def __len__(self) -> int:
+        """The number of observations that are kept."""
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as an empty cache."""
+        return CandidateCache, ()
+
+    def get_or_draw(
+        self, key: Hashable, draw: Callable[[], Candidates], device: torch.device
+    ) -> Candidates:
+        """The entry of that key, drawn if it is missing.
+
+        Candidates are drawn from a seed that is a function of the key, and torch's generators go on
+        as if nothing had been drawn: whether an entry was kept changes the time and no value.
+        """
+        found = self._entries.get(key)
+        if found is None:
+            with seeded(_seed_of(key), device):
+                found = draw()
+            self._entries[key] = found
+        self._entries.move_to_end(key)
+        while len(self) > _MAX_ENTRIES or (len(self) and self._numbers() > _MAX_NUMBERS):
+            self._entries.popitem(last=False)
+        return found
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._entries.clear()
+
+    def _numbers(self) -> int:
+        return sum(c.theta.numel() + c.log_weights.numel() for c in self._entries.values())
+
+
+def _seed_of(key: object) -> int:
+    """A seed that is a function of the key's representation, the same in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's random numbers follow from the seed; afterwards they go on as before."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

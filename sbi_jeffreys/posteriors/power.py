@@ -1,0 +1,101 @@
+"""How far to correct: the power β of the pool p_φ^{1−β} q_ψ^β by its score on held-out pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys._checks import check_int, check_tensor
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.posteriors.candidates import seeded
+from sbi_jeffreys.proxies.base import Proxy
+
+__all__ = ["best_power", "check_power", "pooling_power"]
+
+_POWERS = torch.linspace(0.05, 1.0, 20)
+_ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
+
+
+def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:
+    """β in (0, 1] at which the log-linear pool p_φ^{1−β} q_ψ^β has the best held-out log score.
+
+    The score Σ_m [β f*_m − log E_{p_φ} e^{β f_m}], f = log q̃_ψ − log p_φ, is concave in β.
+
+    Args:
+        log_ratio: f at K draws θ ∼ p_φ(·|x_m), shape `(K, M)`; −∞ outside the prior.
+        log_ratio_true: f at the true parameters, shape `(M,)`.
+
+    Returns:
+        The best of 0.05, 0.1, …, 1.
+
+    Raises:
+        TypeError, ValueError: If an argument is of another type or shape.
+    """
+    check_tensor("log_ratio", log_ratio, ("K", "M"))
+    check_tensor("log_ratio_true", log_ratio_true, (log_ratio.shape[1],))
+    scores = torch.stack(
+        [
+            (beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean()
+            for beta in _POWERS
+        ]
+    )
+    scores = torch.where(torch.isfinite(scores), scores, -torch.inf)
+    return float(_POWERS[int(scores.argmax())])
+
+
+@torch.no_grad()
+def pooling_power(
+    main: ConditionalDensityEstimator,
+    proxy: Proxy,
+    theta: Tensor,
+    x: Tensor,
+    num_samples: int = 256,
+) -> float:
+    """`best_power` from up to 200 held-out pairs; the same at every call.
+
+    Args:
+        main: The main model p_φ(θ|x).
+        proxy: The proxy.
+        theta: Parameters drawn from the prior, `(M, D)`.
+        x: Simulations `(M, *x_shape)`.
+        num_samples: Draws of the main per pair.
+
+    Returns:
+        β in (0, 1].
+
+    Raises:
+        TypeError, ValueError: If an argument is of another type or shape.
+    """
+    check_tensor("theta", theta, ("M", *main.input_shape))
+    check_tensor("x", x, (len(theta), *main.condition_shape))
+    check_int("num_samples", num_samples, 1)
+    ratios, true_ratios = [], []
+    theta, x = theta[:_MAX_PAIRS], x[:_MAX_PAIRS]
+    with seeded(0, theta.device):
+        for theta_part, x_part in zip(theta.split(_ROWS), x.split(_ROWS)):
+            with embedded_once(main, x_part):
+                draws = main.sample(torch.Size((num_samples,)), x_part)
+                both = torch.cat([draws, theta_part.unsqueeze(0)])
+                ratio = proxy.log_potential(both, x_part) - main.log_prob(both, x_part)
+            ratios.append(ratio[:-1])
+            true_ratios.append(ratio[-1])
+    return best_power(torch.cat(ratios, dim=1), torch.cat(true_ratios))
+
+
+def check_power(power: Any) -> float:
+    """Require a number in (0, 1].
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range.
+    """
+    number = isinstance(power, (int, float)) and not isinstance(power, bool)
+    if not number or not 0 < power <= 1:
+        raise (ValueError if number else TypeError)(
+            f"power must be a number in (0, 1], got {power!r}; 1 corrects the main all the way to "
+            "the proxy, and for the main itself use build_posterior()."
+        )
+    return float(power)

@@ -1,0 +1,203 @@
+r"""The partition function of a proxy at given observations, by adaptive importance sampling.
+
+Importance sampling from a proposal that is wider than the proxy estimates log Z too low: E log Ẑ ≤
+log Z, and the more so the sharper the proxy. A held-out loss −log q̃ + log Ẑ then flatters a proxy
+exactly where it is overconfident. Two remedies stand here.
+
+*Adaptation.* Draws θ_k of main and prior are weighted by (q̃/m)^τ, with the largest τ ≤ 1 that keeps
+a quarter of them effective. The next proposal is one third each of main and prior, of a Student
+distribution with the mean and covariance of the weighted draws, and of Student kernels about
+resampled draws; and so on until τ reaches 1 (population Monte Carlo, Cappé et al. 2004, with
+annealed weights, Neal 2001, arXiv physics/9803008). The estimate comes from the last round's draws
+alone: their proposal does not depend on them, so Ẑ is unbiased.
+
+*A bound from the other side.* With the pair's own θ* among the draws the estimate is biased upwards
+where θ* follows q (bidirectional Monte Carlo; Grosse et al. 2015, arXiv 1511.02543). Where both are
+far apart, the larger one is the pessimistic one, and the pair is marked as uncertain.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.objective import effective_sample_size, log_normaliser
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_density
+
+__all__ = ["Normaliser", "estimate_log_normaliser"]
+
+_MAX_ROUNDS = 12  # after the first
+_ENOUGH = 0.25  # share of the draws that must be effective
+_CENTRES = 32  # kernels per observation and round
+_DEGREES = 5.0  # of freedom of the Student kernels
+_AGREE = 0.1  # nats within which the bounds count as one
+_POWERS = torch.logspace(0, -3, 25)
+_MIN_EFFECTIVE = 20.0  # effective draws below which an estimate is uncertain
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Estimates of log Z at B observations.
+
+    Attributes:
+        lower: log Ẑ from the draws, biased low, `(B,)`.
+        upper: log Ẑ with the pairs' own θ among them, `(B,)`.
+        effective: Kish's effective number of draws, `(B,)`.
+        num_draws: Draws per observation that the estimates come from.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    effective: Tensor
+    num_draws: int
+
+    @property
+    def pessimistic(self) -> Tensor:
+        """The larger of both, under which the proxy looks worst, `(B,)`."""
+        return torch.maximum(self.lower, self.upper)
+
+    @property
+    def uncertain(self) -> Tensor:
+        """Where the bounds are apart, or too few draws carry the estimate, `(B,)`."""
+        apart = (self.upper - self.lower).abs() > _AGREE
+        return apart | (self.effective < _MIN_EFFECTIVE) | ~torch.isfinite(self.lower)
+
+
+@torch.no_grad()
+def estimate_log_normaliser(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    theta: Tensor,
+    x: Tensor,
+    num: int,
+    max_rounds: int = _MAX_ROUNDS,
+) -> Normaliser:
+    """Bounds on log Z_ψ(x) of pairs.
+
+    Args:
+        proxy: A fitted proxy.
+        main: A density estimator of θ given x that covers the proxy's posterior roughly.
+        theta: The pairs' own θ, `(B, D)`.
+        x: Their observations `(B, *x_shape)`.
+        num: Draws per observation and round, at least 4.
+        max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
+    """
+    drawn, log_m, _ = defensive_draws(proxy, main, x, num, theta)
+    log_q = proxy.log_potential(drawn, x)  # row 0: the pair's own θ
+    for _ in range(max_rounds):
+        log_w = log_q - log_m
+        if bool((effective_sample_size(log_w[1:]) >= _ENOUGH * num).all()):
+            break
+        annealed = _annealed(log_w[1:])
+        parts = _Kernels.moments(drawn[1:], annealed), _Kernels.about(drawn[1:], annealed)
+        third = num // 3
+        defensive, _, _ = defensive_draws(proxy, main, x, num - 2 * third)
+        fresh = [theta.unsqueeze(0), defensive, *(part.sample(third) for part in parts)]
+        drawn = torch.cat(fresh)
+        densities = [defensive_log_density(proxy, main, drawn, x)[0]]
+        densities += [part.log_prob(drawn) for part in parts]
+        sizes = torch.tensor([num - 2 * third, third, third]).to(log_q)
+        shares = (sizes / num).log().reshape(-1, 1, 1)
+        log_m = torch.logsumexp(torch.stack(densities) + shares, dim=0)
+        log_q = proxy.log_potential(drawn, x)
+    return Normaliser(
+        log_normaliser(log_q[1:], log_m[1:]),
+        log_normaliser(log_q, log_m),
+        effective_sample_size(log_q[1:] - log_m[1:]),
+        num,
+    )
+
+
+def _annealed(log_weights: Tensor) -> Tensor:
+    """τ log w, with the largest τ ≤ 1 at which a quarter of the draws `(K, B)` is effective."""
+    log_weights = log_weights.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    enough = _ENOUGH * len(log_weights)
+    power = torch.full_like(log_weights[0], float(_POWERS[-1]))
+    for candidate in _POWERS.flip(0):
+        sizes = effective_sample_size(float(candidate) * log_weights)
+        power = torch.where(sizes >= enough, float(candidate), power)
+    return power * log_weights
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Student kernels about J centres per observation, with one covariance each.
+
+    Attributes:
+        centres: `(B, J, D)`.
+        factor: Cholesky factor of the kernels' scale matrix, `(B, D, D)`.
+    """
+
+    centres: Tensor
+    factor: Tensor
+
+    @classmethod
+    def moments(cls, theta: Tensor, log_weights: Tensor) -> _Kernels:
+        """One component with the moments of draws `(K, B, D)` of log weights `(K, B)`."""
+        weights, draws = _normalised(theta, log_weights)
+        mean = (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
+        return cls(mean, torch.linalg.cholesky(_covariance(weights, draws)))
+
+    @classmethod
+    def about(cls, theta: Tensor, log_weights: Tensor) -> _Kernels:
+        """Kernels about resampled draws, which follow more than one mode."""
+        weights, draws = _normalised(theta, log_weights)
+        dim = draws.shape[-1]
+        rows = torch.multinomial(weights, _CENTRES, replacement=True)
+        centres = draws.gather(1, rows.unsqueeze(-1).expand(-1, -1, dim))
+        bandwidth = (4.0 / (_CENTRES * (dim + 2))) ** (2.0 / (dim + 4))
+        return cls(centres, torch.linalg.cholesky(bandwidth * _covariance(weights, draws)))
+
+    def sample(self, num: int) -> Tensor:
+        """Draws `(num, B, D)`."""
+        batch, centres, dim = self.centres.shape
+        which = torch.randint(centres, (batch, num, 1), device=self.factor.device)
+        noise = torch.randn(batch, num, dim).to(self.factor)
+        chi = torch.distributions.Chi2(torch.tensor(_DEGREES)).sample((batch, num, 1))
+        noise = noise * (_DEGREES / chi.to(noise)).sqrt()
+        means = self.centres.gather(1, which.expand(-1, -1, dim))
+        return (means + noise @ self.factor.transpose(1, 2)).transpose(0, 1)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Log density of θ `(K, B, D)`, `(K, B)`."""
+        dim = theta.shape[-1]
+
+        def white(points: Tensor) -> Tensor:
+            solved = torch.linalg.solve_triangular(self.factor, points.transpose(1, 2), upper=False)
+            return solved.transpose(1, 2)
+
+        squares = torch.cdist(white(theta.transpose(0, 1)), white(self.centres)).square()
+        log_det = self.factor.diagonal(dim1=1, dim2=2).log().sum(dim=-1)
+        constant = (
+            math.lgamma((_DEGREES + dim) / 2)
+            - math.lgamma(_DEGREES / 2)
+            - 0.5 * dim * math.log(_DEGREES * math.pi)
+        )
+        log_kernel = -0.5 * (_DEGREES + dim) * torch.log1p(squares / _DEGREES)
+        total = torch.logsumexp(log_kernel, dim=-1) - math.log(self.centres.shape[1])
+        return (total + (constant - log_det).unsqueeze(-1)).T
+
+
+def _normalised(theta: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights `(B, K)` that sum to one, equal where none is positive, and draws `(B, K, D)`."""
+    usable = torch.isfinite(log_weights).any(dim=0)
+    return torch.softmax(torch.where(usable, log_weights, 0.0), dim=0).T, theta.transpose(0, 1)
+
+
+def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
+    """Weighted covariance `(B, D, D)`, shrunk to its diagonal by how few draws are effective."""
+    dim = draws.shape[-1]
+    centred = draws - (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
+    covariance = torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    # As wide as the spacing of the draws in the least: one heavy weight must not collapse it.
+    floor = draws.var(dim=1).clamp_min(1e-24) * (1e-2 / draws.shape[1]) ** 2
+    effective = 1 / weights.square().sum(dim=1)
+    shrinkage = (dim / (effective + dim)).reshape(-1, 1, 1)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * torch.diag_embed(diagonal)
+    return shrunk + torch.diag_embed(floor)

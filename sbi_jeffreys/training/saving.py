@@ -1,0 +1,131 @@
+"""Saving, loading and pickling a trainer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sbi.utils.torchutils import process_device
+
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys.training import persistence
+from sbi_jeffreys.training.training import Training
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SavedTrainer"]
+
+
+class SavedTrainer(NPE):
+    """sbi's trainer with `save`, `load` and `load_weights`, and with pickles that keep the builder.
+
+    Attributes of the subclass: `_builder`, which builds the main, and `_training`, the record of
+    the symmetric part.
+    """
+
+    _builder: Callable[..., Any]
+    _training: Training
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file: simulations, networks, optimisers, random state.
+
+        After `load`, posteriors are the same, and training resumes as if it had never stopped. Two
+        things are not kept: the tracker (the loaded object has a new default one), and a
+        `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`: without it
+        `train(retrain_from_scratch=True)` raises.
+
+        Args:
+            path: File to write, complete or not at all; an existing one is replaced.
+
+        Raises:
+            TypeError: If something in it cannot be pickled.
+        """
+        main, tensors = _sbi.network_of(self), {}
+        if main is not None:
+            theta, x, _ = self.get_simulations()
+            tensors = {"theta": theta, "x": x, "train": self.train_indices, "val": self.val_indices}
+            tensors["main"] = dict(main.state_dict())
+        persistence.save(self, path, tensors)
+
+    def load_weights(self, path: str | os.PathLike[str]) -> Self:
+        """Take simulations and the main's weights from a saved file; no code of the file is run.
+
+        For a file that you do not trust: make an `NPE_Jeffreys` as it was made (same prior and
+        `density_estimator`), call this, and build posteriors. The proxy is not restored.
+
+        Args:
+            path: A file written by `save` after a training in one round.
+
+        Returns:
+            self.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else, or its weights do not fit this object's network.
+            RuntimeError: If this object has simulations already.
+        """
+        if _sbi.latest_round(self) >= 0:
+            raise RuntimeError(
+                "load_weights needs an object without simulations; make a new NPE_Jeffreys."
+            )
+        saved = persistence.load_tensors(path, str(_sbi.device_of(self)))
+        if "main" not in saved:
+            raise ValueError(f"{path} holds no trained main; save it after train().")
+        self.append_simulations(saved["theta"], saved["x"], exclude_invalid_x=False)
+        self.train_indices, self.val_indices = saved["train"], saved["val"]
+        rows = saved["train"].cpu()
+        main = self._builder(saved["theta"].cpu()[rows], saved["x"].cpu()[rows])
+        try:
+            main.load_state_dict(saved["main"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights of {path} do not fit the density_estimator of this object: {error}. "
+                "Make it with the prior and density_estimator that the file was saved with."
+            ) from error
+        _sbi.set_network(self, main.to(_sbi.device_of(self)).eval())
+        return self
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | None = None) -> Self:
+        """Read what `save` wrote. This runs code from the file: for one that you do not trust, use
+        `load_weights`.
+
+        Args:
+            path: The file.
+            device: Where to go on; None: the device it was saved on.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is something else, damaged, or of versions that cannot be read here.
+        """
+        device = None if device is None else process_device(device)
+        inference = persistence.load(path, device)
+        if not isinstance(inference, cls):
+            raise ValueError(
+                f"{path} holds a {type(inference).__name__}, not a {cls.__name__}; load it with "
+                f"{type(inference).__name__}.load."
+            )
+        if device is not None:
+            _sbi.set_device(inference, device)
+            for owner in (inference, inference._training.stage):
+                optimizer = getattr(owner, "optimizer", None)
+                if optimizer is not None:
+                    persistence.place_step_counters(optimizer)
+        return inference
+
+    def __getstate__(self) -> dict[str, Any]:
+        """sbi's, with the builder where it can be pickled."""
+        kept = persistence.is_picklable(self._builder)
+        with warnings.catch_warnings():
+            if kept:  # sbi would warn that retrain_from_scratch is lost
+                warnings.filterwarnings("ignore", message="When the inference object is pickled")
+            state = super().__getstate__()
+        return state | {"_builder": self._builder if kept else None}
+
+    def __setstate__(self, state_dict: dict[str, Any]) -> None:
+        super().__setstate__(state_dict)
+        _sbi.set_builder(self, self._builder)

@@ -1,0 +1,154 @@
+"""Priors, parameters and outputs that the transforms do not suit: plain sbi spaces, and a word."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from contract_tools import PRIOR, TINY, fresh, train
+from sbi.neural_nets import posterior_nn
+from sbi.utils import BoxUniform, RestrictedPrior, process_prior
+from torch.distributions import Dirichlet, Distribution, Uniform, constraints
+
+from sbi_jeffreys import JeffreysWarning, MainBuilder, NPE_Jeffreys
+from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
+from sbi_jeffreys.networks.transforms import MarginalTransform
+
+UNIT = BoxUniform(torch.zeros(2), torch.ones(2))
+
+
+def draw(inference: NPE_Jeffreys, x: torch.Tensor) -> torch.Tensor:
+    return inference.build_posterior().sample((20,), x=x, show_progress_bars=False)
+
+
+@pytest.mark.parametrize("kind", ["clamped", "grid", "one"])
+def test_parameters_on_the_edge_are_modelled_as_they_are(kind):
+    torch.manual_seed(0)
+    theta = torch.rand(300, 2)
+    if kind == "clamped":
+        theta = (1.2 * theta - 0.1).clamp(0, 1)
+    if kind == "grid":
+        theta = torch.cartesian_prod(*[torch.linspace(0, 1, 17)] * 2)
+    if kind == "one":
+        theta[7, 1] = 1.0
+    x = theta + 0.15 * torch.randn_like(theta)
+    inference = fresh(prior=UNIT).append_simulations(theta, x)
+    with pytest.warns(JeffreysWarning, match="lie on the edge of the prior's support"):
+        inference.train(max_num_epochs=2)
+    assert not isinstance(inference._neural_net, UnconstrainedDensityEstimator)
+    assert draw(inference, x[:1]).shape == (20, 2)
+
+
+def test_draws_of_the_prior_do_not_lie_on_the_edge():
+    theta = UNIT.sample((20_000,))
+    builder = MainBuilder().with_prior(UNIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", JeffreysWarning)
+        assert builder.avoiding_edge(theta) is builder
+
+
+class Triangle(Distribution):
+    """Uniform on 0 < θ₁ < θ₂ < 1."""
+
+    class _Support(constraints.Constraint):
+        event_dim = 1
+
+        def check(self, value):
+            return (value[..., 0] > 0) & (value[..., 0] < value[..., 1]) & (value[..., 1] < 1)
+
+    arg_constraints: dict = {}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__(event_shape=torch.Size((2,)), validate_args=False)
+
+    support = _Support()
+    mean = torch.tensor([1 / 3, 2 / 3])
+    variance = torch.tensor([1 / 18, 1 / 18])
+
+    def sample(self, sample_shape=torch.Size()):
+        return torch.rand(*sample_shape, 2).sort(dim=-1).values
+
+    def log_prob(self, value):
+        return torch.where(self.support.check(value), torch.log(torch.tensor(2.0)), -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        Triangle(),
+        Dirichlet(torch.tensor([1.0, 2.0, 3.0])),
+        process_prior([Uniform(torch.zeros(1), torch.ones(1)), Dirichlet(torch.ones(2))])[0],
+    ],
+    ids=["triangle", "dirichlet", "mixed"],
+)
+def test_a_support_without_unconstrained_space_is_no_obstacle(prior):
+    torch.manual_seed(1)
+    theta = prior.sample((100,))
+    x = theta + 0.1 * torch.randn_like(theta)
+    with pytest.warns(JeffreysWarning, match="no unconstrained space"):
+        inference = fresh(prior=prior)
+    main = train(inference.append_simulations(theta, x))
+    assert main.sample(torch.Size((20,)), x[:1]).shape == (20, 1, theta.shape[1])
+
+
+class Corner:
+    """Accepts the lower half; cannot be copied, as a trained classifier of sbi's cannot."""
+
+    def __call__(self, theta):
+        return theta[:, 0] < 0
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+
+def test_a_prior_that_cannot_be_copied(capsys):
+    restricted = RestrictedPrior(PRIOR, Corner(), sample_with="rejection")
+    torch.manual_seed(0)
+    theta = restricted.sample((100,), print_rejected_frac=False)
+    inference = fresh(prior=restricted).append_simulations(theta, theta + 0.1 * torch.randn(100, 2))
+    capsys.readouterr()
+    train(inference)
+    assert capsys.readouterr().out == ""
+    assert draw(inference, theta[:1]).shape == (20, 2)
+    copy.deepcopy(inference._neural_net)
+    inference.build_corrected_posterior(100)
+
+
+def signal(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A noisy decay, 100 samples of one signal."""
+    torch.manual_seed(3)
+    theta = PRIOR.sample((num,))
+    time = torch.linspace(0, 5, 100)
+    mean = (2 + theta[:, :1]) * torch.exp(-time * (1.5 + theta[:, 1:]))
+    return theta, mean + 0.05 * torch.randn(num, 100)
+
+
+def test_the_samples_of_a_signal_share_one_transform():
+    _, x = signal(200)
+    assert len(set(MarginalTransform.fit(x).kinds)) == 1
+    assert len(MarginalTransform.fit(x.exp()).kinds) == 100
+    assert set(MarginalTransform.fit((3 * x).exp()).kinds) == {"log"}
+
+
+def test_plain_npe_on_a_signal_is_sbis_network():
+    """With nothing transformed, the network is sbi's own, in the prior's unconstrained space."""
+    theta, x = signal(200)
+    torch.manual_seed(0)
+    ours = MainBuilder("maf").with_prior(PRIOR)(theta, x)
+    torch.manual_seed(0)
+    u = ours.transform(theta)[0]
+    theirs = posterior_nn("maf")(u, x)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_an_offset_that_float32_cannot_resolve():
+    theta = PRIOR.sample((100,))
+    x = theta + 0.1 * torch.randn(100, 2) + 1e8
+    inference = fresh(options=TINY).append_simulations(theta, x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inference.train(max_num_epochs=2)
+    assert any(w.category is JeffreysWarning and "x is constant" in str(w.message) for w in caught)
+    losses = inference.summary["validation_loss"]
+    assert losses[-1] < 5
