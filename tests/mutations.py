@@ -90,7 +90,6 @@ MUTANTS = (
     Mutant("missing draws not replaced", "proxies/likelihood.py", "_ROUNDS = 5", "_ROUNDS = 0", "tests/proxies/test_draws.py"),
     Mutant("sampler not tried", "proxies/given.py", "        if wrong > 0.5 * len(theta):", "        if False:", "tests/proxies/test_given.py -k sampler_unlike"),
     Mutant("priors not compared", "proxies/__init__.py", "        _compare_priors(options.proxy.prior, prior)", "        pass", "tests/proxies/test_given.py -k another_prior"),
-    Mutant("prior drawn in two dimensions", "proxies/partition.py", "torch.Size(((num - from_main) * len(x),))", "torch.Size((num - from_main, len(x)))", "tests/proxies/test_partition.py"),
     Mutant("builders leak", "npe.py", "elif transformed and known:", "elif False:", "tests/networks/test_builders.py -k cannot_leak"),
     Mutant("bad proxy followed", "training/preparation.py", "if t < options.min_trust:", "if False:", "tests/test_npe.py -k untrustworthy"),
     Mutant("as long for many simulations", "options.py", "max(1.0, num_simulations / 1000)", "1.0", "tests/test_npe.py -k as_long_as"),
