@@ -14,7 +14,9 @@ transformed values, Jacobian included, among identity, square root, log and scal
 
 from __future__ import annotations
 
+import io
 import math
+from contextlib import redirect_stdout
 
 import torch
 from sbi.utils import mcmc_transform, within_support
@@ -324,4 +326,5 @@ def on_edge(transform: PriorTransform, theta: Tensor) -> Tensor:
 
 def _device_of(prior: Distribution) -> torch.device:
     """Device of the prior's samples."""
-    return prior.sample(torch.Size((1,))).device
+    with redirect_stdout(io.StringIO()):  # sbi's RestrictedPrior prints
+        return prior.sample(torch.Size((1,))).device

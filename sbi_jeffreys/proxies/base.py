@@ -8,9 +8,13 @@ pairs favour another (`training.temperature`). Subclasses define f_ψ: a learned
 
 from __future__ import annotations
 
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from copy import deepcopy
+from typing import Any
 
 import torch
 from sbi.utils import within_support
@@ -51,6 +55,20 @@ class Proxy(nn.Module, ABC):
             check_callable(f"prior.{name}", getattr(prior, name, None), "a method", remedy)
         self.prior = prior
         self.register_buffer("inverse_temperature", torch.tensor(1.0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
+        """A copy that shares the prior: no one changes it, and some priors cannot be copied."""
+        memo[id(self.prior)] = self.prior
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        twin.__setstate__(deepcopy(state, memo))
+        return twin
+
+    def sample_prior(self, num: int) -> Tensor:
+        """Draws of the prior, `(num, D)`; what a prior prints on the way is dropped."""
+        with redirect_stdout(io.StringIO()):
+            return self.prior.sample(torch.Size((num,)))
 
     @abstractmethod
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ class Proxy(nn.Module, ABC):
         if getattr(self, "_anchor", None) is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self._anchor = self.prior.sample(torch.Size((1,)))[0].detach()
+                self._anchor = self.sample_prior(1)[0].detach()
         return self._anchor.to(like)
 
     def fit(

@@ -146,7 +146,7 @@ class GivenProxy(Proxy):
     @torch.no_grad()
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Pairs θ̃ ∼ p(θ), x̃ ∼ p(x|θ̃): shapes `(≤ num_samples, D)`, `(≤ num_samples, *x_shape)`."""
-        return self.sample_given(self.prior.sample(torch.Size((num_samples,))))
+        return self.sample_given(self.sample_prior(num_samples))
 
     @torch.no_grad()
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,9 +211,7 @@ class LikelihoodProxy(Proxy):
         or fewer), in at most five rounds, and in none where fewer than one in twenty is plausible.
         `drawn` has the counts.
         """
-        return self._enough(
-            num_samples, lambda num: self.prior.sample(torch.Size((num,))).to(self.weights)
-        )
+        return self._enough(num_samples, lambda num: self.sample_prior(num).to(self.weights))
 
     @torch.no_grad()
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:

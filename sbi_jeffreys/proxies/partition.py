@@ -54,7 +54,7 @@ def defensive_draws(
     with embedded_once(main, x):
         theta = main.sample(torch.Size((from_main,)), x)
         # Drawn flat: not every prior takes two-dimensional sample shapes.
-        flat = proxy.prior.sample(torch.Size(((num - from_main) * len(x),))).to(theta)
+        flat = proxy.sample_prior((num - from_main) * len(x)).to(theta)
         theta = torch.cat([theta, flat.reshape(-1, *theta.shape[1:])])
         if first is not None:
             theta = torch.cat([first.unsqueeze(0), theta])
