@@ -3,6 +3,7 @@
     python tests/host/run.py                        the unmarked tests of the files in files.txt
     python tests/host/run.py --slow                 every test of these files (hours)
     python tests/host/run.py --sbi-version 0.26.1   against another sbi, in a throwaway environment
+    python tests/host/run.py --sbi PATH             our tests and sbi's, against a checkout of sbi
 
 See README.md, beside this file.
 """
@@ -53,15 +54,28 @@ def listed(slow: bool) -> tuple[list[str], list[str]]:
     return entries, [line.removeprefix("-").strip() for line in lines if line.startswith("-")]
 
 
-def in_fetched(root: Path, selected: list[str]) -> list[str]:
-    """Return the selected files or node ids as absolute paths, after checking that they exist."""
-    absent = [name for name in selected if not (root / name.split("::")[0]).is_file()]
-    if absent:
+def in_fetched(root: Path, selected: list[str], checkout: bool = False) -> list[str]:
+    """Return the selected files or node ids as absolute paths, after checking that they exist.
+
+    In a checkout of another version, what does not exist there is left out, and named.
+    """
+    absent = [name for name in selected if not _exists(root, name)]
+    if absent and checkout:
+        print(f"not among sbi's tests in {root}, left out: {', '.join(absent)}", flush=True)
+        selected = [name for name in selected if name not in absent]
+    elif absent:
         raise SystemExit(
             f"not among sbi's tests in {root}: {', '.join(absent)}. Correct tests/host/files.txt "
             "or the names given, written like tests/sbc_test.py."
         )
     return [str(root / name) for name in selected]
+
+
+def _exists(root: Path, name: str) -> bool:
+    """Whether a file or node id is there: the file, and in it the test's name."""
+    file, _, test = name.partition("::")
+    path = root / file
+    return path.is_file() and test.partition("[")[0] in path.read_text(encoding="utf-8")
 
 
 def pytest_arguments(root: Path, options: argparse.Namespace) -> list[str]:
@@ -70,21 +84,29 @@ def pytest_arguments(root: Path, options: argparse.Namespace) -> list[str]:
     arguments += ["-p", "no:cacheprovider", "-m", ALL if options.slow else UNMARKED]
     # The tests belong to sbi: report failures, not their warnings and expected failures.
     arguments += ["-r", "fEX", "--disable-warnings"]
-    arguments += ["--host-exceptions", str(HERE / "exceptions.txt")]
+    exceptions = HERE / ("exceptions_main.txt" if options.sbi else "exceptions.txt")
+    arguments += ["--host-exceptions", str(exceptions)]
     arguments += ["--host-costs", str(options.costs)]
     if options.workers > 1:
         arguments += ["-n", str(options.workers)]
     if options.tests:
-        return [*arguments, "--host-partial", *in_fetched(root, options.tests)]
+        return [*arguments, "--host-partial", *in_fetched(root, options.tests, bool(options.sbi))]
     selected, leave_one_out = listed(options.slow)
     for node_id in leave_one_out:
         arguments += ["--deselect", node_id]
-    return arguments + in_fetched(root, selected)
+    return arguments + in_fetched(root, selected, bool(options.sbi))
 
 
-def run_pytest(python: str, arguments: list[str]) -> int:
-    """Run pytest in an empty folder, where sbi's trackers leave their logs; return its status."""
-    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]  # the plugin, then the user's own
+def run_pytest(python: str, arguments: list[str], first: tuple[str, ...] = ()) -> int:
+    """Run pytest in an empty folder, where sbi's trackers leave their logs; return its status.
+
+    Args:
+        python: the interpreter.
+        arguments: of pytest.
+        first: folders that come before everything installed, such as a checkout of sbi.
+    """
+    # A checkout, the plugin, then the user's own.
+    paths = [*first, str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     # One thread a process: the networks are tiny, and results do not depend on the machine's cores.
     environment["OMP_NUM_THREADS"] = "1"
@@ -112,6 +134,26 @@ def throwaway_environment(folder: Path, version: str) -> str:
     return python
 
 
+def run_against_checkout(checkout: Path, options: argparse.Namespace) -> int:
+    """Run our own tests, then sbi's, with the `sbi/` of a checkout in place of the installed one.
+
+    Args:
+        checkout: a folder with `sbi/` and `tests/`.
+        options: of the command line.
+    """
+    for name in ("sbi", "tests"):
+        if not (checkout / name).is_dir():
+            raise SystemExit(f"--sbi {checkout}: expected a checkout of sbi, but it has no {name}/")
+    first = (str(checkout), str(REPOSITORY))
+    ours = [str(REPOSITORY / "tests"), "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider", "-q"]
+    ours += ["-c", str(REPOSITORY / "pyproject.toml"), "--disable-warnings"]
+    ours += ["-n", str(options.workers)] if options.workers > 1 else []
+    status = 0 if options.tests else run_pytest(sys.executable, ours, first)
+    print(f"Our tests against {checkout}: {'passed' if status == 0 else 'failed'}", flush=True)
+    theirs = run_pytest(sys.executable, pytest_arguments(checkout, options), first)
+    return status or theirs
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(
@@ -120,6 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("tests", nargs="*", help="files or node ids; default: those in files.txt")
     parser.add_argument("--slow", action="store_true", help="with the slow and mcmc tests (hours)")
     parser.add_argument("--sbi-version", help="run against this sbi, in a throwaway environment")
+    parser.add_argument("--sbi", type=Path, help="a checkout of sbi: run our tests and sbi's there")
     parser.add_argument("-n", "--workers", type=int, default=1, help="processes (pytest-xdist)")
     parser.add_argument("--costs", type=int, default=0, help="list the N most expensive tests")
     return parser.parse_args(arguments)
@@ -134,6 +177,8 @@ def main() -> int:
             return run_pytest(python, pytest_arguments(fetch(options.sbi_version), options))
     if missing := missing_modules():
         raise SystemExit(f"sbi's tests need {', '.join(missing)}; install with\n{install_hint()}")
+    if options.sbi:
+        return run_against_checkout(options.sbi.resolve(), options)
     return run_pytest(sys.executable, pytest_arguments(fetch(metadata.version("sbi")), options))
 
 
