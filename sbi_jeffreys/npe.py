@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sbi.inference
 from torch import Tensor
@@ -36,11 +36,15 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.posteriors.power import pooling_power
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
-from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, check_simulations
+from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
+from sbi_jeffreys.training.simulations import check_appended, check_simulations
 from sbi_jeffreys.training.symmetric import TRACES
 from sbi_jeffreys.training.training import Training
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["TRACES", "NPE_Jeffreys", "register"]
 
@@ -126,6 +130,23 @@ class NPE_Jeffreys(SavedTrainer):
         """What the last training decided and what to do about it; None before it."""
         return self._training.report
 
+    def append_simulations(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        proposal: Any | None = None,
+        exclude_invalid_x: bool | None = None,
+        data_device: str | None = None,
+    ) -> Self:
+        """Store θ `(N, D)` and x `(N, *x_shape)` for training; the arguments are sbi's.
+
+        Raises:
+            TypeError, ValueError: Naming θ or x, what was expected, what came, and the remedy.
+        """
+        before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
+        check_appended(theta, x, _sbi.prior_of(self), before)
+        return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
+
     def train(
         self,
         num_atoms: int = 10,
@@ -183,6 +204,7 @@ class NPE_Jeffreys(SavedTrainer):
         """
         theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
         check_simulations(theta, _sbi.prior_of(self), validation_fraction)
+        self._training.check_kernel(self, starting_round)
         if isinstance(self._builder, MainBuilder):
             _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.starting_round = starting_round

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
@@ -21,7 +20,6 @@ from sbi_jeffreys._checks import (
     check_instance,
     check_int,
 )
-from sbi_jeffreys._sbi import ImproperEmpirical
 from sbi_jeffreys.networks.builders import MainBuilder, is_config
 from sbi_jeffreys.options import JeffreysOptions
 
@@ -29,7 +27,6 @@ __all__ = [
     "TrainArguments",
     "check_constructor",
     "check_resumable",
-    "check_simulations",
     "lost_builder",
 ]
 
@@ -200,45 +197,6 @@ def _check_dataloader_kwargs(kwargs: Any) -> None:
         raise TypeError(
             f"dataloader_kwargs must be arguments of torch.utils.data.DataLoader, got "
             f"{', '.join(unknown)}; remove them."
-        )
-
-
-def check_simulations(
-    theta: Tensor, prior: Distribution | None, validation_fraction: float
-) -> None:
-    """Check that the simulations can be split, and that their θ can come from the prior.
-
-    Args:
-        theta: All θ to train on, `(N, D)`.
-        prior: The prior; None or sbi's stand-in for one has no support to check against.
-        validation_fraction: Share that is held out, in (0, 1).
-
-    Raises:
-        ValueError: If there are too few simulations, or θ has another size than the prior's or
-            lies outside its support, where a posterior has no density.
-    """
-    num = len(theta)
-    num_training = int((1 - validation_fraction) * num)  # as sbi splits
-    if num_training < 2 or num - num_training < 1:
-        raise ValueError(
-            f"theta: expected enough simulations for at least two to train on and one held out, "
-            f"got {num} with validation_fraction={validation_fraction}; append more simulations."
-        )
-    if prior is None or isinstance(prior, ImproperEmpirical):
-        return
-    size = prior.event_shape[-1] if prior.event_shape else None
-    if size is not None and theta.shape[-1] != size:
-        raise ValueError(
-            f"theta: expected shape (N, {size}) as the prior's, got {tuple(theta.shape)}; pass the "
-            "prior that the parameters were drawn from."
-        )
-    inside = within_support(prior, theta)
-    if not bool(inside.all()):
-        row = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"theta: expected parameters inside the prior's support, got {int((~inside).sum())} of "
-            f"{num} outside it, the first in row {row}: {theta[row].tolist()}; drop them, or "
-            "pass the prior that they were drawn from."
         )
 
 

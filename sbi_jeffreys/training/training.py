@@ -43,6 +43,7 @@ class Training:
         available: How many simulations there were when the training began; None before it.
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
+        arguments: Of the call of `train` under way, None between calls.
         written: When the last checkpoint was written, by the monotonic clock.
     """
 
@@ -52,6 +53,7 @@ class Training:
         self.available: int | None = None
         self.report: TrainingReport | None = None
         self.written = 0.0
+        self.arguments: TrainArguments | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -87,6 +89,11 @@ class Training:
                 None if self.stage is None else self.stage.options,
             )
 
+    def check_kernel(self, trainer: NPE, starting_round: int) -> None:
+        """Try the calibration kernel on the simulations before plain NPE is trained with it."""
+        if self.arguments is not None and self.arguments.calibration_kernel is not None:
+            self.arguments.kernel(trainer.get_simulations(starting_round)[1])
+
     def run(
         self,
         trainer: NPE,
@@ -108,6 +115,7 @@ class Training:
             The main, in evaluation mode.
         """
         gradients, epochs = torch.is_grad_enabled(), 0
+        self.arguments = arguments
         plain = not (arguments.resume_training and self.symmetric is not None)
         if not arguments.resume_training:
             self.stream.start_anew()
@@ -119,6 +127,7 @@ class Training:
                 if options.num_steps != 0:
                     epochs = self._train_symmetric(trainer, options, arguments, show_progress_bars)
         finally:
+            self.arguments = None  # a kernel may not be picklable
             torch.set_grad_enabled(gradients)  # an interrupt inside no_grad() leaves them off
         main = _sbi.network_of(trainer)
         assert main is not None
@@ -134,7 +143,9 @@ class Training:
         if options.checkpoint is not None:
             self.stream.mark()
             self.written = time.monotonic()
+            arguments, self.arguments = self.arguments, None
             trainer.save(options.checkpoint)  # type: ignore[attr-defined]  # NPE_Jeffreys has it
+            self.arguments = arguments
 
     # ------------------------------------------------------------------ plain NPE
 
