@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sbi.utils import within_support
 from scipy.stats import binom
 from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import check_bool, check_float, check_instance, check_tensor
+from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = [
     "Coverage",
@@ -121,7 +121,7 @@ def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
         raise ValueError("theta must have shape (*B, D), got shape (); pass theta.reshape(1, 1).")
     finite = torch.isfinite(theta).all(-1)
     safe = torch.where(finite.unsqueeze(-1), theta, torch.zeros_like(theta))
-    inside = within_support(prior, safe.reshape(-1, theta.shape[-1]))
+    inside = inside_support(prior, safe.reshape(-1, theta.shape[-1]))
     return finite & inside.reshape(finite.shape)
 
 

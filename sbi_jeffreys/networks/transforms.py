@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 
 import torch
-from sbi.utils import mcmc_transform, within_support
+from sbi.utils import MultipleIndependent, mcmc_transform, within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-__all__ = ["MarginalTransform", "PriorTransform", "is_bounded", "on_edge"]
+__all__ = ["MarginalTransform", "PriorTransform", "inside_support", "is_bounded", "on_edge"]
 
 _KINDS = ("identity", "log", "sqrt", "asinh")
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
@@ -300,6 +300,18 @@ class PriorTransform(nn.Module):
         """θ = T⁻¹(u), inside the support by construction."""
         flat = torch.as_tensor(self.bijection.inv(u.reshape(-1, u.shape[-1])))
         return flat.reshape(u.shape)
+
+
+def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
+    """Which θ `(N, D)` lie in the prior's support, `(N,)`: sbi's `within_support`, part by part.
+
+    sbi's joint of independent priors is asked part by part, because torch cannot concatenate
+    supports that check single numbers (a box) with one that checks vectors (a simplex).
+    """
+    if not isinstance(prior, MultipleIndependent):
+        return within_support(prior, theta)
+    parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
+    return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
 
 
 def is_bounded(prior: Distribution) -> bool:

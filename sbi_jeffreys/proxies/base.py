@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor, nn
 from torch.distributions import (
     Categorical,
@@ -21,6 +20,8 @@ from torch.distributions import (
     MultivariateNormal,
     constraints,
 )
+
+from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = ["EmpiricalPrior", "Proxy"]
 
@@ -62,7 +63,7 @@ class Proxy(nn.Module, ABC):
     def log_prior(self, theta: Tensor) -> Tensor:
         """log p(θ) of `(*B, D)`, −∞ outside the support (where torch's own priors may raise)."""
         flat = theta.reshape(-1, theta.shape[-1])
-        inside = within_support(self.prior, flat)
+        inside = inside_support(self.prior, flat)
         safe = torch.where(inside.unsqueeze(-1), flat, self._inside_point(flat))
         log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
         return log_prob.reshape(theta.shape[:-1])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
@@ -23,6 +22,7 @@ from sbi_jeffreys._checks import (
 )
 from sbi_jeffreys._sbi import ImproperEmpirical
 from sbi_jeffreys.networks.builders import MainBuilder, is_config
+from sbi_jeffreys.networks.transforms import inside_support
 from sbi_jeffreys.options import JeffreysOptions
 
 __all__ = [
@@ -232,7 +232,7 @@ def check_simulations(
             f"theta: expected shape (N, {size}) as the prior's, got {tuple(theta.shape)}; pass the "
             "prior that the parameters were drawn from."
         )
-    inside = within_support(prior, theta)
+    inside = inside_support(prior, theta)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
         raise ValueError(
