@@ -85,7 +85,6 @@ def priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
     axis.tick_params(axis="y", which="both", colors=COLOURS[0])
     (drawn,) = axis.plot([], [])  # one legend for both sides
     drawn.update_from(right.get_lines()[0])
-    drawn.set_label("slack ε (right)")
 
 
 def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) -> None:

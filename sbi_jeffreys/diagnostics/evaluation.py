@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,14 +35,13 @@ class Evaluation:
     Attributes:
         prior: The prior it is cut to.
         draws: Its draws and densities.
-        reverse: KL to the proxy by observation, in nats, `(M,)` with M ≤ N, or None.
-        effective_sample_size: Of the draws reweighted to the proxy, in [0, 1], `(M,)`, or None.
+        against_proxy: By observation, `(M,)` with M ≤ N: reverse KL to the proxy in nats, and the
+            effective sample size in [0, 1] of draws reweighted to it; None without a proxy.
     """
 
     prior: Distribution
     draws: PairDraws
-    reverse: Tensor | None
-    effective_sample_size: Tensor | None
+    against_proxy: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,9 @@ def evaluate(
         if found.corrected is not None:
             raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
-    reverse, sizes = map(torch.cat, zip(*against)) if against else (None, None)
-    return Evaluation(found.prior, _joined(draws), reverse, sizes)
-
-
-# ------------------------------------------------------------------ what is it?
+    reverse, sizes = ([batch[k] for batch in against] for k in range(2))
+    joined = (torch.cat(reverse), torch.cat(sizes)) if against else None
+    return Evaluation(found.prior, _joined(draws), joined)
 
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
@@ -135,9 +132,6 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
     proxy = getattr(given, "proxy", None) if proxy is None else proxy
     corrected = given if isinstance(given, CorrectedPosterior) else None
     return _Subject(mains, weights, prior_of(given), proxy, corrected, device_of(given))
-
-
-# ------------------------------------------------------------------ draws and densities
 
 
 def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDraws:
@@ -188,9 +182,10 @@ def _reweighted(
 
 def _joined(batches: Sequence[PairDraws]) -> PairDraws:
     """Batches of pairs, side by side."""
-    columns: dict[str, Any] = {}
-    for name in (f.name for f in fields(PairDraws) if f.name != "normalised"):
-        values = [getattr(batch, name) for batch in batches]
-        dim = 0 if name == "log_prob_true" else 1
-        columns[name] = None if values[0] is None else torch.cat(values, dim=dim)
-    return PairDraws(**columns)
+    weights = [batch.log_weights for batch in batches if batch.log_weights is not None]
+    return PairDraws(
+        torch.cat([batch.theta for batch in batches], dim=1),
+        torch.cat([batch.log_prob for batch in batches], dim=1),
+        torch.cat([batch.log_prob_true for batch in batches]),
+        torch.cat(weights, dim=1) if weights else None,
+    )

@@ -104,11 +104,8 @@ def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
     axis.fill_between(*band, color=GREY, alpha=0.3, label=label, lw=0)
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=1)
     for k, (name, curve) in enumerate(named.items()):
-        style = {
-            **drawing.method_style(k),
-            "markersize": 4,
-            "markevery": max(1, len(curve.levels) // 8),
-        }
+        style = drawing.method_style(k) | {"markersize": 4}
+        style["markevery"] = max(1, len(curve.levels) // 8)
         axis.plot(curve.levels.numpy(), curve.values.numpy(), label=name or "posterior", **style)
     axis.set(xlabel="nominal level", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
     axis.set_aspect("equal")
@@ -143,12 +140,10 @@ def plot_divergences(
         (math.nan if r.reverse is None else r.reverse, r.reverse_error or math.nan)
         for r in named.values()
     ]
-    drawing.bars(
-        axis, places - 0.2, forward, COLOURS[0], f"forward NLL above the best, {best:.2f}", ""
-    )
-    label = "reverse KL to the proxy"
-    if all(r.reverse is None for r in named.values()):
-        label += " (no proxy)"
+    label = f"forward NLL above the best, {best:.2f}"
+    drawing.bars(axis, places - 0.2, forward, COLOURS[0], label, "")
+    known = any(r.reverse is not None for r in named.values())
+    label = "reverse KL to the proxy" if known else "reverse KL to the proxy (no proxy)"
     drawing.bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(places, list(named), rotation=20 if len(named) > 3 else 0)
