@@ -28,19 +28,11 @@ def axes_for(
     each: str = "",
     shared: bool = False,
 ) -> np.ndarray:
-    """The axes given, flat, after a check; those of a new figure if None.
-
-    Args:
-        name: The argument's name.
-        given: What was passed: Axes, several of them, or None.
-        shape: Rows and columns of axes that are needed.
-        size: Width and height of a new figure, in inches.
-        each: What each of the axes is for, "one per …".
-        shared: Whether a new figure's axes share their limits.
+    """The axes given, flat, after a check; those of a new figure of so many inches if None.
 
     Raises:
-        TypeError: If something else is among them.
-        ValueError: If there are more or fewer.
+        TypeError: If something else than Axes is among them.
+        ValueError: If there are more or fewer than rows times columns, "one per …" of `each`.
     """
     import matplotlib.pyplot as plt  # here, because importing it chooses a backend
     from matplotlib.axes import Axes

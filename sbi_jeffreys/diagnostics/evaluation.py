@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,18 +67,7 @@ def evaluate(
 ) -> Evaluation:
     """Draw from a posterior and evaluate its density at pairs, batch by batch.
 
-    Args:
-        subject: A trained NPE or NPE_Jeffreys, or a posterior of theirs; see `held_out_report`.
-        theta: Parameters of the pairs, `(N, D)`.
-        x: Their simulations, `(N, *x_shape)`.
-        num_samples: Draws per pair.
-        proxy: For the reverse KL; the subject's own if None.
-        show_progress_bars: Whether to show progress over the pairs.
-
-    Raises:
-        TypeError: If the subject has no density that can be drawn from directly.
-        ValueError: If the pairs' shapes are not those of the network, or an ensemble has a proxy.
-        RuntimeError: If the inference is not trained yet.
+    The arguments are those of `held_out_report`, as are the errors about them.
     """
     found = _subject(subject, proxy)
     main = found.mains[0]
@@ -137,22 +127,16 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
 def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDraws:
     """Raw draws of the main, or of the mixture of mains, with densities of draws and truths."""
     weights, num = found.weights, len(found.mains)
-    counts = torch.bincount(torch.multinomial(weights, num_samples, True), minlength=num)
-    drawn = torch.cat([_sample(m, int(n), x) for m, n in zip(found.mains, counts) if n > 0])
-    both = torch.cat([drawn, theta.unsqueeze(0)])
-    log_probs = torch.stack([_log_prob(main, both, x) for main in found.mains])
+    counts = torch.bincount(torch.multinomial(weights, num_samples, True), minlength=num).tolist()
+    with ExitStack() as stack:
+        for main in found.mains:
+            stack.enter_context(embedded_once(main, x))
+        sizes = [(main, torch.Size((count,))) for main, count in zip(found.mains, counts) if count]
+        drawn = torch.cat([main.sample(size, x) for main, size in sizes])
+        both = torch.cat([drawn, theta.unsqueeze(0)])
+        log_probs = torch.stack([main.log_prob(both, x) for main in found.mains])
     log_p = torch.logsumexp(log_probs + weights.to(drawn).log().reshape(-1, 1, 1), dim=0)
     return PairDraws(drawn, log_p[:-1], log_p[-1])
-
-
-def _sample(main: ConditionalDensityEstimator, num: int, x: Tensor) -> Tensor:
-    with embedded_once(main, x):
-        return main.sample(torch.Size((num,)), x)
-
-
-def _log_prob(main: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
-    with embedded_once(main, x):
-        return main.log_prob(theta, x)
 
 
 def _against_proxy(

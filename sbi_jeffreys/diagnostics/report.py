@@ -3,12 +3,9 @@ r"""What to report about a trained posterior, from simulations it has not seen.
     report = held_out_report(inference, theta, x)
     print(report)
 
-The report evaluates, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys
-divergence (the forward NLL, and the reverse KL as far as the proxy can tell), expected coverage,
-marginal ranks, and the mass outside the prior, and it says in words what is wrong. Each finding is
-a test, and together the tests raise a false alarm on an exact posterior in one report of a hundred.
-"Healthy" means healthy as far as so many pairs can show, and the report states how far that is.
-`sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
+Each finding is a test, and together the tests raise a false alarm on an exact posterior in one
+report of a hundred. "Healthy" means healthy as far as so many pairs can show, and the report states
+how far that is. `sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
 """
 
 from __future__ import annotations

@@ -52,9 +52,6 @@ def judge(
         num_samples: Draws S that the ranks are among.
         against_proxy: Reverse KL in nats, its standard error, and the effective sample size in
             [0, 1], where there is a proxy.
-
-    Raises:
-        TypeError, ValueError: If an argument is of another type, shape or range.
     """
     check_tensor("ranks", ranks, ("N",))
     check_tensor("marginals", marginals, (len(ranks), "D"))
@@ -73,13 +70,7 @@ def judge(
 
 
 def healthy_words(num_pairs: int, num_parameters: int, with_proxy: bool) -> str:
-    """The verdict where nothing was found: how small a fault so many pairs would have shown.
-
-    Args:
-        num_pairs: Held-out pairs N.
-        num_parameters: Dimension D of θ.
-        with_proxy: Whether the posterior was compared with a proxy.
-    """
+    """The verdict where nothing was found: how small a fault so many pairs would have shown."""
     alpha = _alpha(num_parameters)
     resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num_pairs)
     # 1/√(4π) is how fast a Gaussian's mean rank moves with its mean, per standard deviation.

@@ -161,10 +161,7 @@ class MainBuilder:
         """This builder, or, where parameters lie on the edge of the support, one that models θ.
 
         In unconstrained space the edge is at infinity, and a single pair there would dominate the
-        loss.
-
-        Args:
-            theta: All simulated parameters, `(N, D)`.
+        loss. θ are all simulated parameters, `(N, D)`.
 
         Warns:
             JeffreysWarning: If θ is modelled as it is for that reason.
@@ -230,12 +227,7 @@ class MainBuilder:
 def main_builder(
     given: Any, prior: Distribution | None, marginal_transforms: bool
 ) -> Callable[..., Any]:
-    """What builds the main: a `MainBuilder` for names and configs, the user's own as it is.
-
-    Args:
-        given: A name, a config, a `MainBuilder`, any other builder, or None for "nsf".
-        prior: The prior whose unconstrained space the main is built in.
-        marginal_transforms: Of the `MainBuilder` that is made for a name or config.
+    """What builds the main: a `MainBuilder` for a name, a config or None, the user's own as it is.
 
     Warns:
         JeffreysWarning: If a builder of the user's own does not know the bounds of the prior.

@@ -56,15 +56,10 @@ def draw_candidates(
     batch: int,
     show_progress_bars: bool = False,
 ) -> Candidates:
-    """Weighted draws of the main at each of B observations.
+    """Weighted draws of the main, `num` at each of the observations x `(B, *x_shape)`.
 
-    Args:
-        main: The main model p_φ(θ|x), the proposal.
-        log_potential: Maps θ `(K, B, D)`, x and log p_φ `(K, B)` to the unnormalised log target.
-        x: Observations `(B, *x_shape)`.
-        num: Draws K per observation.
-        batch: Draws per network call, shared by the observations.
-        show_progress_bars: Whether to show progress over network calls.
+    The unnormalised log target `log_potential` is called with θ `(K, B, D)`, x, and log p_φ
+    `(K, B)`. A network call takes at most `batch` draws, of all observations together.
     """
     step = max(1, batch // len(x))
     starts = tqdm(range(0, num, step), desc="Weighting draws", disable=not show_progress_bars)
