@@ -10,8 +10,7 @@ used here:
   which show in which parameter, and in which direction, something is wrong.
 
 Ranks are (r + U)/(S + 1) with U uniform, which is uniform on (0, 1) exactly, for any S and with
-ties. Samples of θ come first: `(S, B, D)`, S draws for each of B pairs. Nothing here depends on a
-network.
+ties. Samples of θ come first: `(S, B, D)`, S draws for each of B pairs.
 """
 
 from __future__ import annotations

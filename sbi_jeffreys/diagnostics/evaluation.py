@@ -22,27 +22,11 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_log_normaliser
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["evaluate"]
 
 _DRAWS_AT_ONCE = 20_000  # shared between the pairs of a batch: bounds memory
 # The reverse KL varies little between observations, and a proxy is expensive to evaluate.
 _MAX_REVERSE_PAIRS = 200
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A posterior at N pairs.
-
-    Attributes:
-        prior: The prior it is cut to.
-        draws: Its draws and densities.
-        against_proxy: By observation, `(M,)` with M ≤ N: reverse KL to the proxy in nats, and the
-            effective sample size in [0, 1] of draws reweighted to it; None without a proxy.
-    """
-
-    prior: Distribution
-    draws: PairDraws
-    against_proxy: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -64,10 +48,14 @@ def evaluate(
     num_samples: int,
     proxy: Proxy | None = None,
     show_progress_bars: bool = False,
-) -> Evaluation:
+) -> tuple[PairDraws, tuple[Tensor, Tensor] | None]:
     """Draw from a posterior and evaluate its density at pairs, batch by batch.
 
     The arguments are those of `held_out_report`, as are the errors about them.
+
+    Returns:
+        The draws with densities; and by observation, `(M,)` with M ≤ N, the reverse KL to the proxy
+        in nats and the effective sample size in [0, 1] of draws reweighted to it, if there is one.
     """
     found = _subject(subject, proxy)
     main = found.mains[0]
@@ -91,7 +79,7 @@ def evaluate(
         draws.append(raw)
     reverse, sizes = ([batch[k] for batch in against] for k in range(2))
     joined = (torch.cat(reverse), torch.cat(sizes)) if against else None
-    return Evaluation(found.prior, _joined(draws), joined)
+    return _joined(draws), joined
 
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:

@@ -18,7 +18,7 @@ from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
 from torch import Tensor
 
 from sbi_jeffreys._checks import check_bool, check_instance, check_int, check_tensor
-from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys._sbi import NPE, prior_of
 from sbi_jeffreys.diagnostics.calibration import (
     CoverageCurve,
     coverage_curve,
@@ -171,22 +171,23 @@ def held_out_report(
     check_bool("show_progress_bars", show_progress_bars)
     if proxy is not None:
         check_instance("proxy", proxy, Proxy, "pass inference.proxy, a GivenProxy, or None")
-    evaluation = evaluate(inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars)
-    draws = evaluation.draws
+    draws, by_proxy = evaluate(
+        inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars
+    )
     theta = theta.to(draws.theta)
     if bool(torch.isnan(draws.log_prob_true).any()):
         raise ValueError(
             "x: the posterior's density is NaN at some of the pairs; drop simulations that failed "
             "or are far outside what it was trained on."
         )
-    inside = inside_prior(evaluation.prior, draws.theta)
+    inside = inside_prior(prior_of(inference_or_posterior), draws.theta)
     ranks = hpd_ranks(draws, inside)
     marginals = marginal_ranks(draws, theta, inside)
     leaked = 0.0 if draws.log_weights is not None else leakage(inside)
     forward, forward_error = held_out_nll(draws.log_prob_true)
     against = None
-    if evaluation.against_proxy is not None:
-        reverse, sizes = (v[torch.isfinite(v)] for v in evaluation.against_proxy)
+    if by_proxy is not None:
+        reverse, sizes = (values[torch.isfinite(values)] for values in by_proxy)
         against = (*mean_and_error(reverse), mean_and_error(sizes)[0])
     reverse, reverse_error, size = against or (None, None, None)
     return HeldOutReport(

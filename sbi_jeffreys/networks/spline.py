@@ -209,7 +209,7 @@ class FastSplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
 
     @classmethod
     def like(cls, layer: PiecewiseRationalQuadraticCouplingTransform) -> FastSplineCoupling:
-        """A layer that computes the same as nflows' (of linear tails) and shares its conditioner."""
+        """A layer that computes the same as nflows' (linear tails) and shares its conditioner."""
         transformed: Any = layer.transform_features
         mask = torch.zeros(layer.features)
         mask[transformed.cpu()] = 1

@@ -201,9 +201,8 @@ class CorrectedPosterior(DirectPosterior):
             x: Observations `(B, *x_shape)`.
             max_sampling_batch_size: Draws per network call, shared by several observations.
             show_progress_bars: Whether to show progress over the observations.
-            num_candidates: Draws that are weighted per observation. None: the posterior's own
-                `num_candidates` but at most 2,000, and at least four per sample asked for. `sample`
-                takes more: the correction of many observations at once is coarser.
+            num_candidates: Draws that are weighted per observation, fewer than in `sample`. None:
+                the posterior's own number but at most 2,000, and at least four per sample.
 
         Returns:
             Shape `(*sample_shape, B, D)`.
