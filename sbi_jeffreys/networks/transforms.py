@@ -19,6 +19,8 @@ from sbi.utils import MultipleIndependent, mcmc_transform, within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
+from sbi_jeffreys._checks import check_tensor
+
 __all__ = ["MarginalTransform", "PriorTransform", "inside_support", "is_bounded", "on_edge"]
 
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
@@ -121,17 +123,11 @@ class MarginalTransform(nn.Module):
                 integers dequantised.
 
         Raises:
+            TypeError: If x is no tensor of floats.
             ValueError: If x is not a matrix, not finite, or constant in every dimension.
         """
-        if x.ndim != 2:
-            raise ValueError(
-                f"x must have shape (N, dim_x) for marginal transforms, got {tuple(x.shape)}; "
-                "structured x needs an embedding net and the energy proxy."
-            )
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(
-                "x contains NaN or inf; drop those simulations or use an embedding net."
-            )
+        remedy = "structured or incomplete x needs an embedding net and the energy proxy"
+        check_tensor("x", x, ("N", "dim_x"), finite=True, remedy=remedy)
         wide = x.detach().to("cpu", torch.float64)
         spacing = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
         varies = wide.amax(dim=0) - wide.amin(dim=0) > _RESOLVED * spacing
