@@ -21,6 +21,11 @@ __all__ = [
     "check_float",
     "check_instance",
     "check_int",
+    "check_observation",
+    "check_observations",
+    "check_prior",
+    "check_rows",
+    "check_sample_shape",
     "check_tensor",
 ]
 
@@ -66,6 +71,7 @@ def check_float(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
+    remedy: str = "",
 ) -> float:
     """Require a finite number in an interval whose ends may be excluded.
 
@@ -76,6 +82,7 @@ def check_float(
         high: Upper end; a finite value is required even where this is infinite.
         low_open: Whether the lower end is excluded.
         high_open: Whether the upper end is excluded.
+        remedy: What to write instead, without a full stop.
 
     Returns:
         The value.
@@ -88,13 +95,17 @@ def check_float(
     right = ")" if high_open or math.isinf(high) else "]"
     interval = f"{left}{low:g}, {high:g}{right}"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number in {interval}, got {_kind(value)}; pass a float.")
+        raise TypeError(
+            f"{name} must be a number in {interval}, got {_kind(value)}"
+            + _remedy(remedy or "pass a float")
+        )
     inside = (value > low if low_open else value >= low) and (
         value < high if high_open else value <= high
     )
     if not inside or not math.isfinite(value):
         raise ValueError(
-            f"{name} must be a finite number in {interval}, got {value}; choose one in this range."
+            f"{name} must be a finite number in {interval}, got {value}"
+            + _remedy(remedy or "choose one in this range")
         )
     return value
 
@@ -211,6 +222,90 @@ def check_tensor(
             + _remedy(remedy or "drop or mask them")
         )
     return value
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """A float32 tensor of what is a tensor, an array, or nested lists of numbers."""
+    try:
+        return torch.as_tensor(value).to(torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be a tensor or an array of numbers, got {type(value).__name__}; pass "
+            f"torch.as_tensor({name}, dtype=torch.float32)."
+        ) from None
+
+
+def check_rows(
+    name: str, value: Any, shape: Sequence[int | str], finite: bool = False, remedy: str = ""
+) -> Tensor:
+    """Require numbers of a shape, whose first dimension may be missing; see `check_tensor`.
+
+    Returns:
+        A float32 tensor of that shape, one row for what came without a first dimension.
+    """
+    values = _numbers(name, value)
+    if tuple(values.shape) == tuple(shape[1:]):
+        values = values.unsqueeze(0)
+    return check_tensor(name, values, shape, finite, remedy)
+
+
+def check_observations(x: Any, shape: Sequence[int]) -> Tensor:
+    """Require at least one finite observation of a shape; returns `(B, *shape)`."""
+    remedy = "pass one row of finite numbers for each of B observations"
+    values = check_rows("x", x, ("B", *shape), finite=True, remedy=remedy)
+    if len(values) == 0:
+        raise ValueError(f"x must have B ≥ 1 rows, got shape {tuple(values.shape)}; {remedy}.")
+    return values
+
+
+def check_observation(x: Any, shape: Sequence[int]) -> Tensor:
+    """Require one finite observation, with or without dimensions of one; returns `(1, *shape)`.
+
+    None stands for a default that was not set.
+    """
+    if x is None:
+        raise ValueError(
+            "x must be an observation, got None, and no default x is set; pass x=x_o, or call "
+            "set_default_x(x_o) first."
+        )
+    values = _numbers("x", x)
+    if [size for size in values.shape if size != 1] != [size for size in shape if size != 1]:
+        raise ValueError(
+            f"x must be one observation of shape {tuple(shape)}, got shape {tuple(values.shape)}; "
+            "for several observations use sample_batched or log_prob_batched."
+        )
+    return check_tensor("x", values, finite=True).reshape(1, *shape)
+
+
+def check_sample_shape(sample_shape: Any) -> torch.Size:
+    """Require a tuple of positive ints; the empty tuple is one draw.
+
+    Raises:
+        TypeError: If it is no sequence of ints.
+        ValueError: If a size is not positive.
+    """
+    remedy = "pass (1000,) for 1,000 draws"
+    for size in check_instance("sample_shape", sample_shape, (tuple, list), remedy):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"sample_shape must be ints, got {_kind(sample_shape)}; {remedy}.")
+        if size < 1:
+            raise ValueError(f"sample_shape must be positive, got {sample_shape}; {remedy}.")
+    return torch.Size(sample_shape)
+
+
+def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> Any:
+    """Require the methods of a prior.
+
+    Raises:
+        TypeError: If one of them is missing.
+    """
+    missing = [method for method in methods if not callable(getattr(prior, method, None))]
+    if missing:
+        raise TypeError(
+            f"prior must have {' and '.join(methods)}, got {type(prior).__name__} without "
+            f"{' and '.join(missing)}; pass a torch distribution or what process_prior returns."
+        )
+    return prior
 
 
 class JeffreysWarning(UserWarning):

@@ -7,7 +7,9 @@ trainer or posterior is reached through the functions below. When sbi changes, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -49,8 +51,16 @@ __all__ = [
     "set_device",
     "set_network",
     "set_tracker",
+    "silent_prior",
     "tracker_of",
 ]
+
+
+@contextmanager
+def silent_prior() -> Iterator[None]:
+    """Drop what a prior prints when drawn from or evaluated, as sbi's RestrictedPrior does."""
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:

@@ -171,8 +171,7 @@ class NPE_Jeffreys(SavedTrainer):
         under way, or, where there is none, plain NPE. `max_num_epochs` bounds plain NPE, each
         network of the proxy, and the epochs of the symmetric stage, one by one.
 
-        Returns:
-            The main p_φ(θ|x), in evaluation mode.
+        Returns the main p_φ(θ|x), in evaluation mode.
 
         Raises:
             TypeError, ValueError: If an argument or the simulations are not as they should be.
@@ -234,8 +233,7 @@ class NPE_Jeffreys(SavedTrainer):
             num_candidates: Draws of the main that are weighted per observation.
             device: Device of the posterior; the trainer's if None.
             power: β in (0, 1], how far to go from the main to the proxy. None: what scores best on
-                the held-out simulations of a first round; 1 after later rounds, whose held-out
-                simulations come from a proposal.
+                held-out simulations; 1 after later rounds, which draw those from a proposal.
 
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.

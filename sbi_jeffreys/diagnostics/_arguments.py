@@ -3,57 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from sbi_jeffreys._checks import check_float, check_instance, check_int, check_tensor
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = [
-    "by_name",
-    "c2st_scores",
-    "check_dims",
-    "check_labels",
-    "check_samples",
-    "checked_axes",
-    "checked_axis",
-]
-
-
-def checked_axis(ax: Any) -> Axes | None:
-    """Require a matplotlib Axes, or None.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
-    from matplotlib.axes import Axes
-
-    return None if ax is None else check_instance("ax", ax, Axes, "pass one of plt.subplots()'s")
-
-
-def checked_axes(axes: Any, count: int, each: str) -> np.ndarray | None:
-    """Require `count` matplotlib Axes, "one per …"; returns them flat, or None for None.
-
-    Raises:
-        TypeError: If something else is among them.
-        ValueError: If there are more or fewer.
-    """
-    from matplotlib.axes import Axes
-
-    if axes is None:
-        return None
-    flat = np.asarray(axes, dtype=object).ravel()
-    for axis in flat:
-        check_instance("axes", axis, Axes, "pass those of plt.subplots()")
-    if flat.size != count:
-        raise ValueError(
-            f"axes must be {count} Axes, {each}, got {flat.size}; make them by "
-            f"plt.subplots(1, {count})."
-        )
-    return flat
+__all__ = ["by_name", "c2st_scores", "check_dims", "check_labels", "check_samples"]
 
 
 def by_name(name: str, given: Any, kinds: tuple[type, ...], single: str) -> dict[str, Any]:
@@ -62,8 +16,7 @@ def by_name(name: str, given: Any, kinds: tuple[type, ...], single: str) -> dict
     check_instance(name, given, (*kinds, Mapping), f"pass a {listed}, or a dict of several by name")
     if not isinstance(given, Mapping):
         return {single: given}
-    if not given:
-        raise ValueError(f"{name} must have at least one {listed}, got none; pass a {listed}.")
+    _check_not_empty(name, given, f"pass a {listed}")
     for key, value in given.items():
         check_instance(f"the keys of {name}", key, str, "name every method by a string")
         check_instance(f"{name}[{key!r}]", value, kinds)
@@ -85,20 +38,14 @@ def c2st_scores(rows: Any) -> dict[str, dict[float, list[float]]]:
         budget = check_float(f"rows[{k}]['simulations']", row["simulations"], 0.0, low_open=True)
         score = check_float(f"rows[{k}]['c2st']", row["c2st"], 0.0, 1.0)
         scores.setdefault(str(row["method"]), {}).setdefault(budget, []).append(score)
-    if not scores:
-        raise ValueError(
-            "rows must have at least one row, got none; pass dicts of method, simulations, c2st."
-        )
+    _check_not_empty("rows", scores, "pass dicts of method, simulations, c2st")
     return scores
 
 
 def check_samples(samples: Any, reference: Any) -> int:
     """Require finite samples of one dimension; returns that dimension."""
     check_instance("samples", samples, Mapping, "pass a dict of samples by the method's name")
-    if not samples:
-        raise ValueError(
-            "samples must have at least one method's samples, got none; pass {'NPE': samples}."
-        )
+    _check_not_empty("samples", samples, "pass {'NPE': samples}")
     sets = {f"samples[{name!r}]": values for name, values in samples.items()}
     sets |= {} if reference is None else {"reference": reference}
     width: int | str = "D"
@@ -128,10 +75,7 @@ def check_labels(labels: Any, kept: Sequence[int]) -> list[str]:
     """Require a string for every parameter drawn; θ₁, θ₂, … if None."""
     if labels is None:
         return [f"$\\theta_{{{k + 1}}}$" for k in kept]
-    if isinstance(labels, str):
-        raise TypeError(f"labels must be a list of strings, got str ({labels!r}); pass a list.")
-    check_instance("labels", labels, Sequence, "pass a list of strings")
-    for label in labels:
+    for label in check_instance("labels", labels, (list, tuple), "pass a list of strings"):
         check_instance("labels", label, str, "pass a list of strings")
     if len(labels) != len(kept):
         raise ValueError(
@@ -139,3 +83,8 @@ def check_labels(labels: Any, kept: Sequence[int]) -> list[str]:
             "name the parameters in dims."
         )
     return list(labels)
+
+
+def _check_not_empty(name: str, values: Mapping[Any, Any], remedy: str) -> None:
+    if not values:
+        raise ValueError(f"{name} must have at least one entry, got none; {remedy}.")

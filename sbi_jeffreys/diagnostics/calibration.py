@@ -10,8 +10,7 @@ used here:
   which show in which parameter, and in which direction, something is wrong.
 
 Ranks are (r + U)/(S + 1) with U uniform, which is uniform on (0, 1) exactly, for any S and with
-ties. Samples of θ come first: `(S, B, D)`, S draws for each of B pairs. Nothing here depends on a
-network.
+ties. Samples of θ come first: `(S, B, D)`, S draws for each of B pairs.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sbi.utils import within_support
 from scipy.stats import binom
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_bool, check_float, check_instance, check_tensor
+from sbi_jeffreys._checks import check_bool, check_float, check_instance, check_prior, check_tensor
+from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = [
     "Coverage",
@@ -112,16 +111,12 @@ def inside_prior(prior: Distribution, theta: Tensor) -> Tensor:
         TypeError: If the prior has no `log_prob`, or θ is no tensor of floats.
         ValueError: If θ has no dimension.
     """
-    if not callable(getattr(prior, "log_prob", None)):
-        raise TypeError(
-            f"prior must have a method log_prob, got {type(prior).__name__}; pass the prior that "
-            "the posterior was trained with."
-        )
+    check_prior(prior, ("log_prob",))
     if check_tensor("theta", theta).ndim == 0:
         raise ValueError("theta must have shape (*B, D), got shape (); pass theta.reshape(1, 1).")
     finite = torch.isfinite(theta).all(-1)
     safe = torch.where(finite.unsqueeze(-1), theta, torch.zeros_like(theta))
-    inside = within_support(prior, safe.reshape(-1, theta.shape[-1]))
+    inside = inside_support(prior, safe.reshape(-1, theta.shape[-1]))
     return finite & inside.reshape(finite.shape)
 
 
@@ -139,11 +134,15 @@ def held_out_nll(log_prob_true: Tensor) -> tuple[float, float]:
     Args:
         log_prob_true: log p_φ(θ*|x), `(B,)`, at least one.
     """
-    if len(check_tensor("log_prob_true", log_prob_true, ("B",))) == 0:
-        raise ValueError("log_prob_true must have at least one pair, got none; pass some pairs.")
-    losses = -log_prob_true.double()
-    spread = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return float(losses.mean()), spread
+    _check_pairs("log_prob_true", log_prob_true)
+    return mean_and_error(-log_prob_true)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of `(N,)` and its standard error, NaN for a single value."""
+    values = values.double()
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error
 
 
 def hpd_ranks(draws: PairDraws, inside: Tensor, randomised: bool = True) -> Tensor:
@@ -176,16 +175,19 @@ def marginal_ranks(draws: PairDraws, theta_true: Tensor, inside: Tensor) -> Tens
     _check_draws(draws, inside)
     check_tensor("theta_true", theta_true, draws.theta.shape[1:])
     weights = _weights(draws, inside)
-    columns = []
-    for k in range(theta_true.shape[1]):
-        values, true = draws.theta[..., k], theta_true[:, k]
-        columns.append(_ranks(values < true, values == true, weights, inside, True))
+    pairs = zip(draws.theta.unbind(-1), theta_true.unbind(-1))
+    columns = [_ranks(drawn < t, drawn == t, weights, inside, True) for drawn, t in pairs]
     return torch.stack(columns, dim=1)
 
 
 def _check_draws(draws: PairDraws, inside: Tensor) -> None:
     check_instance("draws", draws, PairDraws)
     _check_mask(inside, tuple(draws.log_prob.shape))
+
+
+def _check_pairs(name: str, values: Tensor) -> None:
+    if len(check_tensor(name, values, ("B",))) == 0:
+        raise ValueError(f"{name} must have at least one pair, got none; pass some pairs.")
 
 
 def _check_mask(inside: Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -236,9 +238,8 @@ def expected_coverage(
 ) -> tuple[Coverage, ...]:
     """How often θ* falls into the HPD region of each level.
 
-    θ* is in the region of level α where at most α of the posterior's mass is denser than θ*.
-    That mass is estimated by the (weighted) share of draws with higher log density, (r + ½)/(S + 1)
-    of S draws; draws outside the prior are dropped.
+    θ* is in the region of level α where at most α of the posterior's mass is denser than θ*, which
+    the rank of θ* by density estimates, not randomised.
 
     Args:
         draws: Draws and densities at B pairs.
@@ -248,12 +249,10 @@ def expected_coverage(
     Returns:
         One entry per level. Pairs without a single draw inside count as not covered.
     """
-    rank = hpd_ranks(draws, inside, randomised=False)
-    entries = []
-    for level in _check_levels(levels):
-        value = float((rank <= level).double().mean())
-        entries.append(Coverage(level, value, math.sqrt(value * (1 - value) / len(rank))))
-    return tuple(entries)
+    ranks, grid = hpd_ranks(draws, inside, randomised=False), _check_levels(levels)
+    shares = [float((ranks <= level).double().mean()) for level in grid]
+    errors = [math.sqrt(share * (1 - share) / len(ranks)) for share in shares]
+    return tuple(map(Coverage, grid, shares, errors))
 
 
 def coverage_curve(ranks: Tensor, levels: Sequence[float] | None = None) -> CoverageCurve:
@@ -263,12 +262,9 @@ def coverage_curve(ranks: Tensor, levels: Sequence[float] | None = None) -> Cove
         ranks: Ranks by density, from `hpd_ranks`, `(B,)`.
         levels: In (0, 1); 0.02, 0.04, … 0.98 if None.
     """
-    if len(check_tensor("ranks", ranks, ("B",))) == 0:
-        raise ValueError("ranks must have at least one pair, got none; pass hpd_ranks(...).")
-    if levels is None:
-        grid = torch.linspace(0.02, 0.98, 49).double()
-    else:
-        grid = torch.tensor(_check_levels(levels), dtype=torch.float64)
+    _check_pairs("ranks", ranks)
+    chosen = torch.linspace(0.02, 0.98, 49).tolist() if levels is None else _check_levels(levels)
+    grid = torch.tensor(chosen, dtype=torch.float64)
     num, tail = len(ranks), (1 - _BAND) / 2
     values = (ranks.unsqueeze(0) <= grid.to(ranks).unsqueeze(1)).double().mean(1).cpu()
     lower, upper = (binom.ppf(q, num, grid.numpy()) / num for q in (tail, 1 - tail))

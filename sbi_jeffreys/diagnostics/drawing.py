@@ -1,34 +1,16 @@
-"""Panels and smaller parts of the figures in `sbi_jeffreys.diagnostics.plots`."""
+"""Axes, panels and smaller parts of the figures in `sbi_jeffreys.diagnostics.plots`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sbi_jeffreys._checks import check_instance
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = [
-    "COLOURS",
-    "GREY",
-    "bars",
-    "held_out_panel",
-    "legend",
-    "logarithmic_if_wide",
-    "mark_if_empty",
-    "method_style",
-    "new_axes",
-    "pairs",
-    "priorities_panel",
-    "scatter",
-    "share_limits",
-    "standard_error",
-    "trace",
-    "whole_epochs",
-]
 
 #: Okabe & Ito's colours, the palest last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -38,7 +20,35 @@ _LINES = ("-", "--", "-.", ":")
 _FEW = 3  # epochs up to which points are marked
 
 
-# ------------------------------------------------------------------ panels
+def axes_for(
+    name: str,
+    given: Any,
+    shape: tuple[int, int],
+    size: tuple[float, float],
+    each: str = "",
+    shared: bool = False,
+) -> np.ndarray:
+    """The axes given, flat, after a check; those of a new figure of so many inches if None.
+
+    Raises:
+        TypeError: If something else than Axes is among them.
+        ValueError: If there are more or fewer than rows times columns, "one per …" of `each`.
+    """
+    import matplotlib.pyplot as plt  # here, because importing it chooses a backend
+    from matplotlib.axes import Axes
+
+    if given is None:
+        options: dict[str, Any] = {"squeeze": False, "sharex": shared, "sharey": shared}
+        return plt.subplots(*shape, figsize=size, layout="constrained", **options)[1].ravel()
+    count, flat = shape[0] * shape[1], np.asarray(given, dtype=object).ravel()
+    for axis in flat:
+        check_instance(name, axis, Axes, "pass those of plt.subplots()")
+    if flat.size != count:
+        raise ValueError(
+            f"{name} must be {count} Axes, {each}, got {flat.size}; make them by "
+            f"plt.subplots(1, {count})."
+        )
+    return flat
 
 
 def held_out_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
@@ -65,10 +75,8 @@ def priorities_panel(axis: Axes, summary: Mapping[str, Any]) -> None:
     right.tick_params(axis="y", colors=COLOURS[1])
     axis.yaxis.label.set_color(COLOURS[0])
     axis.tick_params(axis="y", which="both", colors=COLOURS[0])
-    (drawn,) = right.get_lines()
-    style = {"color": COLOURS[1], "linestyle": _LINES[1], "marker": drawn.get_marker()}
-    style["fillstyle"] = drawn.get_fillstyle()
-    axis.plot([], [], label=drawn.get_label(), **style)  # one legend for both sides
+    (drawn,) = axis.plot([], [])  # one legend for both sides
+    drawn.update_from(right.get_lines()[0])
 
 
 def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) -> None:
@@ -126,10 +134,9 @@ def bars(
     heights, errors = np.asarray(values, dtype=float).T
     style: dict[str, Any] = {"color": colour, "edgecolor": "white", "hatch": hatch, "capsize": 4}
     axis.bar(places, np.nan_to_num(heights), 0.38, yerr=errors, label=label, **style)
+    text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
     for place in places[np.isnan(heights)]:
-        axis.annotate(
-            "not\nknown", (place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7
-        )
+        axis.annotate("not\nknown", (place, 0), (0, 3), **text)
 
 
 def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
@@ -161,25 +168,23 @@ def pairs(
     from matplotlib.lines import Line2D
     from sbi.analysis import pairplot
 
-    first = [] if truth is None else [truth]
-    sets = [*first, *drawn.values()]
+    sets = [*drawn.values()] if truth is None else [truth, *drawn.values()]
+    references = len(sets) - len(drawn)
     methods = COLOURS * (1 + len(drawn) // len(COLOURS))
-    colours = [*(GREY for _ in first), *methods][: len(sets)]
-    labels = [*("reference" for _ in first), *drawn]
-    below: list[str | None] = [None] * len(sets)
+    colours = [GREY] * references + list(methods[: len(drawn)])
+    labels = ["reference"] * references + list(drawn)
     above: list[str | None] = ["scatter"] * len(sets)
+    below: list[str | None] = [None] * len(sets)
     if len(drawn) == 2 and len(names) > 1:
-        above = [*("scatter" for _ in first), "scatter", None]
-        below = [*("scatter" for _ in first), None, "scatter"]
+        above[-1], below = None, ["scatter"] * references + [None, "scatter"]
         labels[-2:] = [f"{labels[-2]} (above)", f"{labels[-1]} (below)"]
     points = [{"mpl_kwargs": {"s": 3, "color": c, "edgecolor": "none"}} for c in colours]
-    size = max(4.0, 2.0 * len(names))
     options: dict[str, Any] = {
         "labels": list(names),
         "diag": "kde",
         "upper": above,
         "lower": below,
-        "figsize": (size, size),
+        "figsize": (max(4.0, 2.0 * len(names)),) * 2,
         "diag_kwargs": [{"mpl_kwargs": {"color": c}} for c in colours],
         "upper_kwargs": points,
         "lower_kwargs": points,
@@ -187,44 +192,18 @@ def pairs(
     with rc_context():  # sbi's pairplot changes matplotlib's style
         result: Any = pairplot(sets, **options)
     figure, grid = result
+    place: dict[str, Any] = {"loc": "lower center", "ncols": min(3, len(labels))}
     if len(names) == 1:
         figure.subplots_adjust(bottom=0.18)  # sbi leaves no room for a single panel's label
+        place = {"loc": "upper right"}
     handles = [Line2D([], [], color=c, label=label) for c, label in zip(colours, labels)]
-    place = {"loc": "upper right"} if len(names) == 1 else {"loc": "lower center"}
-    columns = 1 if len(names) == 1 else min(3, len(handles))
-    figure.legend(handles=handles, ncols=columns, frameon=False, fontsize=9, **place)
+    figure.legend(handles=handles, frameon=False, fontsize=9, **place)
     return np.asarray(grid, dtype=object)
-
-
-# ------------------------------------------------------------------ smaller parts
-
-
-def new_axes(
-    rows: int, columns: int, size: tuple[float, float], shared: bool = False
-) -> np.ndarray:
-    """Axes `(rows, columns)` of a new figure."""
-    import matplotlib.pyplot as plt  # here, because importing it chooses a backend
-
-    _, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=size,
-        squeeze=False,
-        layout="constrained",
-        sharex=shared,
-        sharey=shared,
-    )
-    return axes
 
 
 def method_style(k: int) -> dict[str, Any]:
     """Colour and marker of the k-th method."""
     return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """The standard error of the values' mean; 0 for a single value, which has none to show."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def whole_epochs(axis: Axes, epochs: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,28 +22,11 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_log_normaliser
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["evaluate"]
 
 _DRAWS_AT_ONCE = 20_000  # shared between the pairs of a batch: bounds memory
 # The reverse KL varies little between observations, and a proxy is expensive to evaluate.
 _MAX_REVERSE_PAIRS = 200
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A posterior at N pairs.
-
-    Attributes:
-        prior: The prior it is cut to.
-        draws: Its draws and densities.
-        reverse: KL to the proxy by observation, in nats, `(M,)` with M ≤ N, or None.
-        effective_sample_size: Of the draws reweighted to the proxy, in [0, 1], `(M,)`, or None.
-    """
-
-    prior: Distribution
-    draws: PairDraws
-    reverse: Tensor | None
-    effective_sample_size: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -64,21 +48,14 @@ def evaluate(
     num_samples: int,
     proxy: Proxy | None = None,
     show_progress_bars: bool = False,
-) -> Evaluation:
+) -> tuple[PairDraws, tuple[Tensor, Tensor] | None]:
     """Draw from a posterior and evaluate its density at pairs, batch by batch.
 
-    Args:
-        subject: A trained NPE or NPE_Jeffreys, or a posterior of theirs; see `held_out_report`.
-        theta: Parameters of the pairs, `(N, D)`.
-        x: Their simulations, `(N, *x_shape)`.
-        num_samples: Draws per pair.
-        proxy: For the reverse KL; the subject's own if None.
-        show_progress_bars: Whether to show progress over the pairs.
+    The arguments are those of `held_out_report`, as are the errors about them.
 
-    Raises:
-        TypeError: If the subject has no density that can be drawn from directly.
-        ValueError: If the pairs' shapes are not those of the network, or an ensemble has a proxy.
-        RuntimeError: If the inference is not trained yet.
+    Returns:
+        The draws with densities; and by observation, `(M,)` with M ≤ N, the reverse KL to the proxy
+        in nats and the effective sample size in [0, 1] of draws reweighted to it, if there is one.
     """
     found = _subject(subject, proxy)
     main = found.mains[0]
@@ -100,11 +77,9 @@ def evaluate(
         if found.corrected is not None:
             raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
-    reverse, sizes = map(torch.cat, zip(*against)) if against else (None, None)
-    return Evaluation(found.prior, _joined(draws), reverse, sizes)
-
-
-# ------------------------------------------------------------------ what is it?
+    reverse, sizes = ([batch[k] for batch in against] for k in range(2))
+    joined = (torch.cat(reverse), torch.cat(sizes)) if against else None
+    return _joined(draws), joined
 
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
@@ -137,28 +112,19 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
     return _Subject(mains, weights, prior_of(given), proxy, corrected, device_of(given))
 
 
-# ------------------------------------------------------------------ draws and densities
-
-
 def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDraws:
     """Raw draws of the main, or of the mixture of mains, with densities of draws and truths."""
     weights, num = found.weights, len(found.mains)
-    counts = torch.bincount(torch.multinomial(weights, num_samples, True), minlength=num)
-    drawn = torch.cat([_sample(m, int(n), x) for m, n in zip(found.mains, counts) if n > 0])
-    both = torch.cat([drawn, theta.unsqueeze(0)])
-    log_probs = torch.stack([_log_prob(main, both, x) for main in found.mains])
+    counts = torch.bincount(torch.multinomial(weights, num_samples, True), minlength=num).tolist()
+    with ExitStack() as stack:
+        for main in found.mains:
+            stack.enter_context(embedded_once(main, x))
+        sizes = [(main, torch.Size((count,))) for main, count in zip(found.mains, counts) if count]
+        drawn = torch.cat([main.sample(size, x) for main, size in sizes])
+        both = torch.cat([drawn, theta.unsqueeze(0)])
+        log_probs = torch.stack([main.log_prob(both, x) for main in found.mains])
     log_p = torch.logsumexp(log_probs + weights.to(drawn).log().reshape(-1, 1, 1), dim=0)
     return PairDraws(drawn, log_p[:-1], log_p[-1])
-
-
-def _sample(main: ConditionalDensityEstimator, num: int, x: Tensor) -> Tensor:
-    with embedded_once(main, x):
-        return main.sample(torch.Size((num,)), x)
-
-
-def _log_prob(main: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
-    with embedded_once(main, x):
-        return main.log_prob(theta, x)
 
 
 def _against_proxy(
@@ -188,9 +154,10 @@ def _reweighted(
 
 def _joined(batches: Sequence[PairDraws]) -> PairDraws:
     """Batches of pairs, side by side."""
-    columns: dict[str, Any] = {}
-    for name in (f.name for f in fields(PairDraws) if f.name != "normalised"):
-        values = [getattr(batch, name) for batch in batches]
-        dim = 0 if name == "log_prob_true" else 1
-        columns[name] = None if values[0] is None else torch.cat(values, dim=dim)
-    return PairDraws(**columns)
+    weights = [batch.log_weights for batch in batches if batch.log_weights is not None]
+    return PairDraws(
+        torch.cat([batch.theta for batch in batches], dim=1),
+        torch.cat([batch.log_prob for batch in batches], dim=1),
+        torch.cat([batch.log_prob_true for batch in batches]),
+        torch.cat(weights, dim=1) if weights else None,
+    )

@@ -55,25 +55,25 @@ class Measurement:
 
     def __str__(self) -> str:
         """A clause with the value, what was expected, and the accepted interval."""
-        value, expected, low, high = self.value, self.expected, self.low, self.high
-        half = (high - low) / 2
-        clauses = {
-            Statistic.COVERAGE: f"the {100 * expected:.0f} % region holds {100 * value:.0f} % of "
-            f"the true parameters ({100 * low:.0f}–{100 * high:.0f} % by chance)",
+        value, half = self.value, (self.high - self.low) / 2
+        chance = f"{self.expected:.2f} ± {half:.2f} by chance"
+        percent, expected, low, high = (
+            f"{100 * x:.0f}" for x in (value, self.expected, self.low, self.high)
+        )
+        return {
+            Statistic.COVERAGE: f"the {expected} % region holds {percent} % of the true parameters "
+            f"({low}–{high} % by chance)",
             Statistic.MEAN_DENSITY_RANK: "the mean rank of the true parameters by density is "
-            f"{value:.2f} ({expected:.2f} ± {half:.2f} by chance)",
-            Statistic.MEAN_RANK: f"mean rank of the true parameter {value:.2f}, "
-            f"{expected:.2f} ± {half:.2f} by chance",
+            f"{value:.2f} ({chance})",
+            Statistic.MEAN_RANK: f"mean rank of the true parameter {value:.2f}, {chance}",
             Statistic.RANK_DISTANCE: f"its ranks are {value:.3f} away from 0.5 on average "
-            f"({expected:.3f} ± {half:.3f} by chance)",
-            Statistic.MISSED_PAIRS: f"at {100 * value:.0f} % of the pairs the true parameter is "
-            f"less likely than all draws ({100 * expected:.1f} % expected)",
-            Statistic.LEAKAGE: f"{100 * value:.0f} % of the mass is outside the prior",
+            f"({self.expected:.3f} ± {half:.3f} by chance)",
+            Statistic.MISSED_PAIRS: f"at {percent} % of the pairs the true parameter is less "
+            f"likely than all draws ({100 * self.expected:.1f} % expected)",
+            Statistic.LEAKAGE: f"{percent} % of the mass is outside the prior",
             Statistic.REVERSE_KL: f"the reverse KL is {value:.1f} nats",
-            Statistic.EFFECTIVE_SAMPLE_SIZE: "importance weights keep "
-            f"{100 * value:.0f} % of the draws",
-        }
-        return clauses[self.statistic]
+            Statistic.EFFECTIVE_SAMPLE_SIZE: f"importance weights keep {percent} % of the draws",
+        }[self.statistic]
 
 
 #: What follows from a finding, where the numbers alone do not say it.
@@ -104,19 +104,13 @@ class Finding:
 
     def __str__(self) -> str:
         """The kind, the measurements, and what follows."""
-        if self.kind is FindingKind.BIASED:
-            clauses = [f"{_name(m)} {_direction(m)} ({m})" for m in self.measurements]
-        elif self.parameters:
-            clauses = [f"in {_name(m)}, {m}" for m in self.measurements]
-        else:
-            clauses = [str(m) for m in self.measurements]
+        clauses = []
+        for found in self.measurements:
+            name = f"θ{(found.parameter or 0) + 1}"
+            if self.kind is FindingKind.BIASED:
+                # A true parameter of high rank lies above most draws.
+                way = "too low" if found.value > found.expected else "too high"
+                clauses.append(f"{name} {way} ({found})")
+            else:
+                clauses.append(str(found) if found.parameter is None else f"in {name}, {found}")
         return f"{self.kind.value}: {'; '.join(clauses)}{_CONSEQUENCES.get(self.kind, '')}"
-
-
-def _name(measurement: Measurement) -> str:
-    return f"θ{(measurement.parameter or 0) + 1}"
-
-
-def _direction(measurement: Measurement) -> str:
-    """Where the posterior lies: a true parameter of high rank lies above most draws."""
-    return "too low" if measurement.value > measurement.expected else "too high"

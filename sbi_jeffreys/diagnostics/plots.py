@@ -12,37 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from scipy.stats import sem
 from torch import Tensor
 
 from sbi_jeffreys._checks import check_instance
-from sbi_jeffreys.diagnostics._arguments import (
-    by_name,
-    c2st_scores,
-    check_dims,
-    check_labels,
-    check_samples,
-    checked_axes,
-    checked_axis,
-)
+from sbi_jeffreys.diagnostics import _arguments, drawing
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
-from sbi_jeffreys.diagnostics.drawing import (
-    COLOURS,
-    GREY,
-    bars,
-    held_out_panel,
-    legend,
-    logarithmic_if_wide,
-    mark_if_empty,
-    method_style,
-    new_axes,
-    pairs,
-    priorities_panel,
-    scatter,
-    share_limits,
-    standard_error,
-    trace,
-    whole_epochs,
-)
+from sbi_jeffreys.diagnostics.drawing import COLOURS, GREY, axes_for, legend
 from sbi_jeffreys.diagnostics.report import HeldOutReport
 
 if TYPE_CHECKING:
@@ -56,8 +32,6 @@ __all__ = [
     "plot_posteriors",
     "plot_training",
 ]
-
-_EPOCHS = "epoch of the symmetric stage"
 
 #: What coverage is drawn from: one report or curve, or several by the name of their method.
 Curves: TypeAlias = "HeldOutReport | CoverageCurve | Mapping[str, HeldOutReport | CoverageCurve]"
@@ -85,30 +59,24 @@ def plot_training(
         ValueError: If the number of axes is not four.
     """
     check_instance("summary", summary, Mapping, "pass inference.summary")
-    drawn = checked_axes(axes, 4, "one per panel")
-    drawn = new_axes(2, 2, (9.0, 6.4)).ravel() if drawn is None else drawn
+    drawn = axes_for("axes", axes, (2, 2), (9.0, 6.4), "one per panel")
     terms, held_out, reverse, priorities = drawn
-    trace(terms, summary, "forward_term", "F, on simulations", 0)
-    trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
+    drawing.trace(terms, summary, "forward_term", "F, on simulations", 0)
+    drawing.trace(terms, summary, "generated_term", "G, on the proxy's draws", 1)
     terms.set(title="Forward terms, training", ylabel="nats")
-    held_out_panel(held_out, summary)
-    trace(
-        reverse,
-        summary,
-        "held_out_reverse",
-        r"$\mathrm{KL}(p_\varphi \Vert q_\psi)$, held-out x",
-        0,
-    )
-    trace(reverse, summary, "reverse_term", "loss in training", 1)
+    drawing.held_out_panel(held_out, summary)
+    divergence = r"$\mathrm{KL}(p_\varphi \Vert q_\psi)$, held-out x"
+    drawing.trace(reverse, summary, "held_out_reverse", divergence, 0)
+    drawing.trace(reverse, summary, "reverse_term", "loss in training", 1)
     reverse.set(title="Reverse terms", ylabel="nats")
-    logarithmic_if_wide(reverse)
-    priorities_panel(priorities, summary)
+    drawing.logarithmic_if_wide(reverse)
+    drawing.priorities_panel(priorities, summary)
     epochs = len(summary.get("held_out_forward", []))
     for axis in drawn:
-        axis.set_xlabel(_EPOCHS)
-        whole_epochs(axis, epochs)
+        axis.set_xlabel("epoch of the symmetric stage")
+        drawing.whole_epochs(axis, epochs)
         legend(axis)
-        mark_if_empty(axis, epochs)
+        drawing.mark_if_empty(axis, epochs)
     return drawn
 
 
@@ -127,24 +95,17 @@ def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
         TypeError: If an argument is of another type.
         ValueError: If there is no curve.
     """
-    given = by_name("curves", curves, (HeldOutReport, CoverageCurve), "")
+    given = _arguments.by_name("curves", curves, (HeldOutReport, CoverageCurve), "")
     named = {k: v.coverage if isinstance(v, HeldOutReport) else v for k, v in given.items()}
-    axis = checked_axis(ax) or new_axes(1, 1, (4.6, 4.4)).item()
+    axis = axes_for("ax", ax, (1, 1), (4.6, 4.4)).item()
     fewest = min(named.values(), key=lambda curve: curve.num_pairs)
-    levels = fewest.levels.numpy()
+    band = (fewest.levels.numpy(), fewest.lower.numpy(), fewest.upper.numpy())
     label = f"99 % band of {fewest.num_pairs:,} pairs"
-    axis.fill_between(
-        levels,
-        fewest.lower.numpy(),
-        fewest.upper.numpy(),
-        color=GREY,
-        alpha=0.3,
-        label=label,
-        lw=0,
-    )
+    axis.fill_between(*band, color=GREY, alpha=0.3, label=label, lw=0)
     axis.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=1)
     for k, (name, curve) in enumerate(named.items()):
-        style = {**method_style(k), "markersize": 4, "markevery": max(1, len(curve.levels) // 8)}
+        style = drawing.method_style(k) | {"markersize": 4}
+        style["markevery"] = max(1, len(curve.levels) // 8)
         axis.plot(curve.levels.numpy(), curve.values.numpy(), label=name or "posterior", **style)
     axis.set(xlabel="nominal level", ylabel="expected coverage", xlim=(0, 1), ylim=(0, 1))
     axis.set_aspect("equal")
@@ -170,8 +131,8 @@ def plot_divergences(
         TypeError: If an argument is of another type.
         ValueError: If there is no report.
     """
-    named = by_name("reports", reports, (HeldOutReport,), "posterior")
-    axis = checked_axis(ax) or new_axes(1, 1, (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item()
+    named = _arguments.by_name("reports", reports, (HeldOutReport,), "posterior")
+    axis = axes_for("ax", ax, (1, 1), (max(4.0, 1.5 * len(named) + 1.5), 3.8)).item()
     best = min(report.forward for report in named.values())
     places = np.arange(len(named))
     forward = [(r.forward - best, r.forward_error) for r in named.values()]
@@ -179,11 +140,11 @@ def plot_divergences(
         (math.nan if r.reverse is None else r.reverse, r.reverse_error or math.nan)
         for r in named.values()
     ]
-    bars(axis, places - 0.2, forward, COLOURS[0], f"forward NLL above the best, {best:.2f}", "")
-    label = "reverse KL to the proxy"
-    if all(r.reverse is None for r in named.values()):
-        label += " (no proxy)"
-    bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
+    label = f"forward NLL above the best, {best:.2f}"
+    drawing.bars(axis, places - 0.2, forward, COLOURS[0], label, "")
+    known = any(r.reverse is not None for r in named.values())
+    label = "reverse KL to the proxy" if known else "reverse KL to the proxy (no proxy)"
+    drawing.bars(axis, places + 0.2, reverse, COLOURS[1], label, "//")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(places, list(named), rotation=20 if len(named) > 3 else 0)
     axis.set_ylabel("nats (± standard error)")
@@ -204,13 +165,14 @@ def plot_c2st_against_budget(rows: Iterable[Mapping[str, Any]], ax: Axes | None 
         TypeError: If the rows are no mappings, or a value in them is no number.
         ValueError: If there is no row, a key is missing, or a value is out of range.
     """
-    scores = c2st_scores(rows)
-    axis = checked_axis(ax) or new_axes(1, 1, (5.2, 3.8)).item()
+    scores = _arguments.c2st_scores(rows)
+    axis = axes_for("ax", ax, (1, 1), (5.2, 3.8)).item()
     for k, (method, budgets) in enumerate(scores.items()):
         sizes = sorted(budgets)
         means = [float(np.mean(budgets[size])) for size in sizes]
-        errors = [standard_error(budgets[size]) for size in sizes]
-        axis.errorbar(sizes, means, yerr=errors, label=method, capsize=3, **method_style(k))
+        errors = [sem(budgets[size]) if len(budgets[size]) > 1 else 0.0 for size in sizes]
+        style = drawing.method_style(k)
+        axis.errorbar(sizes, means, yerr=errors, label=method, capsize=3, **style)
     axis.axhline(0.5, color=GREY, linewidth=1, zorder=1)
     every = sorted({size for budgets in scores.values() for size in budgets})
     axis.set_xscale("log")
@@ -251,9 +213,8 @@ def plot_posteriors(
         TypeError: If an argument is of another type.
         ValueError: If shapes, dims, labels or axes do not fit to one another.
     """
-    width = check_samples(samples, reference)
-    kept = check_dims(dims, width)
-    names = check_labels(labels, kept)
+    kept = _arguments.check_dims(dims, _arguments.check_samples(samples, reference))
+    names = _arguments.check_labels(labels, kept)
     drawn = {name: np.asarray(values[:, kept].cpu()) for name, values in samples.items()}
     truth = None if reference is None else np.asarray(reference[:, kept].cpu())
     if len(kept) != 2:
@@ -263,14 +224,13 @@ def plot_posteriors(
                 "need a figure of their own; pass dims=(i, j) to draw two of them on these axes, "
                 "or leave axes out."
             )
-        return pairs(drawn, truth, names)
-    flat = checked_axes(axes, len(drawn), "one per method")
-    if flat is None:
-        flat = new_axes(1, len(drawn), (3.6 * len(drawn), 3.8), shared=True).ravel()
+        return drawing.pairs(drawn, truth, names)
+    shape, size = (1, len(drawn)), (3.6 * len(drawn), 3.8)
+    flat = axes_for("axes", axes, shape, size, "one per method", shared=True)
     for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
-        scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
+        drawing.scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
         axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
-    share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
+    drawing.share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
     if truth is not None:
         legend(flat[0], loc="best", markerscale=3)
     return flat

@@ -3,17 +3,13 @@ r"""What to report about a trained posterior, from simulations it has not seen.
     report = held_out_report(inference, theta, x)
     print(report)
 
-The report evaluates, on held-out pairs (θ*, x) from the joint, both halves of the Jeffreys
-divergence (the forward NLL, and the reverse KL as far as the proxy can tell), expected coverage,
-marginal ranks, and the mass outside the prior, and it says in words what is wrong. Each finding is
-a test, and together the tests raise a false alarm on an exact posterior in one report of a hundred.
-"Healthy" means healthy as far as so many pairs can show, and the report states how far that is.
-`sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
+Each finding is a test, and together the tests raise a false alarm on an exact posterior in one
+report of a hundred. "Healthy" means healthy as far as so many pairs can show, and the report states
+how far that is. `sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,7 +18,7 @@ from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior
 from torch import Tensor
 
 from sbi_jeffreys._checks import check_bool, check_instance, check_int, check_tensor
-from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys._sbi import NPE, prior_of
 from sbi_jeffreys.diagnostics.calibration import (
     CoverageCurve,
     coverage_curve,
@@ -31,6 +27,7 @@ from sbi_jeffreys.diagnostics.calibration import (
     inside_prior,
     leakage,
     marginal_ranks,
+    mean_and_error,
 )
 from sbi_jeffreys.diagnostics.evaluation import evaluate
 from sbi_jeffreys.diagnostics.findings import Finding
@@ -107,20 +104,18 @@ class HeldOutReport:
     def _reverse_words(self) -> str:
         if self.reverse is None:
             return "not known without a proxy"
-        size = 100 * (self.effective_sample_size or 0.0)
         return (
             f"{self.reverse:.3f} ± {self.reverse_error:.3f} nats through the proxy, effective "
-            f"sample size {size:.0f} %"
+            f"sample size {100 * (self.effective_sample_size or 0.0):.0f} %"
         )
 
     def _coverage_words(self) -> str:
-        parts = []
-        for level in (0.5, 0.9):
-            k = int((self.coverage.levels - level).abs().argmin())
-            values = (self.coverage.values[k], self.coverage.lower[k], self.coverage.upper[k])
-            share, low, high = (100 * float(value) for value in values)
-            nominal = 100 * float(self.coverage.levels[k])
-            parts.append(f"{share:.0f} % at {nominal:.0f} % ({low:.0f}–{high:.0f} by chance)")
+        curve, parts = self.coverage, []
+        for wanted in (0.5, 0.9):
+            k = int((curve.levels - wanted).abs().argmin())
+            numbers = (curve.values[k], curve.levels[k], curve.lower[k], curve.upper[k])
+            share, level, low, high = (f"{100 * float(number):.0f}" for number in numbers)
+            parts.append(f"{share} % at {level} % ({low}–{high} by chance)")
         return ", ".join(parts)
 
 
@@ -176,24 +171,25 @@ def held_out_report(
     check_bool("show_progress_bars", show_progress_bars)
     if proxy is not None:
         check_instance("proxy", proxy, Proxy, "pass inference.proxy, a GivenProxy, or None")
-    evaluation = evaluate(inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars)
-    draws = evaluation.draws
+    draws, by_proxy = evaluate(
+        inference_or_posterior, theta, x, num_samples, proxy, show_progress_bars
+    )
     theta = theta.to(draws.theta)
     if bool(torch.isnan(draws.log_prob_true).any()):
         raise ValueError(
             "x: the posterior's density is NaN at some of the pairs; drop simulations that failed "
             "or are far outside what it was trained on."
         )
-    inside = inside_prior(evaluation.prior, draws.theta)
+    inside = inside_prior(prior_of(inference_or_posterior), draws.theta)
     ranks = hpd_ranks(draws, inside)
     marginals = marginal_ranks(draws, theta, inside)
     leaked = 0.0 if draws.log_weights is not None else leakage(inside)
     forward, forward_error = held_out_nll(draws.log_prob_true)
-    reverse, reverse_error = _mean(evaluation.reverse), _error(evaluation.reverse)
-    size = _mean(evaluation.effective_sample_size)
     against = None
-    if reverse is not None and reverse_error is not None and size is not None:
-        against = (reverse, reverse_error, size)
+    if by_proxy is not None:
+        reverse, sizes = (values[torch.isfinite(values)] for values in by_proxy)
+        against = (*mean_and_error(reverse), mean_and_error(sizes)[0])
+    reverse, reverse_error, size = against or (None, None, None)
     return HeldOutReport(
         num_pairs=len(theta),
         num_samples=num_samples,
@@ -233,18 +229,3 @@ def _check_pairs(theta: Tensor, x: Tensor) -> None:
             f"theta and x must be finite, but {bad} of {len(theta)} pairs are not finite; drop "
             "them, or let the simulator return a finite value for failed simulations."
         )
-
-
-def _mean(values: Tensor | None) -> float | None:
-    """Mean over the observations where the value exists; None without any values."""
-    if values is None:
-        return None
-    return float(values[torch.isfinite(values)].double().mean())
-
-
-def _error(values: Tensor | None) -> float | None:
-    """Standard error of that mean."""
-    if values is None:
-        return None
-    finite = values[torch.isfinite(values)].double()
-    return float(finite.std()) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan

@@ -52,9 +52,6 @@ def judge(
         num_samples: Draws S that the ranks are among.
         against_proxy: Reverse KL in nats, its standard error, and the effective sample size in
             [0, 1], where there is a proxy.
-
-    Raises:
-        TypeError, ValueError: If an argument is of another type, shape or range.
     """
     check_tensor("ranks", ranks, ("N",))
     check_tensor("marginals", marginals, (len(ranks), "D"))
@@ -73,13 +70,7 @@ def judge(
 
 
 def healthy_words(num_pairs: int, num_parameters: int, with_proxy: bool) -> str:
-    """The verdict where nothing was found: how small a fault so many pairs would have shown.
-
-    Args:
-        num_pairs: Held-out pairs N.
-        num_parameters: Dimension D of θ.
-        with_proxy: Whether the posterior was compared with a proxy.
-    """
+    """The verdict where nothing was found: how small a fault so many pairs would have shown."""
     alpha = _alpha(num_parameters)
     resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num_pairs)
     # 1/√(4π) is how fast a Gaussian's mean rank moves with its mean, per standard deviation.
@@ -116,34 +107,28 @@ def _width_by_density(ranks: Tensor, alpha: float) -> list[Finding]:
         mean, bound = float(ranks.clamp(max=1).mean()), _bound(alpha, 1 / 12, num)
         if abs(mean - 0.5) <= bound:
             return []
-        kind = FindingKind.OVERCONFIDENT if mean > 0.5 else FindingKind.TOO_WIDE
         interval = (mean, 0.5, 0.5 - bound, 0.5 + bound)
-        return [Finding(kind, (Measurement(Statistic.MEAN_DENSITY_RANK, *interval),))]
-    kinds = {
-        FindingKind.OVERCONFIDENT if m.value < m.expected else FindingKind.TOO_WIDE for m in found
-    }
-    if len(kinds) > 1:
+        return [_width(mean > 0.5, Measurement(Statistic.MEAN_DENSITY_RANK, *interval))]
+    too_narrow = {m.value < m.expected for m in found}
+    if len(too_narrow) > 1:
         return [Finding(FindingKind.WRONG_SHAPE, tuple(found))]
-    return [Finding(kinds.pop(), (max(found, key=_standard_deviations_off),))]
+    # In standard deviations of a coverage, up to a factor √N.
+    off = [abs(m.value - m.expected) / math.sqrt(m.expected * (1 - m.expected)) for m in found]
+    return [_width(too_narrow.pop(), found[off.index(max(off))])]
 
 
-def _standard_deviations_off(m: Measurement) -> float:
-    """How far a coverage is from its level, up to a factor √N."""
-    return abs(m.value - m.expected) / math.sqrt(m.expected * (1 - m.expected))
+def _width(too_narrow: bool, *measurements: Measurement) -> Finding:
+    return Finding(FindingKind.OVERCONFIDENT if too_narrow else FindingKind.TOO_WIDE, measurements)
 
 
 def _width_by_marginals(marginals: Tensor, alpha: float) -> list[Finding]:
     """The width of single parameters, where the joint region looks right."""
     bound = _bound(alpha, 1 / 48, len(marginals))
     distance = (marginals.clamp(max=1) - 0.5).abs().mean(0)
-    cases = (
-        (FindingKind.OVERCONFIDENT, distance > 0.25 + bound),
-        (FindingKind.TOO_WIDE, distance < 0.25 - bound),
-    )
     findings = []
-    for kind, wrong in cases:
+    for too_narrow, wrong in ((True, distance > 0.25 + bound), (False, distance < 0.25 - bound)):
         found = _of_parameters(Statistic.RANK_DISTANCE, distance, wrong, 0.25, bound)
-        findings += [Finding(kind, found)] if found else []
+        findings += [_width(too_narrow, *found)] if found else []
     return findings
 
 

@@ -18,15 +18,10 @@ from sbi.neural_nets import posterior_nn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_instance
+from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.spline import with_fast_splines
-from sbi_jeffreys.networks.transforms import (
-    MarginalTransform,
-    PriorTransform,
-    is_bounded,
-    on_edge,
-)
+from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, is_bounded, on_edge
 
 __all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config", "main_builder"]
 
@@ -54,7 +49,8 @@ class _Standardised(nn.Module):
 class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
     """p(θ|x) of an estimator p(u|x) over u = T(θ), T the prior's map to unconstrained space.
 
-    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support.
+    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support. Its methods are those
+    of sbi's base class.
 
     Args:
         estimator: A density estimator of u given x.
@@ -137,23 +133,20 @@ class MainBuilder:
         if embedding_net is not None:
             check_instance("embedding_net", embedding_net, nn.Module)
         check_bool("marginal_transforms", marginal_transforms)
+        beside = ["embedding_net"] * (embedding_net is not None) + list(settings)
         if is_config(model):
-            if embedding_net is not None or settings:
-                names = ["embedding_net"] * (embedding_net is not None) + list(settings)
+            if beside:
                 raise ValueError(
                     f"model is a {type(model).__name__}, which has settings of its own, but got "
-                    f"{', '.join(names)} beside it; set them in the config."
+                    f"{', '.join(beside)} beside it; set them in the config."
                 )
         elif not isinstance(model, str):
             raise TypeError(
                 f"model must be a name such as 'nsf' or one of sbi's model configs, got "
                 f"{type(model).__name__}; pass any other builder to NPE_Jeffreys itself."
             )
-        elif model not in model_builders:
-            raise ValueError(
-                f"density_estimator must be a builder, a config of sbi's, or one of "
-                f"{', '.join(model_builders)}, got {model!r}; choose one of these."
-            )
+        else:
+            check_choice("density_estimator", model, tuple(model_builders))
         self.model, self.embedding_net, self.settings = model, embedding_net, settings
         self.marginal_transforms = marginal_transforms
         self.prior: Distribution | None = None
@@ -168,16 +161,12 @@ class MainBuilder:
         """This builder, or, where parameters lie on the edge of the support, one that models θ.
 
         In unconstrained space the edge is at infinity, and a single pair there would dominate the
-        loss.
-
-        Args:
-            theta: All simulated parameters, `(N, D)`.
+        loss. θ are all simulated parameters, `(N, D)`.
 
         Warns:
             JeffreysWarning: If θ is modelled as it is for that reason.
         """
-        bounded = self.prior is not None and self.marginal_transforms and not self._is_mixture
-        transform = PriorTransform.fit(self.prior) if bounded and self.prior is not None else None
+        transform = self._prior_transform()
         num = 0 if transform is None else int(on_edge(transform, theta).sum())
         if num <= _EDGE_SHARE * len(theta):
             return self
@@ -190,17 +179,17 @@ class MainBuilder:
         )
         return self.with_prior(None)
 
-    @property
-    def _is_mixture(self) -> bool:
-        """Whether the model is a mixture of Gaussians over θ itself."""
+    def _prior_transform(self) -> PriorTransform | None:
+        """The map to the space in which θ is modelled; None for θ as it is, as in a mixture."""
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
-        return name.lower() in ("mdn", "mdnconfig")
+        is_mixture = name.lower() in ("mdn", "mdnconfig")
+        return (
+            PriorTransform.fit(self.prior) if self.marginal_transforms and not is_mixture else None
+        )
 
     def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:
         """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
-        build = self._build(x)
-        known = self.marginal_transforms and self.prior is not None and not self._is_mixture
-        transform = PriorTransform.fit(self.prior) if known and self.prior is not None else None
+        build, transform = self._build(x), self._prior_transform()
         if transform is None:
             return with_fast_splines(build(theta, x))
         estimator = with_fast_splines(build(transform(theta)[0], x))
@@ -214,15 +203,18 @@ class MainBuilder:
                 transform = MarginalTransform.fit(x)
                 embedding = None if transform.is_identity else _Standardised(transform, x)
         if not isinstance(self.model, str):
-            changes = {} if embedding is None else _condition(embedding, "z_score_condition")
-            config = dataclasses.replace(self.model, **changes) if changes else self.model
+            config = self.model
+            if embedding is not None:
+                settings = {"embedding_net": embedding, "z_score_condition": "none"}
+                config = dataclasses.replace(config, **settings)
             return lambda theta, x: config.build(batch_input=theta, batch_condition=x)
+        settings = dict(self.settings)
         if embedding is not None:
-            return posterior_nn(self.model, **self.settings, **_condition(embedding, "z_score_x"))
-        if self.embedding_net is None:
-            return posterior_nn(self.model, **self.settings)
-        # A copy, so that a second network does not start from the first one's trained embedding.
-        return posterior_nn(self.model, embedding_net=deepcopy(self.embedding_net), **self.settings)
+            settings |= {"embedding_net": embedding, "z_score_x": "none"}
+        elif self.embedding_net is not None:
+            # A copy: a second network does not start from the first one's trained embedding.
+            settings["embedding_net"] = deepcopy(self.embedding_net)
+        return posterior_nn(self.model, **settings)
 
     def _embeds(self) -> bool:
         """Whether the user chose how x enters: by an embedding net or by a z-scoring of x."""
@@ -235,12 +227,7 @@ class MainBuilder:
 def main_builder(
     given: Any, prior: Distribution | None, marginal_transforms: bool
 ) -> Callable[..., Any]:
-    """What builds the main: a `MainBuilder` for names and configs, the user's own as it is.
-
-    Args:
-        given: A name, a config, a `MainBuilder`, any other builder, or None for "nsf".
-        prior: The prior whose unconstrained space the main is built in.
-        marginal_transforms: Of the `MainBuilder` that is made for a name or config.
+    """What builds the main: a `MainBuilder` for a name, a config or None, the user's own as it is.
 
     Warns:
         JeffreysWarning: If a builder of the user's own does not know the bounds of the prior.
@@ -248,29 +235,25 @@ def main_builder(
     if given is None or isinstance(given, str) or is_config(given):
         name = "nsf" if given is None else given
         given = MainBuilder(name, marginal_transforms=marginal_transforms)
-    if isinstance(given, MainBuilder):
-        known = prior is None or not is_bounded(prior) or PriorTransform.fit(prior) is not None
-        if not known and given.marginal_transforms:
+    bounded = is_bounded(prior)
+    if not isinstance(given, MainBuilder):
+        if bounded:
             warnings.warn(
-                f"The support of the prior ({type(prior).__name__}) has no unconstrained space "
-                "that torch knows: the main models theta as it is and can put mass outside it, "
-                "which sampling then rejects. If you can, write the prior in terms of parameters "
-                "with a box or half-line support.",
+                "density_estimator is a builder of your own and is used as it is: the posterior "
+                "can put mass outside the prior's support, which sampling then rejects. "
+                "MainBuilder(name, embedding_net=...) of sbi_jeffreys builds the same networks "
+                "inside the support.",
                 JeffreysWarning,
                 stacklevel=3,
             )
-        return given.with_prior(prior)
-    if prior is not None and is_bounded(prior):
+        return given
+    if bounded and given.marginal_transforms and PriorTransform.fit(prior) is None:
         warnings.warn(
-            "density_estimator is a builder of your own and is used as it is: the posterior can "
-            "put mass outside the prior's support, which sampling then rejects. MainBuilder(name, "
-            "embedding_net=...) of sbi_jeffreys builds the same networks inside the support.",
+            f"The support of the prior ({type(prior).__name__}) has no unconstrained space that "
+            "torch knows: the main models theta as it is and can put mass outside it, which "
+            "sampling then rejects. If you can, write the prior in terms of parameters with a box "
+            "or half-line support.",
             JeffreysWarning,
             stacklevel=3,
         )
-    return given
-
-
-def _condition(embedding: nn.Module, z_score: str) -> dict[str, Any]:
-    """Arguments by which sbi's builders take an x that is transformed and z-scored already."""
-    return {"embedding_net": embedding, z_score: "none"}
+    return given.with_prior(prior)

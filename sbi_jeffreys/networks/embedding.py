@@ -23,14 +23,8 @@ __all__ = ["embedded_once", "summary_net"]
 def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
     """A copy of the main's embedding net, z-scoring included, or a flattening one.
 
-    A copy, because the main's own net changes in the symmetric stage, and an energy fitted on its
-    summaries would change with it.
-
-    Args:
-        main: A density estimator of sbi's (its `embedding_net` includes sbi's z-scoring of x).
-
-    Returns:
-        A module that maps x `(B, *x_shape)` to summaries `(B, ·)`.
+    It maps x `(B, *x_shape)` to summaries `(B, ·)`. A copy, because the main's own net changes in
+    the symmetric stage, and an energy fitted on its summaries would change with it.
     """
     net = main.embedding_net
     return nn.Flatten() if net is None else deepcopy(net)
@@ -43,10 +37,7 @@ def embedded_once(main: ConditionalDensityEstimator, x: Tensor) -> Iterator[None
     A forward hook hands the net the B distinct observations and repeats their summaries, which
     carry gradients as usual. A condition that is not `x` repeated as a whole is embedded as always.
     For deterministic nets (dropout is then drawn once per observation instead of once per pair).
-
-    Args:
-        main: A density estimator of sbi's; without an embedding net nothing happens.
-        x: The observations that it will be conditioned on, shape `(B, *x_shape)`.
+    Without an embedding net nothing happens.
     """
     net = main.embedding_net
     if net is None:

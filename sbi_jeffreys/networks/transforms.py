@@ -1,31 +1,29 @@
 r"""Monotone marginal transforms of x, under which the posterior is unchanged.
 
-p(θ|x) = p(θ|T(x)) for any bijection T that does not depend on θ, so a density of T(x) is as good a
-likelihood as a density of x, and T may be chosen for what a network learns best. Counts are
-dequantised (a density of integers is degenerate), positive heavy-tailed outputs are logged, and
-constant dimensions, which have no density, are dropped.
-
-Up to 20 outputs have a transform each. Beyond that x is taken for a signal, whose neighbouring
-outputs belong together: all of them share one, or none.
-
-The choice per dimension is Box & Cox's (1964): the profile log-likelihood of a Gaussian for the
-transformed values, Jacobian included, among identity, square root, log and scaled arsinh.
+p(θ|x) = p(θ|T(x)) for any bijection T that does not depend on θ, so T may be chosen for what a
+network learns best. Counts are dequantised (a density of integers is degenerate), and constant
+dimensions, which have no density, are dropped. The choice per dimension is Box & Cox's (1964): the
+profile log-likelihood of a Gaussian for the transformed values, Jacobian included, among identity,
+square root, log and scaled arsinh. More than 20 outputs are taken for a signal, whose neighbouring
+outputs belong together: all of them share one transform, or none.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from contextlib import redirect_stdout
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from sbi.utils import mcmc_transform, within_support
+from sbi.utils import MultipleIndependent, mcmc_transform, within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-__all__ = ["MarginalTransform", "PriorTransform", "is_bounded", "on_edge"]
+from sbi_jeffreys._checks import check_tensor
+from sbi_jeffreys._sbi import silent_prior
 
-_KINDS = ("identity", "log", "sqrt", "asinh")
+__all__ = ["MarginalTransform", "PriorTransform", "inside_support", "is_bounded", "on_edge"]
+
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
 _EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 tells
 _MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
@@ -33,51 +31,60 @@ _RESOLVED = 8.0  # spread, in units of float32's spacing, from which an output c
 _MIN_GAIN = 0.05  # nats per datum that a transform must win over the identity: Occam's margin
 
 
-def _candidates(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Transformed values and log-derivatives of every admissible kind, for one dimension `(N,)`."""
-    out = {"identity": (v, torch.zeros_like(v))}
-    if bool((v > 0).all()):
-        out["log"] = (v.log(), -v.log())
-        out["sqrt"] = (v.sqrt(), -0.5 * v.log() - math.log(2.0))
-    z = (v - centre) / scale
-    out["asinh"] = (torch.asinh(z), -0.5 * torch.log1p(z**2) - scale.log())
-    return out
+class _Kind(NamedTuple):
+    """A monotone function, the logarithm of its derivative, and its inverse."""
+
+    value: Callable[[Tensor], Tensor]
+    log_slope: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
 
 
-def _choose_shared(values: Tensor, centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
-    """One kind for all outputs `(N, D)`, as of a signal: that of the largest total score."""
-    totals: dict[str, float] = {}
-    num = values.shape[1]
-    for d in range(num):
-        for kind, score in _scores(values[:, d], centre[d], scale[d]).items():
-            totals[kind] = totals.get(kind, 0.0) + score
-        positive = bool((values[:, d] > 0).all())
-        if not positive:  # then neither log nor root is admissible for all
-            totals["log"] = totals["sqrt"] = -math.inf
-    best = max(totals, key=lambda kind: totals[kind])
-    gains = totals[best] > totals["identity"] + _MIN_GAIN * num
-    return [best if gains and not bool(integer.any()) else "identity"] * num
+_KINDS = {
+    "identity": _Kind(lambda u: u, torch.zeros_like, lambda t: t),
+    "log": _Kind(torch.log, lambda u: -u.log(), torch.exp),
+    "sqrt": _Kind(
+        torch.sqrt, lambda u: -0.5 * u.log() - math.log(2.0), lambda t: t.clamp_min(0.0) ** 2
+    ),
+    "asinh": _Kind(torch.asinh, lambda u: -0.5 * torch.log1p(u**2), torch.sinh),
+}
+_POSITIVE = ("log", "sqrt")  # kinds of positive outputs alone
+_SCALED = "asinh"  # the kind that needs its output centred and scaled
 
 
 def _scores(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, float]:
-    """Gaussian profile log-likelihood per datum of every admissible kind."""
-    return {
-        kind: float(-0.5 * t.var().clamp_min(1e-24).log() + log_jac.mean())
-        for kind, (t, log_jac) in _candidates(v, centre, scale).items()
-    }
+    """Gaussian profile log-likelihood per datum of every kind, −∞ where it is not admissible."""
+    is_positive = bool((v > 0).all())
+    scores = dict.fromkeys(_KINDS, -math.inf)
+    for name, kind in _KINDS.items():
+        if is_positive or name not in _POSITIVE:
+            u = (v - centre) / scale if name == _SCALED else v
+            log_slope = kind.log_slope(u) - (scale.log() if name == _SCALED else 0.0)
+            log_variance = kind.value(u).var().clamp_min(1e-24).log()
+            scores[name] = float(-0.5 * log_variance + log_slope.mean())
+    return scores
 
 
-def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: bool) -> str:
-    """The kind with the largest Gaussian profile log-likelihood; for counts, the square root.
-
-    The root stabilises the variance of counts (Anscombe 1948), while a log magnifies the noise of
-    small ones: on the tuning tasks with counts it was 0.1–0.5 nats better for the main.
-    """
-    if integer and bool((v > 0).all()):
-        return "sqrt" if float(v.max()) > _MAX_SMALL_COUNT else "identity"
-    scores = _scores(v, centre, scale)
+def _best(scores: dict[str, float]) -> str:
+    """The kind of the largest score per datum, if it wins enough over the identity."""
     best = max(scores, key=lambda kind: scores[kind])
     return best if scores[best] > scores["identity"] + _MIN_GAIN else "identity"
+
+
+def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
+    """The kinds of outputs `(N, D)`: of a signal the best shared one, and else the best of each.
+
+    Counts take the square root, which stabilises their variance (Anscombe 1948), while a log
+    magnifies the noise of small ones.
+    """
+    num = v.shape[1]
+    scores = [_scores(v[:, d], centre[d], scale[d]) for d in range(num)]
+    if num > _MAX_OWN_SCALES:
+        means = {kind: sum(score[kind] for score in scores) / num for kind in _KINDS}
+        return ["identity" if bool(integer.any()) else _best(means)] * num
+    kinds = [_best(score) for score in scores]
+    for d in torch.where(integer & (v > 0).all(dim=0))[0].tolist():
+        kinds[d] = "sqrt" if float(v[:, d].max()) > _MAX_SMALL_COUNT else "identity"
+    return kinds
 
 
 class MarginalTransform(nn.Module):
@@ -100,28 +107,12 @@ class MarginalTransform(nn.Module):
     floor: Tensor
     constant: Tensor
 
-    def __init__(
-        self,
-        kinds: list[str],
-        keep: Tensor,
-        integer: Tensor,
-        centre: Tensor,
-        scale: Tensor,
-        floor: Tensor,
-        constant: Tensor,
-    ) -> None:
+    def __init__(self, kinds: list[str], **buffers: Tensor) -> None:
         super().__init__()
         self.kinds = kinds
-        for name, buffer in (
-            ("keep", keep),
-            ("integer", integer),
-            ("centre", centre),
-            ("scale", scale),
-            ("floor", floor),
-            ("constant", constant),
-        ):
+        for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
-        self.dim_in, self.dim_out = constant.numel(), keep.numel()
+        self.dim_in, self.dim_out = self.constant.numel(), self.keep.numel()
 
     @classmethod
     def fit(cls, x: Tensor, choose: bool = True) -> MarginalTransform:
@@ -133,17 +124,11 @@ class MarginalTransform(nn.Module):
                 integers dequantised.
 
         Raises:
+            TypeError: If x is no tensor of floats.
             ValueError: If x is not a matrix, not finite, or constant in every dimension.
         """
-        if x.ndim != 2:
-            raise ValueError(
-                f"x must have shape (N, dim_x) for marginal transforms, got {tuple(x.shape)}; "
-                "structured x needs an embedding net and the energy proxy."
-            )
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(
-                "x contains NaN or inf; drop those simulations or use an embedding net."
-            )
+        remedy = "structured or incomplete x needs an embedding net and the energy proxy"
+        check_tensor("x", x, ("N", "dim_x"), finite=True, remedy=remedy)
         wide = x.detach().to("cpu", torch.float64)
         spacing = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
         varies = wide.amax(dim=0) - wide.amin(dim=0) > _RESOLVED * spacing
@@ -160,18 +145,15 @@ class MarginalTransform(nn.Module):
         centre = kept.median(dim=0).values
         spread = kept.quantile(0.75, dim=0) - kept.quantile(0.25, dim=0)
         scale = torch.where(spread > 0, spread, kept.std(dim=0).clamp_min(1e-12))
-        if not choose:
-            kinds = ["identity"] * len(keep)
-        elif len(keep) > _MAX_OWN_SCALES:
-            kinds = _choose_shared(kept, centre, scale, integer)
-        else:
-            kinds = [
-                _choose(kept[:, d], centre[d], scale[d], bool(integer[d])) for d in range(len(keep))
-            ]
+        kinds = _choose(kept, centre, scale, integer) if choose else ["identity"] * len(keep)
+        scaled = torch.tensor([kind == _SCALED for kind in kinds])
+        centre, scale = torch.where(scaled, centre, 0.0), torch.where(scaled, scale, 1.0)
+        positive = torch.tensor([kind in _POSITIVE for kind in kinds])
         # A new x below the smallest one seen stays in the domain of log and sqrt.
-        floor = torch.where(kept.amin(dim=0) > 0, kept.amin(dim=0) / 10, -torch.inf)
-        as_x = [b.to(x.device, x.dtype) for b in (centre, scale, floor, wide[0])]
-        return cls(kinds, keep.to(x.device), integer.to(x.device), *as_x)
+        floor = torch.where(positive, kept.amin(dim=0) / 10, -torch.inf)
+        fitted = {"centre": centre, "scale": scale, "floor": floor, "constant": wide[0]}
+        as_x = {name: buffer.to(x.device, x.dtype) for name, buffer in fitted.items()}
+        return cls(kinds, keep=keep.to(x.device), integer=integer.to(x.device), **as_x)
 
     @property
     def is_identity(self) -> bool:
@@ -179,69 +161,41 @@ class MarginalTransform(nn.Module):
         plain = all(kind == "identity" for kind in self.kinds)
         return plain and self.dim_out == self.dim_in and not bool(self.integer.any())
 
-    def _apply_kinds(self, v: Tensor) -> Tensor:
-        columns = []
-        for d, kind in enumerate(self.kinds):
-            u = v[..., d]
-            if kind == "log":
-                u = u.clamp_min(self.floor[d]).log()
-            elif kind == "sqrt":
-                u = u.clamp_min(self.floor[d]).sqrt()
-            elif kind == "asinh":
-                u = torch.asinh((u - self.centre[d]) / self.scale[d])
-            columns.append(u)
+    def _scaled(self, v: Tensor) -> Tensor:
+        return ((v - self.centre) / self.scale).clamp_min(self.floor)
+
+    def _values(self, v: Tensor) -> Tensor:
+        u = self._scaled(v)
+        columns = [_KINDS[kind].value(u[..., d]) for d, kind in enumerate(self.kinds)]
         return torch.stack(columns, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """T(x) at the midpoint of integer cells: `(*B, dim_in)` → `(*B, dim_out)`."""
-        return self._apply_kinds(x[..., self.keep] + 0.5 * self.integer)
+        return self._values(x[..., self.keep] + 0.5 * self.integer)
 
     def dequantise(self, x: Tensor) -> Tensor:
         """T(x + u) with u uniform in the cell of integer dimensions: fresh noise each call."""
         kept = x[..., self.keep]
-        return self._apply_kinds(kept + torch.rand_like(kept) * self.integer)
+        return self._values(kept + torch.rand_like(kept) * self.integer)
 
     def log_det(self, x: Tensor) -> Tensor:
         """log |det ∂T/∂x| at the midpoint of integer cells, shape `(*B,)`."""
-        kept = x[..., self.keep] + 0.5 * self.integer
-        total = torch.zeros(kept.shape[:-1]).to(kept)
-        for d, kind in enumerate(self.kinds):
-            u = kept[..., d]
-            if kind == "log":
-                total = total - u.clamp_min(self.floor[d]).log()
-            elif kind == "sqrt":
-                total = total - 0.5 * u.clamp_min(self.floor[d]).log() - math.log(2.0)
-            elif kind == "asinh":
-                z = (u - self.centre[d]) / self.scale[d]
-                total = total - 0.5 * torch.log1p(z**2) - self.scale[d].log()
-        return total
+        u = self._scaled(x[..., self.keep] + 0.5 * self.integer)
+        slopes = [_KINDS[kind].log_slope(u[..., d]) for d, kind in enumerate(self.kinds)]
+        return torch.stack(slopes).sum(dim=0) - self.scale.log().sum()
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest T(x) over simulations `(N, dim_in)`, whole cells included."""
         kept = x[..., self.keep]
-        return self._apply_kinds(kept.amin(0)), self._apply_kinds(kept.amax(0) + 1.0 * self.integer)
+        return self._values(kept.amin(0)), self._values(kept.amax(0) + 1.0 * self.integer)
 
     def inverse(self, y: Tensor) -> Tensor:
         """x with T(x) = y, integers restored, dropped dimensions at their constant."""
+        columns = [_KINDS[kind].inverse(y[..., d]) for d, kind in enumerate(self.kinds)]
+        v = torch.stack(columns, dim=-1) * self.scale + self.centre
         x = self.constant.expand(*y.shape[:-1], self.dim_in).clone()
-        for d, kind in enumerate(self.kinds):
-            u = y[..., d]
-            if kind == "log":
-                u = u.exp()
-            elif kind == "sqrt":
-                u = u.clamp_min(0.0) ** 2
-            elif kind == "asinh":
-                u = torch.sinh(u) * self.scale[d] + self.centre[d]
-            x[..., self.keep[d]] = torch.floor(u) if bool(self.integer[d]) else u
+        x[..., self.keep] = torch.where(self.integer, v.floor(), v)
         return x
-
-
-def _is_bounded(constraint: constraints.Constraint) -> bool:
-    """Whether a support constraint restricts the real line in any dimension."""
-    base = getattr(constraint, "base_constraint", constraint)
-    if isinstance(base, constraints.cat):
-        return any(_is_bounded(part) for part in base.cseq)
-    return base is not constraints.real and not isinstance(base, type(constraints.real))
 
 
 class PriorTransform(nn.Module):
@@ -257,19 +211,21 @@ class PriorTransform(nn.Module):
     def __init__(self, prior: Distribution) -> None:
         super().__init__()
         self.support = prior.support
-        self.bijection: Transform = mcmc_transform(prior, device=str(_device_of(prior)))
+        device = prior.sample(torch.Size((1,))).device
+        self.bijection: Transform = mcmc_transform(prior, device=str(device))
 
     @classmethod
-    def fit(cls, prior: Distribution) -> PriorTransform | None:
+    def fit(cls, prior: Distribution | None) -> PriorTransform | None:
         """The transform of a continuous prior with bounded support, else None.
 
         None also where torch knows no bijection of the support that keeps its dimensions (a
         triangle, a simplex); see `is_bounded`.
         """
-        if not is_bounded(prior):
+        if prior is None or not is_bounded(prior):
             return None
         try:
-            with torch.random.fork_rng(devices=[]):  # a trial leaves no trace in random numbers
+            # The trial leaves no trace in random numbers.
+            with torch.random.fork_rng(devices=[]), silent_prior():
                 transform = cls(prior)
                 theta = prior.sample(torch.Size((8,)))
             u, log_det, inside = transform(theta)
@@ -304,15 +260,31 @@ class PriorTransform(nn.Module):
         return flat.reshape(u.shape)
 
 
-def is_bounded(prior: Distribution) -> bool:
-    """Whether a continuous prior declares a support that is not all of ℝᴰ."""
+def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
+    """Which θ `(N, D)` lie in the prior's support, `(N,)`: sbi's `within_support`, part by part.
+
+    sbi's joint of independent priors is asked part by part, because torch cannot concatenate
+    supports that check single numbers (a box) with one that checks vectors (a simplex).
+    """
+    if not isinstance(prior, MultipleIndependent):
+        with silent_prior():
+            return within_support(prior, theta)
+    parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
+    return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
+
+
+def is_bounded(prior: Distribution | None) -> bool:
+    """Whether there is a continuous prior that declares a support that is not all of ℝᴰ."""
     try:
-        support = prior.support
+        support = None if prior is None else prior.support
     except (NotImplementedError, AttributeError):
         return False
     if support is None or getattr(support, "is_discrete", False):
         return False
-    return _is_bounded(support)
+    base = getattr(support, "base_constraint", support)
+    parts = base.cseq if isinstance(base, constraints.cat) else [base]
+    bases = [getattr(part, "base_constraint", part) for part in parts]
+    return not all(isinstance(base, type(constraints.real)) for base in bases)
 
 
 def on_edge(transform: PriorTransform, theta: Tensor) -> Tensor:
@@ -322,9 +294,3 @@ def on_edge(transform: PriorTransform, theta: Tensor) -> Tensor:
     """
     u, _, inside = transform(theta)
     return inside & (u.abs() > _EDGE).any(dim=-1)
-
-
-def _device_of(prior: Distribution) -> torch.device:
-    """Device of the prior's samples."""
-    with redirect_stdout(io.StringIO()):  # sbi's RestrictedPrior prints
-        return prior.sample(torch.Size((1,))).device

@@ -4,7 +4,6 @@ from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality, pareto_k
 from sbi_jeffreys.posteriors.power import best_power, pooling_power
 from sbi_jeffreys.posteriors.proxy import (
-    MainProposal,
     ProxyPosterior,
     ProxyPotential,
     SampleWith,
@@ -14,7 +13,6 @@ from sbi_jeffreys.posteriors.proxy import (
 __all__ = [
     "CorrectedPosterior",
     "ImportanceQuality",
-    "MainProposal",
     "ProxyPosterior",
     "ProxyPotential",
     "SampleWith",

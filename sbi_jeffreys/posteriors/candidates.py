@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,7 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
 
-__all__ = [
-    "CandidateCache",
-    "Candidates",
-    "draw_candidates",
-    "draw_in_chunks",
-    "resample",
-    "seeded",
-]
+__all__ = ["CandidateCache", "Candidates", "draw_candidates", "resample", "seeded"]
 
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
@@ -64,15 +56,10 @@ def draw_candidates(
     batch: int,
     show_progress_bars: bool = False,
 ) -> Candidates:
-    """Weighted draws of the main at each of B observations.
+    """Weighted draws of the main, `num` at each of the observations x `(B, *x_shape)`.
 
-    Args:
-        main: The main model p_φ(θ|x), the proposal.
-        log_potential: Maps θ `(K, B, D)`, x and log p_φ `(K, B)` to the unnormalised log target.
-        x: Observations `(B, *x_shape)`.
-        num: Draws K per observation.
-        batch: Draws per network call, shared by the observations.
-        show_progress_bars: Whether to show progress over network calls.
+    The unnormalised log target `log_potential` is called with θ `(K, B, D)`, x, and log p_φ
+    `(K, B)`. A network call takes at most `batch` draws, of all observations together.
     """
     step = max(1, batch // len(x))
     starts = tqdm(range(0, num, step), desc="Weighting draws", disable=not show_progress_bars)
@@ -84,27 +71,6 @@ def draw_candidates(
             thetas.append(theta)
             log_weights.append(log_potential(theta, x, log_p) - log_p)
     return Candidates(torch.cat(thetas), torch.cat(log_weights))
-
-
-def draw_in_chunks(
-    main: ConditionalDensityEstimator,
-    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x: Tensor,
-    num: int,
-    batch: int,
-    show_progress_bars: bool = False,
-) -> Iterator[tuple[slice, Candidates]]:
-    """As `draw_candidates`, for as many observations at a time as fit into one network call.
-
-    Yields:
-        The rows of x, and their candidates.
-    """
-    size = max(1, batch // num)
-    with tqdm(total=len(x), desc="Observations", disable=not show_progress_bars) as bar:
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            yield rows, draw_candidates(main, log_potential, x[rows], num, batch)
-            bar.update(len(x[rows]))
 
 
 def resample(candidates: Candidates, num: int) -> Tensor:
@@ -132,18 +98,8 @@ def resample(candidates: Candidates, num: int) -> Tensor:
     return candidates.theta[rows, torch.arange(batch, device=edges.device)]
 
 
-class CandidateCache:
-    """The candidates of the last few observations; the least recently used are dropped first.
-
-    Copies and pickles of a cache are empty.
-    """
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[Hashable, Candidates] = OrderedDict()
-
-    def __len__(self) -> int:
-        """The number of observations that are kept."""
-        return len(self._entries)
+class CandidateCache(dict[Hashable, Candidates]):
+    """The candidates of the last few observations; copies and pickles of a cache are empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy as an empty cache."""
@@ -152,33 +108,23 @@ class CandidateCache:
     def get_or_draw(
         self, key: Hashable, draw: Callable[[], Candidates], device: torch.device
     ) -> Candidates:
-        """The entry of that key, drawn if it is missing.
+        """The entry of that key, drawn if it is missing; the least recently used are dropped.
 
         Candidates are drawn from a seed that is a function of the key, and torch's generators go on
         as if nothing had been drawn: whether an entry was kept changes the time and no value.
         """
-        found = self._entries.get(key)
+        found = self.pop(key, None)
         if found is None:
-            with seeded(_seed_of(key), device):
+            digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+            with seeded(int.from_bytes(digest, "big"), device):  # the same in every process
                 found = draw()
-            self._entries[key] = found
-        self._entries.move_to_end(key)
-        while len(self) > _MAX_ENTRIES or (len(self) and self._numbers() > _MAX_NUMBERS):
-            self._entries.popitem(last=False)
+        self[key] = found
+        while len(self) > _MAX_ENTRIES or self._numbers() > _MAX_NUMBERS:
+            del self[next(iter(self))]
         return found
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self._entries.clear()
-
     def _numbers(self) -> int:
-        return sum(c.theta.numel() + c.log_weights.numel() for c in self._entries.values())
-
-
-def _seed_of(key: object) -> int:
-    """A seed that is a function of the key's representation, the same in every process."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
+        return sum(c.theta.numel() + c.log_weights.numel() for c in self.values())
 
 
 @contextmanager

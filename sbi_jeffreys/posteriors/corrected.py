@@ -2,15 +2,10 @@ r"""Correction at inference: the main's draws, resampled by importance weights (
 
 The proxy is often closer to the truth than the amortised main that learned from it, and at one
 observation it can be evaluated as often as needed. Drawing many θ_k ∼ p_φ(·|x_o) and resampling
-them by
-
-    w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β,     truncated at w̄ √K  (Ionides 2008),
-
-closes the amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest
-& Zidek 1986): main and proxy learned from the same few simulations but err differently, and β is
-chosen by the pool's score on held-out simulations. β = 1 relies on the proxy alone. The effective
-sample size of the weights says how much was corrected at an observation; where it is low, main and
-proxy disagree, and a warning is given.
+them by w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β, truncated at w̄ √K (Ionides 2008), closes the
+amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek
+1986): main and proxy learned from the same few simulations but err differently, and β is chosen by
+the pool's score on held-out simulations. β = 1 relies on the proxy alone.
 """
 
 from __future__ import annotations
@@ -22,27 +17,23 @@ import torch
 from sbi.inference.posteriors import DirectPosterior
 from torch import Tensor
 from torch.distributions import Distribution
+from tqdm.auto import tqdm
 
-from sbi_jeffreys._checks import check_bool, check_instance, check_int
-from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
-from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.posteriors._arguments import (
-    check_batched_theta,
+from sbi_jeffreys._checks import (
+    check_bool,
+    check_float,
+    check_instance,
+    check_int,
     check_observation,
     check_observations,
     check_prior,
+    check_rows,
     check_sample_shape,
-    check_theta,
 )
-from sbi_jeffreys.posteriors.candidates import (
-    CandidateCache,
-    Candidates,
-    draw_candidates,
-    draw_in_chunks,
-    resample,
-)
+from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
+from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.posteriors.candidates import CandidateCache, Candidates, draw_candidates, resample
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
-from sbi_jeffreys.posteriors.power import check_power
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["CorrectedPosterior"]
@@ -50,15 +41,15 @@ __all__ = ["CorrectedPosterior"]
 _BATCH = 10_000  # draws per network call: bounds memory
 _PER_SAMPLE = 4  # candidates for every sample asked for, at least
 _BATCHED_CANDIDATES = 2_000  # per observation where there are many
+_THETA_REMEDY = "pass one row per parameter vector, and one column per observation if batched"
 
 
 class CorrectedPosterior(DirectPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
-    A `DirectPosterior`, so everything of sbi that takes one takes this. `sample` returns corrected
-    draws; `log_prob` is the density of the pool p_φ^{1−β} q_ψ^β, normalised by the same weights.
-    A `JeffreysWarning` is given where the weights are unreliable (see `quality`). Every method
-    raises a TypeError or ValueError for an argument of another type, shape or range.
+    Built by `NPE_Jeffreys.build_corrected_posterior`. A `DirectPosterior`, so everything of sbi
+    that takes one takes this. A `JeffreysWarning` is given where the weights are unreliable (see
+    `quality`): there main and proxy disagree.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
@@ -75,10 +66,7 @@ class CorrectedPosterior(DirectPosterior):
         **kwargs: Passed to `DirectPosterior`.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If `num_candidates` or `power` is out of range.
-
-    Built by `NPE_Jeffreys.build_corrected_posterior`.
+        TypeError, ValueError: If an argument is of another type or out of range, in every method.
     """
 
     def __init__(
@@ -94,17 +82,15 @@ class CorrectedPosterior(DirectPosterior):
         check_instance("proxy", proxy, Proxy, "pass inference.proxy or a GivenProxy")
         check_prior(prior)
         check_int("num_candidates", num_candidates, 1)
-        self.power = check_power(power)
+        remedy = "1 corrects all the way to the proxy; for the main itself use build_posterior()"
+        self.power = float(check_float("power", power, 0.0, 1.0, low_open=True, remedy=remedy))
         super().__init__(posterior_estimator=main, prior=prior, **kwargs)
         self.proxy, self.num_candidates = proxy, num_candidates
         self._cache = CandidateCache()
 
     def __str__(self) -> str:
         """What it is, in one sentence."""
-        return (
-            f"Posterior p(θ|x) of type {type(self).__name__}. It resamples the main's draws by "
-            "importance weights of the proxy."
-        )
+        return f"{type(self).__name__}: the main's draws, resampled by weights of the proxy."
 
     def to(self, device: str | torch.device) -> None:
         """Move main, proxy and prior to a device."""
@@ -115,8 +101,6 @@ class CorrectedPosterior(DirectPosterior):
     def clear_cache(self) -> None:
         """Drop the candidates that are kept; needed after changing main or proxy in place."""
         self._cache.clear()
-
-    # ------------------------------------------------------------------ weights
 
     def weighted_sample(
         self,
@@ -136,9 +120,8 @@ class CorrectedPosterior(DirectPosterior):
         Returns:
             θ `(K, D)` and β (log q̃_ψ − log p_φ), shape `(K,)`; −∞ outside the prior.
         """
-        check_int("num_candidates", num_candidates, 1)
-        x_o = self._observation(x)
-        found = self._candidates(num_candidates, x_o, max_sampling_batch_size, show_progress_bars)
+        num, x_o = check_int("num_candidates", num_candidates, 1), self._observation(x)
+        found = self._candidates(num, x_o, max_sampling_batch_size, show_progress_bars)
         return found.theta[:, 0].clone(), found.log_weights[:, 0].clone()
 
     def log_potential(self, theta: Tensor, x: Tensor, log_p: Tensor) -> Tensor:
@@ -166,21 +149,13 @@ class CorrectedPosterior(DirectPosterior):
             num_candidates: Draws that it is estimated from; all that `sample` weights if None.
                 From few draws the largest weights are missing, and the estimate is too optimistic.
         """
-        num = self.num_candidates if num_candidates is None else num_candidates
-        check_int("num_candidates", num, 1)
-        return self._candidates(num, self._observation(x)).quality[0]
+        return self._candidates(num_candidates, self._observation(x)).quality[0]
 
     def effective_sample_size(
         self, x: Tensor | None = None, num_candidates: int | None = None
     ) -> float:
         """Effective sample size of the weights at x, as a fraction in [0, 1]; see `quality`."""
         return self.quality(x, num_candidates).effective_sample_size
-
-    def pareto_k(self, x: Tensor | None = None, num_candidates: int | None = None) -> float:
-        """Pareto k̂ of the weights at x, unreliable above 0.7; see `quality`."""
-        return self.quality(x, num_candidates).pareto_k
-
-    # ------------------------------------------------------------------ samples
 
     def sample(
         self,
@@ -226,9 +201,8 @@ class CorrectedPosterior(DirectPosterior):
             x: Observations `(B, *x_shape)`.
             max_sampling_batch_size: Draws per network call, shared by several observations.
             show_progress_bars: Whether to show progress over the observations.
-            num_candidates: Draws that are weighted per observation. None: the posterior's own
-                `num_candidates` but at most 2,000, and at least four per sample asked for. `sample`
-                takes more: the correction of many observations at once is coarser.
+            num_candidates: Draws that are weighted per observation, fewer than in `sample`. None:
+                the posterior's own number but at most 2,000, and at least four per sample.
 
         Returns:
             Shape `(*sample_shape, B, D)`.
@@ -240,16 +214,13 @@ class CorrectedPosterior(DirectPosterior):
         if num_candidates is None:
             own = min(self.num_candidates, _BATCHED_CANDIDATES)
             num_candidates = max(own, _PER_SAMPLE * shape.numel())
-        draws, qualities = [], []
-        x = self._observations(x)
+        draws, qualities, x = [], [], self._observations(x)
         chunks = self._chunks(num_candidates, x, max_sampling_batch_size, show_progress_bars)
-        for _, found in chunks:
+        for found in chunks:
             draws.append(resample(found, shape.numel()))
             qualities += found.quality
         warn_if_unreliable(qualities)
         return torch.cat(draws, dim=1).reshape(*shape, len(x), -1)
-
-    # ------------------------------------------------------------------ density
 
     def log_prob(
         self,
@@ -272,14 +243,12 @@ class CorrectedPosterior(DirectPosterior):
         Returns:
             Shape `(N,)`, −∞ outside the prior.
         """
-        x_o = self._observation(x)
-        theta = check_theta(theta, self.posterior_estimator.input_shape).unsqueeze(1)
-        check_bool("norm_posterior", norm_posterior)
+        x_o, shape = self._observation(x), self.posterior_estimator.input_shape
+        theta = check_rows("theta", theta, ("N", *shape), remedy=_THETA_REMEDY).unsqueeze(1)
         log_target = self._log_target(theta, x_o, track_gradients)[:, 0]
-        if not norm_posterior:
+        if not check_bool("norm_posterior", norm_posterior):
             return log_target
-        num = self.num_candidates if num_candidates is None else num_candidates
-        found = self._candidates(check_int("num_candidates", num, 1), x_o)
+        found = self._candidates(num_candidates, x_o)
         warn_if_unreliable(found.quality)
         return log_target - found.log_normaliser
 
@@ -291,20 +260,18 @@ class CorrectedPosterior(DirectPosterior):
         track_gradients: bool = False,
         num_candidates: int | None = None,
     ) -> Tensor:
-        """As `log_prob`, of θ `(N, B, D)` or `(B, D)` at B observations, shape `(N, B)`."""
-        x = self._observations(x)
-        theta = check_batched_theta(theta, len(x), self.posterior_estimator.input_shape)
-        check_bool("norm_posterior", norm_posterior)
-        num = self.num_candidates if num_candidates is None else num_candidates
-        if not norm_posterior:
-            return self._log_target(theta, x, track_gradients)
-        columns, qualities = [], []
-        for rows, found in self._chunks(num, x):
-            log_target = self._log_target(theta[:, rows], x[rows], track_gradients)
-            columns.append(log_target - found.log_normaliser)
+        """As `log_prob`, of θ `(N, B, D)` or `(B, D)` at x `(B, *x_shape)`; shape `(N, B)`."""
+        x, shape = self._observations(x), self.posterior_estimator.input_shape
+        theta = check_rows("theta", theta, ("N", len(x), *shape), remedy=_THETA_REMEDY)
+        log_target = self._log_target(theta, x, track_gradients)
+        if not check_bool("norm_posterior", norm_posterior):
+            return log_target
+        log_normalisers, qualities = [], []
+        for found in self._chunks(num_candidates, x):
+            log_normalisers.append(found.log_normaliser)
             qualities += found.quality
         warn_if_unreliable(qualities)
-        return torch.cat(columns, dim=1)
+        return log_target - torch.cat(log_normalisers)
 
     def _log_target(self, theta: Tensor, x: Tensor, track_gradients: bool) -> Tensor:
         """The unnormalised log target of θ `(N, B, D)` at x `(B, *x_shape)`, `(N, B)`."""
@@ -313,8 +280,6 @@ class CorrectedPosterior(DirectPosterior):
         with torch.set_grad_enabled(track_gradients), embedded_once(self.posterior_estimator, x):
             log_p = self.posterior_estimator.log_prob(theta, x)
             return self.log_potential(theta, x, log_p)
-
-    # ------------------------------------------------------------------ candidates
 
     def _observation(self, x: Any) -> Tensor:
         """One observation `(1, *x_shape)` on the posterior's device, the default if None."""
@@ -326,24 +291,25 @@ class CorrectedPosterior(DirectPosterior):
         return check_observations(x, self.posterior_estimator.condition_shape).to(device_of(self))
 
     def _candidates(
-        self, num: int, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
+        self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
     ) -> Candidates:
         """Candidates at one observation, a function of it and of torch's seed; cached."""
-        check_int("max_sampling_batch_size", batch, 1)
-        check_bool("show_progress_bars", show_progress_bars)
-        main, target = self.posterior_estimator, self.log_potential
-        return self._cache.get_or_draw(
-            (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes()),
-            lambda: draw_candidates(main, target, x, num, batch, show_progress_bars),
-            x.device,
-        )
+        num = self._checked(num, batch, show_progress_bars)
+        key = (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes())
+        how = (self.posterior_estimator, self.log_potential, x, num, batch, show_progress_bars)
+        return self._cache.get_or_draw(key, lambda: draw_candidates(*how), x.device)
 
     def _chunks(
-        self, num: int, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
-    ) -> Iterator[tuple[slice, Candidates]]:
-        """Candidates of many observations, a few at a time; see `draw_in_chunks`."""
-        check_int("num_candidates", num, 1)
+        self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
+    ) -> Iterator[Candidates]:
+        """Candidates of as many observations at a time as fit into one network call."""
+        num = self._checked(num, batch, show_progress_bars)
+        chunks = x.split(max(1, batch // num))
+        for part in tqdm(chunks, desc="Batches of observations", disable=not show_progress_bars):
+            yield draw_candidates(self.posterior_estimator, self.log_potential, part, num, batch)
+
+    def _checked(self, num: int | None, batch: int, show_progress_bars: bool) -> int:
+        """How many candidates to draw, after a check of how."""
         check_int("max_sampling_batch_size", batch, 1)
         check_bool("show_progress_bars", show_progress_bars)
-        main, target = self.posterior_estimator, self.log_potential
-        return draw_in_chunks(main, target, x, num, batch, show_progress_bars)
+        return check_int("num_candidates", self.num_candidates if num is None else num, 1)

@@ -95,13 +95,8 @@ def pareto_k(log_weights: Tensor) -> float:
     return float(shape)
 
 
-def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int = 3) -> None:
-    """Warn once about all observations at which the weights are unreliable.
-
-    Args:
-        qualities: One entry per observation.
-        stacklevel: Frames between this function and the line that the warning names.
-    """
+def warn_if_unreliable(qualities: Sequence[ImportanceQuality]) -> None:
+    """Warn once about all observations at which the weights are unreliable."""
     bad = [quality for quality in qualities if not quality.reliable]
     if not bad:
         return
@@ -116,5 +111,5 @@ def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int =
         "such x, or a smaller power or more num_candidates in build_corrected_posterior, and check "
         "whether x looks like the simulations.",
         JeffreysWarning,
-        stacklevel=stacklevel,
+        stacklevel=3,  # the line that calls the posterior's method
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["best_power", "check_power", "pooling_power"]
+__all__ = ["best_power", "pooling_power"]
 
 _POWERS = torch.linspace(0.05, 1.0, 20)
 _ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
@@ -36,13 +34,11 @@ def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:
     """
     check_tensor("log_ratio", log_ratio, ("K", "M"))
     check_tensor("log_ratio_true", log_ratio_true, (log_ratio.shape[1],))
-    scores = torch.stack(
-        [
-            (beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean()
-            for beta in _POWERS
-        ]
-    )
-    scores = torch.where(torch.isfinite(scores), scores, -torch.inf)
+    means = [
+        (beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean()
+        for beta in _POWERS
+    ]
+    scores = torch.stack(means).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     return float(_POWERS[int(scores.argmax())])
 
 
@@ -83,19 +79,3 @@ def pooling_power(
             ratios.append(ratio[:-1])
             true_ratios.append(ratio[-1])
     return best_power(torch.cat(ratios, dim=1), torch.cat(true_ratios))
-
-
-def check_power(power: Any) -> float:
-    """Require a number in (0, 1].
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range.
-    """
-    number = isinstance(power, (int, float)) and not isinstance(power, bool)
-    if not number or not 0 < power <= 1:
-        raise (ValueError if number else TypeError)(
-            f"power must be a number in (0, 1], got {power!r}; 1 corrects the main all the way to "
-            "the proxy, and for the main itself use build_posterior()."
-        )
-    return float(power)

@@ -1,8 +1,7 @@
 r"""The proxy as a posterior of its own: sbi's samplers on log q̃_ψ(θ, x_o).
 
 The proxy is an unnormalised density, so it is sampled by MCMC, by importance sampling with the main
-as the proposal, or by rejection from the prior. At one observation this posterior can be compared
-with the main's; `CorrectedPosterior` is a fast compromise between the two.
+as the proposal, or by rejection from the prior.
 """
 
 from __future__ import annotations
@@ -12,11 +11,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from sbi.inference.posteriors import (
-    ImportanceSamplingPosterior,
-    MCMCPosterior,
-    RejectionPosterior,
-)
+from sbi.inference.posteriors import ImportanceSamplingPosterior, MCMCPosterior, RejectionPosterior
 from sbi.utils import mcmc_transform
 from torch import Tensor
 
@@ -31,7 +26,7 @@ from sbi_jeffreys._sbi import (
 )
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["MainProposal", "ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
+__all__ = ["ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
 
 SampleWith = Literal["mcmc", "importance", "rejection"]
 ProxyPosterior = MCMCPosterior | ImportanceSamplingPosterior | RejectionPosterior
@@ -88,14 +83,10 @@ class ProxyPotential(BasePotential):
             return torch.where(inside, potential - rest, -torch.inf)
 
 
-class MainProposal:
+class _MainProposal:
     """The main at the potential's observation, as a proposal for importance sampling.
 
     sbi sets the observation on the potential alone, so the proposal takes it from there.
-
-    Args:
-        main: The main model.
-        potential: The potential that holds the observation.
     """
 
     def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
@@ -146,15 +137,13 @@ def proxy_posterior(
 
     Args:
         main: The main model, the proposal of importance sampling.
-        proxy: A fitted proxy; chains start at draws of its prior, which is also the proposal of
-            rejection sampling.
+        proxy: A fitted proxy; chains start at draws of its prior, as does rejection sampling.
         sample_with: "mcmc", "importance" or "rejection".
         parameters: sbi's parameters of that posterior; None for its defaults.
         device: Device of the posterior.
 
     Raises:
-        ValueError: For another `sample_with`.
-        TypeError: If an argument is of another type, or `parameters` are another posterior's.
+        TypeError, ValueError: If an argument is of another type, or another `sample_with`.
     """
     check_instance("main", main, ConditionalDensityEstimator, "pass what train() returned")
     check_instance("proxy", proxy, Proxy, "pass inference.proxy or a GivenProxy")
@@ -176,4 +165,4 @@ def proxy_posterior(
         return MCMCPosterior(potential, proposal=prior, **kwargs)
     if sample_with == "rejection":
         return RejectionPosterior(potential, proposal=prior, **kwargs)
-    return ImportanceSamplingPosterior(potential, proposal=MainProposal(main, potential), **kwargs)
+    return ImportanceSamplingPosterior(potential, proposal=_MainProposal(main, potential), **kwargs)

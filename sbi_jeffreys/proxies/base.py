@@ -8,20 +8,19 @@ pairs favour another (`training.temperature`). Subclasses define f_ψ: a learned
 
 from __future__ import annotations
 
-import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from copy import deepcopy
 from typing import Any
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from sbi_jeffreys._checks import check_callable
+from sbi_jeffreys._sbi import silent_prior
+from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = ["EmpiricalPrior", "Proxy"]
 
@@ -67,7 +66,7 @@ class Proxy(nn.Module, ABC):
 
     def sample_prior(self, num: int) -> Tensor:
         """Draws of the prior, `(num, D)`; what a prior prints on the way is dropped."""
-        with redirect_stdout(io.StringIO()):
+        with silent_prior():
             return self.prior.sample(torch.Size((num,)))
 
     @abstractmethod
@@ -85,9 +84,10 @@ class Proxy(nn.Module, ABC):
     def log_prior(self, theta: Tensor) -> Tensor:
         """log p(θ) of `(*B, D)`, −∞ outside the support (where torch's own priors may raise)."""
         flat = theta.reshape(-1, theta.shape[-1])
-        inside = within_support(self.prior, flat)
+        inside = inside_support(self.prior, flat)
         safe = torch.where(inside.unsqueeze(-1), flat, self._inside_point(flat))
-        log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
+        with silent_prior():
+            log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
         return log_prob.reshape(theta.shape[:-1])
 
     @torch.no_grad()
@@ -98,9 +98,10 @@ class Proxy(nn.Module, ABC):
             ValueError: If its log density is NaN or +∞ at some of them.
         """
         try:
-            log_prob = self.prior.log_prob(theta[within_support(self.prior, theta)])
-            if len(log_prob) == 0:  # of a prior without support, NaN counts as outside
-                log_prob = self.prior.log_prob(theta)
+            inside = inside_support(self.prior, theta)
+            # Of a prior that declares no support, NaN counts as outside.
+            with silent_prior():
+                log_prob = self.prior.log_prob(theta[inside] if bool(inside.any()) else theta)
         except ValueError:  # torch's priors raise outside their support: no density there
             return
         wrong = torch.isnan(log_prob) | torch.isposinf(log_prob)

@@ -34,7 +34,8 @@ class SavedTrainer(NPE):
         """Write everything to one file: simulations, networks, optimisers, random state.
 
         After `load`, posteriors are the same, and training resumes as if it had never stopped. Two
-        things are not kept: the tracker (the loaded object has a new default one), and a
+        things are not kept: the tracker (the loaded object has a new default one, without the logs
+        that sbi's `plot_summary` reads: use `plots.plot_training(inference.summary)`), and a
         `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`: without it
         `train(retrain_from_scratch=True)` raises.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys._sbi import ImproperEmpirical
+from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = ["check_appended", "check_simulations"]
 
@@ -101,7 +101,7 @@ def check_simulations(
             f"theta: expected shape (N, {size}) as the prior's, got {tuple(theta.shape)}; pass the "
             "prior that the parameters were drawn from."
         )
-    inside = within_support(prior, theta)
+    inside = inside_support(prior, theta)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
         raise ValueError(

@@ -110,9 +110,6 @@ class Training:
             options: Of the symmetric objective.
             arguments: Of `train`.
             show_progress_bars: Whether to show progress and to print the report.
-
-        Returns:
-            The main, in evaluation mode.
         """
         gradients, epochs = torch.is_grad_enabled(), 0
         self.arguments = arguments
@@ -147,8 +144,6 @@ class Training:
             trainer.save(options.checkpoint)  # type: ignore[attr-defined]  # NPE_Jeffreys has it
             self.arguments = arguments
 
-    # ------------------------------------------------------------------ plain NPE
-
     def _train_plain(
         self,
         trainer: NPE,
@@ -171,8 +166,6 @@ class Training:
             raise
         epochs = len(trainer.summary["training_loss"]) - epochs_before
         self.plain_steps += epochs * len(self._loader(trainer, arguments))
-
-    # ------------------------------------------------------------------ the symmetric part
 
     def _train_symmetric(
         self,
@@ -306,8 +299,6 @@ class Training:
             return _sbi.losses(trainer, next(stream), arguments.kernel, force)
 
         return atomic_losses if atomic else pairs
-
-    # ------------------------------------------------------------------ afterwards
 
     @contextmanager
     def _timed(self, part: int) -> Iterator[None]:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from sbi.utils import BoxUniform
-from torch.distributions import Independent, LogNormal, MultivariateNormal
+from sbi.utils import BoxUniform, process_prior
+from torch.distributions import Dirichlet, Independent, LogNormal, MultivariateNormal, Uniform
 
-from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform
+from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, inside_support
 
 N = 500
 
@@ -93,3 +93,11 @@ def test_outside_the_support_is_flagged_and_finite():
 
 def test_unbounded_priors_need_no_transform():
     assert PriorTransform.fit(MultivariateNormal(torch.zeros(2), torch.eye(2))) is None
+
+
+def test_a_joint_prior_is_asked_part_by_part():
+    parts = [Uniform(torch.zeros(1), torch.ones(1)), Dirichlet(torch.ones(2))]
+    prior = process_prior(parts)[0]
+    theta = torch.tensor([[0.5, 0.3, 0.7], [1.5, 0.3, 0.7], [0.5, 1.3, -0.3]])
+    assert inside_support(prior, theta).tolist() == [True, False, False]
+    assert bool(inside_support(prior, prior.sample((100,))).all())

@@ -59,8 +59,8 @@ def refused(call, error, *parts):
         ({"power": 0.0}, ValueError, ("power must", "got 0.0")),
         ({"power": 2}, ValueError, ("power must", "got 2")),
         ({"power": math.inf}, ValueError, ("power must", "got inf")),
-        ({"power": None}, TypeError, ("power must", "got None")),
-        ({"power": [0.5]}, TypeError, ("power must", "got [0.5]")),
+        ({"power": None}, TypeError, ("power must", "NoneType", "build_posterior")),
+        ({"power": [0.5]}, TypeError, ("power must", "[0.5]")),
     ],
 )
 def test_constructor(kwargs, error, parts):
@@ -151,7 +151,7 @@ def test_many_observations(method, x, error, parts):
         (lambda p: p.weighted_sample(None, X), TypeError, ("num_candidates must", "NoneType")),
         (lambda p: p.quality(X, 1.5), TypeError, ("num_candidates must", "float")),
         (lambda p: p.effective_sample_size(X, 0), ValueError, ("num_candidates must", "got 0")),
-        (lambda p: p.pareto_k(X, "all"), TypeError, ("num_candidates must", "str")),
+        (lambda p: p.quality(X, "all"), TypeError, ("num_candidates must", "str")),
         (lambda p: p.log_prob("θ", X), TypeError, ("theta must", "str")),
         (lambda p: p.log_prob(None, X), TypeError, ("theta must", "NoneType")),
         (lambda p: p.log_prob(torch.zeros(4, 3), X), ValueError, ("theta must", "(4, 3)")),

@@ -117,7 +117,9 @@ def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
 
 @pytest.mark.parametrize("power", [0.0, -1, 1.5, math.nan])
 def test_a_power_out_of_range_is_refused(power):
-    with pytest.raises(ValueError, match=r"power must be a number in \(0, 1\].*build_posterior"):
+    with pytest.raises(
+        ValueError, match=r"power must be a finite number in \(0, 1\].*build_posterior"
+    ):
         corrected(power)
 
 
