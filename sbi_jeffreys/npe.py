@@ -256,13 +256,13 @@ class NPE_Jeffreys(SavedTrainer):
             deepcopy(proxy),
             _sbi.prior_of(self),
             num_candidates,
-            self._pooling_power() if power is None else power,
+            self._pooling_power() if power is None else power,  # mutant: power-not-chosen
             device=device or str(_sbi.device_of(self)),
         )
 
     def _pooling_power(self) -> float:
         """β from the held-out simulations, which a later round draws from a proposal."""
-        if _sbi.latest_round(self) > 0:
+        if _sbi.latest_round(self) > 0:  # mutant: power-of-later-rounds
             return 1.0
         device = _sbi.device_of(self)
         theta, x = (t[self.val_indices].to(device) for t in self.get_simulations(0)[:2])

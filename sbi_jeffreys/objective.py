@@ -66,7 +66,7 @@ def reweighted_forward_term(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     log_weights = truncated_log_weights((log_q - log_p).detach())
     weights = log_weights.exp()  # all zero where no sample is inside
-    return -(weights * log_p).sum(dim=0).mean()
+    return -(weights * log_p).sum(dim=0).mean()  # mutant: g-reweighted-off
 
 
 def log_normaliser(log_q: Tensor, log_m: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def proxy_fit(log_q: Tensor, log_z: Tensor) -> Tensor:
     Returns:
         A scalar in nats.
     """
-    return (log_z - log_q).mean()
+    return (log_z - log_q).mean()  # mutant: p-not-normalised
 
 
 def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Tensor:
@@ -127,7 +127,7 @@ def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Ten
         overall = ratio.nanmedian().nan_to_num(0.0)
         cap = torch.where(torch.isfinite(centre), centre, overall) + barrier
         log_q_floor = log_p - cap
-    log_q = torch.where(finite & (log_q > log_q_floor), log_q, log_q_floor)
+    log_q = torch.where(finite & (log_q > log_q_floor), log_q, log_q_floor)  # mutant: barrier-off
     return log_p - log_q
 
 
@@ -142,7 +142,7 @@ def reverse_term(log_p: Tensor, log_q: Tensor, log_z: Tensor | float = 0.0) -> T
     Returns:
         KL(p_φ‖q_ψ) per observation, shape `(B,)`.
     """
-    return (log_p - log_q).mean(dim=0) + log_z
+    return (log_p - log_q).mean(dim=0) + log_z  # mutant: kl-directions-swapped
 
 
 def reverse_vargrad_loss(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Tensor:
@@ -166,7 +166,7 @@ def reverse_vargrad_loss(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) ->
             f"log_p needs at least two samples of θ per observation for a variance, got shape "
             f"{tuple(log_p.shape)}; use reverse_samples ≥ 2."
         )
-    ratio = robust_log_ratio(log_p, log_q.detach(), barrier)
+    ratio = robust_log_ratio(log_p, log_q.detach(), barrier)  # mutant: vargrad-without-proxy
     return 0.5 * ratio.var(dim=0).mean()
 
 
@@ -185,7 +185,7 @@ def ranking_nce_losses(log_ratio: Tensor, log_ratio_contrast: Tensor) -> Tensor:
         Losses in nats, shape `(B,)`.
     """
     everything = torch.cat([log_ratio.unsqueeze(0), log_ratio_contrast], dim=0)
-    return torch.logsumexp(everything, dim=0) - log_ratio
+    return torch.logsumexp(everything, dim=0) - log_ratio  # mutant: contrasts-off
 
 
 def truncated_log_weights(log_weights: Tensor) -> Tensor:
@@ -200,6 +200,7 @@ def truncated_log_weights(log_weights: Tensor) -> Tensor:
     num = log_weights.shape[0]
     log_weights = torch.nan_to_num(log_weights, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     log_mean = torch.logsumexp(log_weights, dim=0, keepdim=True) - math.log(num)
+    # mutant: weights-not-truncated
     log_weights = torch.minimum(log_weights, log_mean + 0.5 * math.log(num))
     total = torch.logsumexp(log_weights, dim=0, keepdim=True)
     return torch.where(torch.isfinite(total), log_weights - total, -torch.inf)

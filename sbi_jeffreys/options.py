@@ -154,7 +154,7 @@ class JeffreysOptions:
         """
         if self.num_steps is not None:
             return self.num_steps
-        growth = max(1.0, num_simulations / 1000) ** _GROWTH
+        growth = max(1.0, num_simulations / 1000) ** _GROWTH  # mutant: as-long-for-many-simulations
         low, high = (round(bound * growth) for bound in _STEPS)
         return min(max(low, round(_STEPS_OVER_PLAIN * plain_steps)), high)
 

@@ -168,7 +168,7 @@ class MainBuilder:
         """
         transform = self._prior_transform()
         num = 0 if transform is None else int(on_edge(transform, theta).sum())
-        if num <= _EDGE_SHARE * len(theta):
+        if num <= _EDGE_SHARE * len(theta):  # mutant: edge-not-seen
             return self
         warnings.warn(
             f"{num} of {len(theta)} parameters lie on the edge of the prior's support (clamped, or "

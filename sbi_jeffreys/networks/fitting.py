@@ -112,7 +112,7 @@ class FitResult:
     def abandon_threshold(self) -> float:
         """The loss after twenty epochs above which a later fit is abandoned; inf if unknown."""
         gained = self.early - self.held_out if math.isfinite(self.early) else 0.0
-        return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)
+        return self.early + max(_RACE_MARGIN, _RACE_SHARE * gained)  # mutant: slow-fits-given-up
 
 
 def can_fuse(net: nn.Module) -> bool:
@@ -204,7 +204,7 @@ def fit_network(
                     on_epoch(epoch, value)
                 if epoch == _RACE_EPOCHS:
                     early = best
-                    if best > abandon_above:
+                    if best > abandon_above:  # mutant: race-off
                         break
         finally:
             for average, value in zip(averages, kept):

@@ -140,6 +140,7 @@ class _RationalQuadratic(torch.autograd.Function):
         ctx.spline, ctx.inverse = spline, inverse
         saved = (inputs, parameters, inside, shares, k, left, size, ends, slopes, d, xi)
         ctx.save_for_backward(*saved)
+        # mutant: spline-log-det-of-the-inverse
         log_det = torch.where(inside, -log_det if inverse else log_det, 0.0)
         return torch.where(inside, outputs, inputs), log_det
 
@@ -181,12 +182,13 @@ def _gradients(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor, Tensor]:
     g_d0 = scaled * product * (1 - ratio) + g_log * (rest * rest * per_c - product * twice)
     g_d1 = g_log * (xi * xi * per_c - product * twice) - scaled * product * ratio
     g_left = torch.stack([-g_xi / w, g_y])
+    # mutant: spline-heights-without-slope
     g_size = torch.stack([-(g_xi * xi + g_delta * delta) / w, g_y * ratio + g_delta / w])
     g_raw = shares.new_empty(3 * len(shares[0]), len(k))
     _through_softmax(ctx, g_left, g_size, out=g_raw[: 2 * len(shares[0])].view_as(shares))
     slope = torch.stack([g_d0, g_d1]) * torch.sigmoid(slopes)
     g_raw[2 * len(shares[0]) :].zero_().scatter_add_(0, ends, slope)
-    return torch.where(inside, g_in, g_out), g_raw[:-1].t()
+    return torch.where(inside, g_in, g_out), g_raw[:-1].t()  # mutant: spline-gradient-outside
 
 
 def _through_softmax(ctx: Any, g_left: Tensor, g_size: Tensor, out: Tensor) -> None:
@@ -199,6 +201,7 @@ def _through_softmax(ctx: Any, g_left: Tensor, g_size: Tensor, out: Tensor) -> N
     g_left, g_size = spline.scale * ranges * g_left, spline.scale * ranges * g_size
     after = -(g_left * before + g_size * own)  # softmax: s (g − Σ s g)
     is_before = torch.arange(spline.num_bins, device=k.device).unsqueeze(-1) < k
+    # mutant: spline-bins-before
     grad = torch.where(is_before, (g_left + after).unsqueeze(1), after.unsqueeze(1))
     grad.scatter_(1, k.expand(2, 1, len(k)), (g_size + after).unsqueeze(1))
     torch.mul(shares, grad, out=out)

@@ -137,6 +137,7 @@ class CorrectedPosterior(DirectPosterior):
         """
         log_q = self.proxy.log_potential(theta, x)
         outside = torch.isneginf(log_q)  # there the main may have no density either
+        # mutant: all-the-way-to-the-proxy
         return torch.where(outside, log_q, log_p + self.power * (log_q - log_p))
 
     def quality(

@@ -35,6 +35,7 @@ def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:
     check_tensor("log_ratio", log_ratio, ("K", "M"))
     check_tensor("log_ratio_true", log_ratio_true, (log_ratio.shape[1],))
     means = [
+        # mutant: power-without-the-main-s-normaliser
         (beta * log_ratio_true - torch.logsumexp(beta * log_ratio, dim=0)).mean()
         for beta in _POWERS
     ]

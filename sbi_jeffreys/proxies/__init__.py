@@ -54,7 +54,7 @@ def build_proxy(
         ValueError: If a likelihood proxy is asked for where x has no density.
     """
     if isinstance(options.proxy, Proxy):
-        _compare_priors(options.proxy.prior, prior)
+        _compare_priors(options.proxy.prior, prior)  # mutant: priors-not-compared
         return options.proxy, f"given: {type(options.proxy).__name__}"
     obstacle = _no_density(x)
     if obstacle == _CONSTANT:

@@ -126,6 +126,7 @@ class Proxy(nn.Module, ABC):
         # Networks may overflow far outside the support, and a NaN that `where` masks would still
         # reach the gradient. So they are evaluated at an inside point instead.
         safe = torch.where(inside.unsqueeze(-1), theta, self._inside_point(theta))
+        # mutant: potential-not-tempered
         factor = self.inverse_temperature * self.log_factor(safe, x)
         return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
 

@@ -46,6 +46,7 @@ class Bag(nn.Module):
         drawn = [
             net.sample(sample_shape, z[rows]) for net, rows in zip(self.nets, parts) if len(rows)
         ]
+        # mutant: draws-of-a-bag-mixed-up
         return torch.cat(drawn, dim=-2)[..., torch.cat(parts).argsort(), :]
 
 
@@ -77,7 +78,7 @@ def fit_folds(
     folds = train[torch.randperm(len(train))].tensor_split(num_folds)
     fits = []
     for k, unseen in enumerate(folds):
-        rest = torch.cat([*folds[:k], *folds[k + 1 :]])
+        rest = torch.cat([*folds[:k], *folds[k + 1 :]])  # mutant: judged-by-pairs-seen
         fitted = fit_experts(specs, config, z, x, rest, unseen, on_epoch, scales, stop=False)
         fits.append({expert.spec: expert for expert in fitted})
     kept = [spec for spec in fits[0] if all(spec in fit for fit in fits)]
@@ -89,6 +90,7 @@ def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> F
     """One expert from its fits to the folds."""
     held_out = torch.cat([fit.held_out for fit in fits])
     result = FitResult(-float(held_out.mean()), sum(fit.result.epochs for fit in fits))
+    # mutant: one-fit-kept-of-a-bag
     bag = None if spec.closed_form else Bag([fit.net for fit in fits])
     net = bag or spec.fit(data, (), math.inf).net
     return FittedExpert(net, fits[0].transform, result, held_out, spec)

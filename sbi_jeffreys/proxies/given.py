@@ -197,7 +197,7 @@ class GivenProxy(Proxy):
         far = ((draws < low - margin) | (draws > high + margin)).any(dim=1)
         failed = torch.isinf(draws).any(dim=1) | torch.isnan(draws).all(dim=1)
         wrong = int((far | failed).sum())
-        if wrong > 0.5 * len(theta):
+        if wrong > 0.5 * len(theta):  # mutant: sampler-not-tried
             raise ValueError(
                 f"sample_x must draw x like the simulations, got values that are not finite or far "
                 f"from all of them ({_FAR} times their range) in {wrong} of {len(theta)} draws at "

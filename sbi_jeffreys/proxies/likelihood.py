@@ -42,6 +42,7 @@ _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 _MIN_WEIGHT = 0.01  # experts of a smaller weight are dropped
 _ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
+# mutant: missing-draws-not-replaced
 _ROUNDS = 5  # in which draws are replaced that were not plausible
 _MIN_PLAUSIBLE = 0.05  # share of plausible draws below which drawing more would not help
 
@@ -163,6 +164,7 @@ class LikelihoodProxy(Proxy):
         z = self.theta_transform(theta)
         folds = self._folds(len(train_indices))
         if folds > 1:
+            # mutant: folds-of-held-out-pairs
             fitted = fit_folds(self.experts, base, z, x, train_indices, folds, on_epoch)
         else:
             fitted = fit_experts(self.experts, base, z, x, train_indices, val_indices, on_epoch)
@@ -179,7 +181,7 @@ class LikelihoodProxy(Proxy):
     def _folds(self, num_pairs: int) -> int:
         """Folds for this many training pairs."""
         if self.num_folds is None:
-            return next(folds for least, folds in _FOLDS if num_pairs >= least)
+            return next(folds for least, folds in _FOLDS if num_pairs >= least)  # mutant: no-folds
         if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
             raise ValueError(
                 f"num_folds={self.num_folds} (proxy_folds of JeffreysOptions) needs at least "

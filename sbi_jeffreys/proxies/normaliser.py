@@ -59,7 +59,7 @@ class Normaliser:
     @property
     def pessimistic(self) -> Tensor:
         """The larger of both, under which the proxy looks worst, `(B,)`."""
-        return torch.maximum(self.lower, self.upper)
+        return torch.maximum(self.lower, self.upper)  # mutant: normaliser-own-theta-left-out
 
     @property
     def uncertain(self) -> Tensor:
@@ -89,7 +89,7 @@ def estimate_log_normaliser(
     """
     drawn, log_m, _ = defensive_draws(proxy, main, x, num, theta)
     log_q = proxy.log_potential(drawn, x)  # row 0: the pair's own θ
-    for _ in range(max_rounds):
+    for _ in range(max_rounds):  # mutant: normaliser-one-round
         log_w = log_q - log_m
         if bool((effective_sample_size(log_w[1:]) >= _ENOUGH * num).all()):
             break

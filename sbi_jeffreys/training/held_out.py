@@ -86,6 +86,7 @@ class HeldOut:
         """
         if self.atomic:
             theta = self._with_contrasts()
+            # mutant: atomic-reading-not-tempered
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
             losses = ranking_nce_losses(factor[0], factor[1:])
             return losses, torch.zeros_like(losses, dtype=torch.bool)
@@ -134,7 +135,7 @@ class HeldOut:
         offsets, factors = [], []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
             theta, log_m, log_prior = defensive_draws(proxy, main, x, self._num_draws(), theta)
-            offsets.append(log_prior - log_m)
+            offsets.append(log_prior - log_m)  # mutant: contrasts-of-the-prior-only
             factors.append(proxy.log_potential(theta, x) - log_prior)
         factor = torch.cat(factors, dim=1) / proxy.inverse_temperature
         return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)

@@ -65,12 +65,12 @@ def weigh(terms: dict[str, Tensor], multiplier: Tensor, trust: float) -> Tensor:
         multiplier: λ ≥ 0.
         trust: t in (0, 1].
     """
-    loss = multiplier * trust * terms["generated"]
+    loss = multiplier * trust * terms["generated"]  # mutant: g-off, g-without-trust
     if "forward" in terms:
-        weight = _REAL_WEIGHT * trust + (1 - trust)
-        loss = loss + PERIOD * multiplier * weight * terms["forward"]
+        weight = _REAL_WEIGHT * trust + (1 - trust)  # mutant: f-without-distrust
+        loss = loss + PERIOD * multiplier * weight * terms["forward"]  # mutant: f-off
     if "reverse" in terms:
-        loss = loss + PERIOD * trust * terms["reverse"]
+        loss = loss + PERIOD * trust * terms["reverse"]  # mutant: r-off, r-without-trust
     return loss / (1 + multiplier)
 
 

@@ -44,6 +44,7 @@ def trust(proxy_nll: float | Tensor, main_nll: float | Tensor) -> Tensor:
     gap = torch.as_tensor(proxy_nll, dtype=torch.float64) - torch.as_tensor(
         main_nll, dtype=torch.float64
     )
+    # mutant: trust-constant
     return torch.where(torch.isfinite(gap), torch.exp(-gap.clamp(min=0.0)), torch.zeros_like(gap))
 
 
@@ -125,8 +126,9 @@ class ResilientMultipliers(nn.Module):
                 f"violations must have shape {tuple(self.multipliers.shape)}, one value per "
                 f"constraint, got {tuple(g.shape)}."
             )
+        # mutant: slack-off
         proposed = self.multipliers + self.step_size * self.price * (g - self.slack)
-        proposed = proposed.clamp(0.0, self.max_multiplier)
+        proposed = proposed.clamp(0.0, self.max_multiplier)  # mutant: cap-off
         self.multipliers.copy_(torch.where(torch.isfinite(g), proposed, self.multipliers))
         self.slack.copy_(self.multipliers / self.price)
         return self.multipliers

@@ -155,15 +155,16 @@ def prepare(
         held_out.atomic,
         float(uncertain.float().mean()),
     )
-    if t < options.min_trust:
+    if t < options.min_trust:  # mutant: bad-proxy-followed
         return found
-    num_draws = options.draws_for(budget.num_steps)
+    num_draws = options.draws_for(budget.num_steps)  # mutant: pool-of-the-default-alone
     theta_pool, x_pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
     if len(x_pool) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
         return replace(found, status=ProxyStatus.IMPLAUSIBLE)
     weights = kernel(x_pool)
     if not bool(weights.sum() > 0):
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)
+    # mutant: tempered-pool-not-used
     weights = weights * tempering_weights(proxy, theta_pool, x_pool)
     return replace(found, status=ProxyStatus.USED, pool=Pool(theta_pool, x_pool, weights))
 
@@ -173,6 +174,7 @@ def _temper(
 ) -> None:
     """Set the proxy's temperature by held-out evidence."""
     proxy.inverse_temperature.fill_(1.0)
+    # mutant: frozen-and-tempered, temper-dead, given-likelihood-tempered
     if options.adaptive and options.temper and proxy.can_be_tempered:
         proxy.inverse_temperature.fill_(held_out.inverse_temperature(proxy, main))
 
@@ -216,5 +218,6 @@ def tempering_weights(proxy: Proxy, theta: Tensor | None, x: Tensor) -> Tensor:
     gamma = proxy.inverse_temperature
     if theta is None or gamma == 1 or len(x) == 0:
         return torch.ones(len(x), device=x.device)
+    # mutant: pool-not-tempered
     log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
     return len(x) * truncated_log_weights(log_weights).exp()

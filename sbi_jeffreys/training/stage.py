@@ -124,7 +124,7 @@ class SymmetricStage:
         norm = clip_grad_norm_(weights, max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rate * annealed(self.step, self.num_steps)
-        if bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm)):  # mutant: non-finite-steps
             self.optimizer.step()
         else:
             self.skipped += 1
@@ -133,8 +133,9 @@ class SymmetricStage:
 
     def update_multipliers(self, held_out_forward: float) -> None:
         """Dual step on F_val − Ĥ ≤ tolerance + ε, once per epoch; a new best value lowers Ĥ."""
-        self.entropy = min(self.entropy, held_out_forward)
-        if self.options.adaptive:
+        self.entropy = min(self.entropy, held_out_forward)  # mutant: entropy-frozen
+        if self.options.adaptive:  # mutant: lambda-frozen
+            # mutant: tolerance-off
             self.multipliers.update([held_out_forward - self.entropy - self.options.tolerance])
 
     def restart_slower(self, weights: dict[str, Tensor]) -> None:

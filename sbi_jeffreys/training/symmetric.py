@@ -58,25 +58,26 @@ class SymmetricTraining:
         stage: The stage with its multipliers and optimiser.
         best: The weights to hand out.
         plain: Held-out losses of plain NPE, `(M,)`, which the guard compares with.
+        proxy_losses: Held-out losses of the proxy, `(M,)`; after the stage, the larger of two
+            estimates.
         last_weights: Those of the last step, while the best ones are in the main; else None.
         status: How far the stage got.
         restarts: How often it went back to its best weights at half the step size.
         coverage_before: Of plain NPE on held-out pairs; None in later rounds.
         coverage_after: Of the main that is kept.
-        proxy_losses: Held-out losses of the proxy, estimated again with the trained main.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
     """
 
     stage: SymmetricStage
     best: Best
     plain: Tensor
+    proxy_losses: Tensor | None
     last_weights: dict[str, Tensor] | None = None
     status: StageStatus = StageStatus.PAUSED
     restarts: int = 0
     always_at_bound: bool = True
     coverage_before: CoverageCurve | None = None
     coverage_after: CoverageCurve | None = None
-    proxy_losses: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -138,16 +139,16 @@ class SymmetricTraining:
             self.pause()
         return epochs
 
-    def evaluate(self, held_out: HeldOut, before: Tensor) -> None:
+    def evaluate(self, held_out: HeldOut) -> None:
         """Evaluate the main that is kept, and the proxy once more with it as the proposal.
 
         Both estimates of the proxy's losses are bounds from below, so the larger one counts.
 
         Args:
             held_out: Held-out pairs.
-            before: The proxy's losses as they were estimated before the stage, `(M,)`.
         """
         after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
+        before = after if self.proxy_losses is None else self.proxy_losses
         self.proxy_losses = torch.maximum(before, after)
         if not held_out.atomic:
             self.coverage_after = held_out.coverage(self.stage.main, self.proxy.prior)
@@ -164,6 +165,7 @@ class SymmetricTraining:
             losses: The losses that it is the mean of, `(M,)`.
         """
         stage = self.stage
+        # mutant: npe-not-a-floor
         bound = min(self.best.value + stage.options.tolerance, stage.npe_nll)
         annealed = stage.finished and value <= bound
         if value < self.best.value or annealed:
@@ -180,6 +182,7 @@ class SymmetricTraining:
         error = float(excess.std()) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
         late = 2 * self.stage.step > self.stage.num_steps
         margin = (_EXCESS_LATE if late else _EXCESS_EARLY) + _ERRORS * error
+        # mutant: guard-off
         return not held_out.mean(excess) <= margin  # also where either is NaN
 
     def _restart(self) -> bool:

@@ -28,7 +28,7 @@ from sbi_jeffreys.objective import ranking_nce_losses
 
 __all__ = ["inverse_temperature"]
 
-_PRIOR_SCALE = 0.15
+_PRIOR_SCALE = 0.15  # mutant: temperature-of-a-few-pairs
 _STEP, _NUM_STEPS = 0.025, 28  # of log γ to either side of 0: from a half to two
 
 
@@ -77,4 +77,4 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
 def _losses(offset: Tensor, log_factor: Tensor, gamma: float) -> Tensor:
     outside = torch.isneginf(offset)  # there the factor may be anything
     value = torch.where(outside, offset, offset + gamma * log_factor)
-    return ranking_nce_losses(value[0], value[1:])
+    return ranking_nce_losses(value[0], value[1:])  # mutant: temperature-by-is-normaliser

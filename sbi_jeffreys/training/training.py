@@ -165,6 +165,7 @@ class Training:
             _sbi.restore_best_weights(trainer)
             raise
         epochs = len(trainer.summary["training_loss"]) - epochs_before
+        # mutant: steps-whatever-npe-took
         self.plain_steps += epochs * len(self._loader(trainer, arguments))
 
     def _train_symmetric(
@@ -174,7 +175,7 @@ class Training:
         arguments: TrainArguments,
         show_progress_bars: bool,
     ) -> int:
-        """Fit the proxy, if that is not done, and run what is left of the stage; epochs run."""
+        """Fit the proxy if there is none yet, and run the rest of the stage; epochs run."""
         device = _sbi.device_of(trainer)
         theta, x = (t.to(device) for t in trainer.get_simulations(self.starting_round)[:2])
         atomic = _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
@@ -213,9 +214,7 @@ class Training:
                 checkpoint_if_due,
                 show_progress_bars,
             )
-            assert self.prepared is not None
-            assert self.prepared.proxy_losses is not None
-            symmetric.evaluate(held_out, self.prepared.proxy_losses)
+            symmetric.evaluate(held_out)
             return epochs
 
     def _prepare(
@@ -231,6 +230,7 @@ class Training:
         """Fit the proxy and set up the symmetric stage, or leave plain NPE as it is."""
         main = _sbi.network_of(trainer)
         assert main is not None
+        # mutant: steps-of-the-default-alone
         num_steps = options.steps_for(len(theta), self.plain_steps)
         indices = trainer.train_indices.to(theta.device), trainer.val_indices.to(theta.device)
         found = self.prepared = prepare(
@@ -263,7 +263,7 @@ class Training:
             npe_nll=found.main_value,
             num_steps=num_steps,
         )
-        self.symmetric = SymmetricTraining(stage, best, found.main_losses)
+        self.symmetric = SymmetricTraining(stage, best, found.main_losses, found.proxy_losses)
         if not held_out.atomic:
             main.eval()
             self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)

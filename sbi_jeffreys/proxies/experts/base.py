@@ -90,11 +90,12 @@ class FittedExpert(nn.Module):
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
-        allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0
+        allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
         outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
         near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
         x = self.transform.inverse(y)
         columns = self.transform.keep[self.few]
+        # mutant: binary-draws-not-clamped
         x[:, columns] = torch.minimum(torch.maximum(x[:, columns], self.values[0]), self.values[1])
         return x, near & (outside.sum(dim=1) <= allowed)
 

@@ -62,10 +62,10 @@ def fit_experts(
     for spec in networks:
         rival = rivals[spec.around_regression]
         expert = spec.fit(data, fitted, rival.abandon_threshold)
-        if expert.result.early < rival.early:
+        if expert.result.early < rival.early:  # mutant: races-the-last-of-its-like
             rivals[spec.around_regression] = expert.result
         fitted.append(expert)
-        if stop and closed_form_won(fitted):
+        if stop and closed_form_won(fitted):  # mutant: regressions-never-win
             break
     return fitted
 

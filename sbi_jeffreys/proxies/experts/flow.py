@@ -76,6 +76,7 @@ class FlowExpert(Expert):
             target = regression.whiten(target, z[train], regression.leave_one_out)
         builder = likelihood_nn(self.model, num_transforms=self.num_transforms)
         net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
+        # mutant: net-around-x-itself
         if regression is not None:
             net = AroundRegression(net, regression)
         # Held-out losses are those of x, so that experts on different scales can be compared.
@@ -87,6 +88,7 @@ class FlowExpert(Expert):
                 return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
             target = transform.dequantise(x[indices]) if noisy else y[indices]
             if isinstance(net, AroundRegression):
+                # mutant: nets-of-residuals-seen
                 return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
             return net.loss(target, z[indices])  # type: ignore[operator]
 

@@ -21,7 +21,7 @@ __all__ = [
     "standardised",
 ]
 
-_RIDGE_GRID = torch.logspace(-3, 3, 13, dtype=torch.float64)
+_RIDGE_GRID = torch.logspace(-3, 3, 13, dtype=torch.float64)  # mutant: ridge-off
 
 
 def num_features(dim: int, degree: int) -> int:
@@ -40,7 +40,7 @@ def shrunk_covariance(residuals: Tensor) -> Tensor:
     squares, ratio = float((correlation**2).sum()), 1.0 - 2.0 / dim
     excess = squares - dim  # how far the correlations are from the identity
     estimate = (ratio * squares + dim**2) / (num + ratio)
-    shrinkage = 1.0 if excess <= estimate else estimate / excess
+    shrinkage = 1.0 if excess <= estimate else estimate / excess  # mutant: no-shrinkage
     eye = torch.eye(dim).to(correlation)
     return ((1 - shrinkage) * correlation + shrinkage * eye) * std * std.unsqueeze(1)
 
@@ -53,6 +53,7 @@ def standardised(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
         weights, whose mean is made 1.
     """
     y = y.double()
+    # mutant: weights-off
     if weights is None:
         weights = torch.ones(len(y)).to(y)
     weights = (weights.to(y) / weights.to(y).mean()).unsqueeze(1)
@@ -109,6 +110,7 @@ class GaussianRegression(nn.Module):
             shrink = s**2 / (s**2 + ridge)
             # The residual of each pair under the fit to all others, from the leverages.
             leave_one_out = 1.0 - ((u**2) @ shrink).clamp_max(1.0 - 1e-6)
+            # mutant: leave-one-out-off
             residuals = (target - u @ (shrink.unsqueeze(1) * projection)) / leave_one_out[:, None]
             covariance = shrunk_covariance(residuals)
             if (value := float(torch.logdet(covariance))) < best:
@@ -195,6 +197,7 @@ class AroundRegression(nn.Module):
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
+        # mutant: jacobian-of-the-whitening
         return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
 
     def leave_one_out_loss(self, y: Tensor, z: Tensor, leave_one_out: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class KernelRegression(GaussianRegression):
         norms = points.pow(2).sum(dim=1, keepdim=True) + self.points.pow(2).sum(dim=1)
         squares = (norms - 2 * inner).clamp_min(0.0)
         smooth = torch.exp(-0.5 * squares / (length**2 * points.shape[1]))
-        return smooth + _LINEAR * (1.0 + inner)
+        return smooth + _LINEAR * (1.0 + inner)  # mutant: kernel-without-smooth-part
 
     def mean(self, z: Tensor) -> Tensor:
         """m(z), shape `(*B, dim_y)`."""
@@ -116,10 +116,11 @@ def _leave_one_out_residuals(
     residuals = []
     for ridge in grid:
         shrink = values / (values + ridge)
+        # mutant: kernel-residuals-in-sample
         leave_one_out = (1.0 - (vectors**2) @ shrink).clamp_min(1e-6)
         fitted = vectors @ (shrink.unsqueeze(1) * projection)
         residuals.append((target - fitted) / leave_one_out.unsqueeze(1))
     stacked = torch.stack(residuals)
-    best = stacked.pow(2).mean(dim=1).argmin(dim=0)
+    best = stacked.pow(2).mean(dim=1).argmin(dim=0)  # mutant: one-ridge-for-all-outputs
     outputs = torch.arange(target.shape[1], device=target.device)
     return stacked[best, :, outputs].T, grid[best]

@@ -51,7 +51,7 @@ class NoiseMixture(nn.Module):
         best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
         for fit in _mixtures(values):
             score = float(fit.bic(values.cpu().numpy()))
-            if score < best:
+            if score < best:  # mutant: mixture-of-one
                 best = score
                 found = fit.weights_, fit.means_, fit.precisions_cholesky_
                 self.log_weights, self.means, self.precision_factors = (
@@ -139,9 +139,10 @@ def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundReg
             break
         weights, centre = best.net.pull(e)
         target = y - centre @ best.regression.cholesky.T
+        # mutant: outliers-keep-their-influence
         again = best.regression.unfitted().fit(z, target, weights)
         fitted, leave_one_out, e = _with_noise(again, z, y)
-        if not leave_one_out > value:
+        if not leave_one_out > value:  # mutant: mean-not-fitted-again, worse-second-fit-taken
             break
         best, value = fitted, leave_one_out
     return best

@@ -110,5 +110,6 @@ def best_regression(
     with torch.no_grad():
         scores = [net.leave_one_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
     best = max(scores, key=lambda score: float(score.mean()))
+    # mutant: not-the-simplest-regression
     clearly_beaten = [paired_gain(best, score) > CLEARLY for score in scores]
-    return regressions[clearly_beaten.index(False)]
+    return regressions[clearly_beaten.index(False)]  # mutant: another-regression-than-the-best
