@@ -104,8 +104,8 @@ class MainBuilder:
     sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
 
     Args:
-        model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …), or one of
-            sbi's typed configs.
+        model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …; in any case),
+            or one of sbi's typed configs.
         embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. With a
             config, set the config's own `embedding_net` instead.
         marginal_transforms: Whether θ and, without embedding net, a vector x are transformed.
@@ -147,7 +147,8 @@ class MainBuilder:
             )
         else:
             check_choice("density_estimator", model, tuple(model_builders))
-        self.model, self.embedding_net, self.settings = model, embedding_net, settings
+        self.model = model.lower() if isinstance(model, str) else model
+        self.embedding_net, self.settings = embedding_net, settings
         self.marginal_transforms = marginal_transforms
         self.prior: Distribution | None = None
 

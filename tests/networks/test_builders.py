@@ -66,6 +66,10 @@ def test_a_mixture_models_theta_itself(model):
     assert isinstance(net, UnconstrainedDensityEstimator) == (model == "maf")
 
 
+def test_names_are_taken_in_any_case():
+    assert MainBuilder("MAF").model == MainBuilder("maf").model
+
+
 def test_settings_reach_the_network():
     sizes = [
         sum(p.numel() for p in MainBuilder("maf", hidden_features=h)(*corner()).parameters())
