@@ -47,8 +47,8 @@ _THETA_REMEDY = "pass one row per parameter vector, and one column per observati
 class CorrectedPosterior(DirectPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
-    Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the weights
-    are unreliable (see `quality`): there main and proxy disagree.
+    Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
+    weights are unreliable (see `quality`): there main and proxy disagree.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
