@@ -47,9 +47,8 @@ _THETA_REMEDY = "pass one row per parameter vector, and one column per observati
 class CorrectedPosterior(DirectPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
-    Built by `NPE_Jeffreys.build_corrected_posterior`. A `DirectPosterior`, so everything of sbi
-    that takes one takes this. A `JeffreysWarning` is given where the weights are unreliable (see
-    `quality`): there main and proxy disagree.
+    Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
+    weights are unreliable (see `quality`): there main and proxy disagree.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
@@ -217,7 +216,7 @@ class CorrectedPosterior(DirectPosterior):
             num_candidates = max(own, _PER_SAMPLE * shape.numel())
         draws, qualities, x = [], [], self._observations(x)
         chunks = self._chunks(num_candidates, x, max_sampling_batch_size, show_progress_bars)
-        for found in chunks:
+        for _, found in chunks:
             draws.append(resample(found, shape.numel()))
             qualities += found.quality
         warn_if_unreliable(qualities)
@@ -264,15 +263,15 @@ class CorrectedPosterior(DirectPosterior):
         """As `log_prob`, of θ `(N, B, D)` or `(B, D)` at x `(B, *x_shape)`; shape `(N, B)`."""
         x, shape = self._observations(x), self.posterior_estimator.input_shape
         theta = check_rows("theta", theta, ("N", len(x), *shape), remedy=_THETA_REMEDY)
-        log_target = self._log_target(theta, x, track_gradients)
         if not check_bool("norm_posterior", norm_posterior):
-            return log_target
-        log_normalisers, qualities = [], []
-        for found in self._chunks(num_candidates, x):
-            log_normalisers.append(found.log_normaliser)
+            return self._log_target(theta, x, track_gradients)
+        columns, qualities = [], []
+        for rows, found in self._chunks(num_candidates, x):
+            log_target = self._log_target(theta[:, rows], x[rows], track_gradients)
+            columns.append(log_target - found.log_normaliser)
             qualities += found.quality
         warn_if_unreliable(qualities)
-        return log_target - torch.cat(log_normalisers)
+        return torch.cat(columns, dim=1)
 
     def _log_target(self, theta: Tensor, x: Tensor, track_gradients: bool) -> Tensor:
         """The unnormalised log target of θ `(N, B, D)` at x `(B, *x_shape)`, `(N, B)`."""
@@ -302,12 +301,14 @@ class CorrectedPosterior(DirectPosterior):
 
     def _chunks(
         self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
-    ) -> Iterator[Candidates]:
-        """Candidates of as many observations at a time as fit into one network call."""
+    ) -> Iterator[tuple[slice, Candidates]]:
+        """As many rows of x at a time as fit into one network call, and their candidates."""
         num = self._checked(num, batch, show_progress_bars)
-        chunks = x.split(max(1, batch // num))
-        for part in tqdm(chunks, desc="Batches of observations", disable=not show_progress_bars):
-            yield draw_candidates(self.posterior_estimator, self.log_potential, part, num, batch)
+        main, size = self.posterior_estimator, max(1, batch // num)
+        starts = range(0, len(x), size)
+        for start in tqdm(starts, desc="Batches of observations", disable=not show_progress_bars):
+            rows = slice(start, start + size)
+            yield rows, draw_candidates(main, self.log_potential, x[rows], num, batch)
 
     def _checked(self, num: int | None, batch: int, show_progress_bars: bool) -> int:
         """How many candidates to draw, after a check of how."""
