@@ -111,7 +111,7 @@ def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
     assert 0.1 < power < 0.9  # a posterior of half the variance against two epochs
     assert inference.build_corrected_posterior().power == power
     assert inference.build_corrected_posterior(power=0.2).power == 0.2
-    monkeypatch.setattr(inference, "_round", 1)  # held-out pairs from a proposal
+    monkeypatch.setattr(inference, "_data_round_index", [1])  # held-out pairs from a proposal
     assert inference.build_corrected_posterior().power == 1.0
 
 
