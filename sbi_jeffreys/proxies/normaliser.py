@@ -5,7 +5,7 @@ log Z, and the more so the sharper the proxy. A held-out loss −log q̃ + log �
 exactly where it is overconfident. Two remedies stand here.
 
 *Adaptation.* Draws θ_k of main and prior are weighted by (q̃/m)^τ, with the largest τ ≤ 1 that keeps
-a quarter of them effective. The next proposal is one third each of main and prior, of a Student
+a fifth of them effective. The next proposal is one third each of main and prior, of a Student
 distribution with the mean and covariance of the weighted draws, and of Student kernels about
 resampled draws; and so on until τ reaches 1 (population Monte Carlo, Cappé et al. 2004, with
 annealed weights, Neal 2001, arXiv physics/9803008). The estimate comes from the last round's draws
@@ -32,8 +32,10 @@ from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_densit
 __all__ = ["Normaliser", "estimate_log_normaliser"]
 
 _MAX_ROUNDS = 12  # after the first
-_ENOUGH = 0.25  # share of the draws that must be effective
+# A pair is settled once plenty of the draws are effective, or enough of them in three rounds.
+_PLENTY, _ENOUGH, _GOOD_ROUNDS = 0.5, 0.2, 3
 _CENTRES = 32  # kernels per observation and round
+_WIDTHS = (1.0, 0.3, 0.1)  # of the kernels, relative to the spread of the weighted draws
 _DEGREES = 5.0  # of freedom of the Student kernels
 _AGREE = 0.1  # nats within which the bounds count as one
 _POWERS = torch.logspace(0, -3, 25)
@@ -88,33 +90,50 @@ def estimate_log_normaliser(
         max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
     """
     drawn, log_m, _ = defensive_draws(proxy, main, x, num, theta)
-    log_q = proxy.log_potential(drawn, x)  # row 0: the pair's own θ
+    log_w = proxy.log_potential(drawn, x) - log_m  # row 0: the pair's own θ
+    rows = torch.arange(len(x), device=x.device)  # pairs that are not settled yet
+    good = torch.zeros(len(x), device=x.device)  # rounds in which enough draws were effective
     for _ in range(max_rounds):  # mutant: normaliser-one-round
-        log_w = log_q - log_m
-        if bool((effective_sample_size(log_w[1:]) >= _ENOUGH * num).all()):
+        share = effective_sample_size(log_w[1:, rows]) / num
+        good[rows] += share >= _ENOUGH
+        unsettled = (share < _PLENTY) & (good[rows] < _GOOD_ROUNDS)
+        if not bool(unsettled.any()):
             break
-        annealed = _annealed(log_w[1:])
-        parts = _Kernels.moments(drawn[1:], annealed), _Kernels.about(drawn[1:], annealed)
-        third = num // 3
-        defensive, _, _ = defensive_draws(proxy, main, x, num - 2 * third)
-        fresh = [theta.unsqueeze(0), defensive, *(part.sample(third) for part in parts)]
-        drawn = torch.cat(fresh)
-        densities = [defensive_log_density(proxy, main, drawn, x)[0]]
-        densities += [part.log_prob(drawn) for part in parts]
-        sizes = torch.tensor([num - 2 * third, third, third]).to(log_q)
-        shares = (sizes / num).log().reshape(-1, 1, 1)
-        log_m = torch.logsumexp(torch.stack(densities) + shares, dim=0)
-        log_q = proxy.log_potential(drawn, x)
+        rows, drawn = rows[unsettled], drawn[:, unsettled]
+        annealed = _annealed(log_w[1:, rows])
+        kernels = _Kernels.moments(drawn[1:], annealed), _Kernels.about(drawn[1:], annealed)
+        drawn, log_m = _next_round(proxy, main, theta[rows], x[rows], num, kernels)
+        log_w[:, rows] = proxy.log_potential(drawn, x[rows]) - log_m
+    none = torch.zeros_like(log_w)
     return Normaliser(
-        log_normaliser(log_q[1:], log_m[1:]),
-        log_normaliser(log_q, log_m),
-        effective_sample_size(log_q[1:] - log_m[1:]),
+        log_normaliser(log_w[1:], none[1:]),
+        log_normaliser(log_w, none),
+        effective_sample_size(log_w[1:]),
         num,
     )
 
 
+def _next_round(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    theta: Tensor,
+    x: Tensor,
+    num: int,
+    kernels: tuple[_Kernels, _Kernels],
+) -> tuple[Tensor, Tensor]:
+    """The pairs' own θ and draws of the adapted proposal `(1 + num, B, D)`, with its density."""
+    third = num // 3
+    defensive, _, _ = defensive_draws(proxy, main, x, num - 2 * third)
+    drawn = torch.cat([theta.unsqueeze(0), defensive, *(part.sample(third) for part in kernels)])
+    densities = [defensive_log_density(proxy, main, drawn, x)[0]]
+    densities += [part.log_prob(drawn) for part in kernels]
+    sizes = torch.tensor([num - 2 * third, third, third]).to(drawn)
+    shares = (sizes / num).log().reshape(-1, 1, 1)
+    return drawn, torch.logsumexp(torch.stack(densities) + shares, dim=0)
+
+
 def _annealed(log_weights: Tensor) -> Tensor:
-    """τ log w, with the largest τ ≤ 1 at which a quarter of the draws `(K, B)` is effective."""
+    """τ log w, with the largest τ ≤ 1 at which a fifth of the draws `(K, B)` is effective."""
     log_weights = log_weights.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     enough = _ENOUGH * len(log_weights)
     power = torch.full_like(log_weights[0], float(_POWERS[-1]))
@@ -131,27 +150,32 @@ class _Kernels:
     Attributes:
         centres: `(B, J, D)`.
         factor: Cholesky factor of the kernels' scale matrix, `(B, D, D)`.
+        scales: Factor of each kernel's width, `(J,)`.
     """
 
     centres: Tensor
     factor: Tensor
+    scales: Tensor
 
     @classmethod
     def moments(cls, theta: Tensor, log_weights: Tensor) -> _Kernels:
         """One component with the moments of draws `(K, B, D)` of log weights `(K, B)`."""
         weights, draws = _normalised(theta, log_weights)
         mean = (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
-        return cls(mean, torch.linalg.cholesky(_covariance(weights, draws)))
+        factor = torch.linalg.cholesky(_covariance(weights, draws))
+        return cls(mean, factor, torch.ones(1).to(draws))
 
     @classmethod
     def about(cls, theta: Tensor, log_weights: Tensor) -> _Kernels:
-        """Kernels about resampled draws, which follow more than one mode."""
+        """Kernels of three widths about resampled draws: they follow several narrow modes."""
         weights, draws = _normalised(theta, log_weights)
         dim = draws.shape[-1]
         rows = torch.multinomial(weights, _CENTRES, replacement=True)
         centres = draws.gather(1, rows.unsqueeze(-1).expand(-1, -1, dim))
         bandwidth = (4.0 / (_CENTRES * (dim + 2))) ** (2.0 / (dim + 4))
-        return cls(centres, torch.linalg.cholesky(bandwidth * _covariance(weights, draws)))
+        factor = torch.linalg.cholesky(bandwidth * _covariance(weights, draws))
+        scales = torch.tensor(_WIDTHS).repeat(_CENTRES // len(_WIDTHS) + 1)[:_CENTRES]
+        return cls(centres, factor, scales.to(draws))
 
     def sample(self, num: int) -> Tensor:
         """Draws `(num, B, D)`."""
@@ -161,7 +185,8 @@ class _Kernels:
         chi = torch.distributions.Chi2(torch.tensor(_DEGREES)).sample((batch, num, 1))
         noise = noise * (_DEGREES / chi.to(noise)).sqrt()
         means = self.centres.gather(1, which.expand(-1, -1, dim))
-        return (means + noise @ self.factor.transpose(1, 2)).transpose(0, 1)
+        noise = self.scales[which] * (noise @ self.factor.transpose(1, 2))
+        return (means + noise).transpose(0, 1)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Log density of θ `(K, B, D)`, `(K, B)`."""
@@ -178,7 +203,8 @@ class _Kernels:
             - math.lgamma(_DEGREES / 2)
             - 0.5 * dim * math.log(_DEGREES * math.pi)
         )
-        log_kernel = -0.5 * (_DEGREES + dim) * torch.log1p(squares / _DEGREES)
+        log_kernel = -0.5 * (_DEGREES + dim) * torch.log1p(squares / self.scales**2 / _DEGREES)
+        log_kernel = log_kernel - dim * self.scales.log()
         total = torch.logsumexp(log_kernel, dim=-1) - math.log(self.centres.shape[1])
         return (total + (constant - log_det).unsqueeze(-1)).T
 
