@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,33 +50,66 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    names = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and ast.unparse(node.test) in names
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below, those that only a type checker reads left out."""
-    for child in ast.iter_child_nodes(node):
-        if not is_type_checking(child):
-            yield child
-            yield from statements(child)
+    """All nodes below, without what only a type checker reads."""
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and is_type_checking(node):
+        children = node.orelse
+    for child in children:
+        yield child
+        yield from statements(child)
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports, also inside functions."""
+def imported(tree: ast.Module, package: str) -> set[str]:
+    """Modules of ours that a file imports, also inside functions.
+
+    Args:
+        tree: The file.
+        package: Dotted name of the package that the file is in, for relative imports.
+    """
     found: set[str] = set()
-    for node in statements(tree_of(path)):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            below = {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            origin = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            below = {f"{origin}.{alias.name}" for alias in node.names}
             modules = {name for name in below if name.removeprefix("sbi_jeffreys.") in MODULES}
-            others = len(modules) < len(below)
-            found |= modules | ({node.module} if others or not modules else set())
+            found |= modules | ({origin} if len(modules) < len(below) else set())
     ours = {name for name in found if name.split(".")[0] == "sbi_jeffreys"}
     return {name.removeprefix("sbi_jeffreys").lstrip(".") or "__init__" for name in ours}
 
 
-GRAPH = {name: imported(path) for name, path in MODULES.items()}
+def package_of(path: Path) -> str:
+    return ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+
+
+GRAPH = {name: imported(tree_of(path), package_of(path)) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import sbi_jeffreys.npe", {"npe"}),
+        ("from sbi_jeffreys import NPE_Jeffreys", {"__init__"}),
+        ("from sbi_jeffreys import _sbi, NPE_Jeffreys", {"_sbi", "__init__"}),
+        ("from .base import Proxy", {"proxies.base"}),
+        ("from . import base, Proxy", {"proxies.base", "proxies"}),
+        ("from ..networks import fitting", {"networks.fitting"}),
+        ("from ..npe import NPE_Jeffreys", {"npe"}),
+        ("def f():\n    from sbi_jeffreys.npe import NPE_Jeffreys", {"npe"}),
+        ("if TYPE_CHECKING:\n    import sbi_jeffreys.npe", set()),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import sbi_jeffreys.npe", {"npe"}),
+        ("import torch, sbi.inference", set()),
+    ],
+)
+def test_every_way_to_import_is_seen(source: str, expected: set[str]):
+    assert imported(ast.parse(source), "sbi_jeffreys.proxies") == expected
 
 
 @pytest.mark.parametrize("module", sorted(GRAPH))
@@ -140,31 +174,110 @@ def test_the_list_of_private_names_has_the_known_ones():
     assert {"_neural_net", "_prior", "_device", "_round", "_summary", "_tracker"} <= PRIVATE
 
 
-#: Our own attributes of the same name, and what sbi's posteriors offer to their subclasses.
-ALLOWED = {"_purpose", "_x_else_default_x", "_device"}
+def defined(cls: ast.ClassDef) -> set[str]:
+    """Names of methods, class attributes, and attributes that methods set on `self`."""
+    names = {node.name for node in ast.walk(cls) if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(cls):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if ast.unparse(node.value) == "self" else set()
+    for statement in cls.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = list(ast.iter_child_nodes(statement))
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def with_class(
+    node: ast.AST, cls: ast.ClassDef | None = None
+) -> Iterator[tuple[ast.AST, ast.ClassDef | None]]:
+    """All nodes below, each with the class that it is in."""
+    for child in ast.iter_child_nodes(node):
+        inner = child if isinstance(child, ast.ClassDef) else cls
+        yield child, inner
+        yield from with_class(child, inner)
+
+
+OURS = {name for path in FILES for cls in ast.walk(tree_of(path)) if isinstance(cls, ast.ClassDef)
+        for name in defined(cls)}  # fmt: skip
+
+
+def private_uses(tree: ast.Module, free: set[str]) -> list[str]:
+    """What a file takes from sbi that is private there, as source with line numbers.
+
+    An attribute with an underscore is ours if our classes define it and sbi's do not. Where both
+    do, it is ours on `self` in a class that defines it and does not derive from sbi.
+
+    Args:
+        tree: The file.
+        free: Names of its classes that do not derive from a class of sbi.
+    """
+    used: list[str] = []
+    for node, cls in with_class(tree):
+        wrong = False
+        if isinstance(node, ast.Attribute):
+            own = cls is not None and ast.unparse(node.value) in ("self", "cls", "super()")
+            if node.attr in PRIVATE:
+                wrong = not (own and cls and cls.name in free and node.attr in defined(cls))
+            elif node.attr.startswith("_") and not node.attr.startswith("__"):
+                wrong = not own and node.attr not in OURS
+        elif isinstance(node, ast.FunctionDef) and cls is not None:
+            wrong = node.name in PRIVATE and cls.name not in free  # an override of a private hook
+        elif isinstance(node, ast.Constant):  # getattr(trainer, "_round"), state["_prior"]
+            wrong = isinstance(node.value, str) and node.value in PRIVATE
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            origin = (getattr(node, "module", None) or "").split(".")
+            names = [[*filter(None, origin), *alias.name.split(".")] for alias in node.names]
+            wrong = any(
+                parts[0] == "sbi" and any(part.startswith("_") for part in parts) for parts in names
+            )
+        if wrong:
+            used.append(f"{ast.unparse(node).splitlines()[0]} (line {node.lineno})")  # type: ignore[attr-defined]
+    return used
+
+
+def free_classes(module: str) -> set[str]:
+    """Names of a module's classes that do not derive from a class of sbi."""
+    loaded = importlib.import_module(f"sbi_jeffreys.{module}".removesuffix(".__init__"))
+    classes = {name: value for name, value in vars(loaded).items() if isinstance(value, type)}
+    from_sbi = {
+        name
+        for name, cls in classes.items()
+        if any(base.__module__.split(".")[0] == "sbi" for base in cls.__mro__)
+    }
+    return set(classes) - from_sbi
 
 
 @pytest.mark.parametrize("module", sorted(set(GRAPH) - {"_sbi"}))
 def test_private_names_of_sbi_stand_in_one_file(module: str):
-    tree = tree_of(MODULES[module])
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    own |= {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and ast.unparse(node.value) == "self"
-    }
-    used = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in PRIVATE - own:
-            on_self = ast.unparse(node.value) == "self" and node.attr in ALLOWED
-            if not on_self:
-                used.append(f"{ast.unparse(node)} (line {node.lineno})")
-        private = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sbi.")
-        if private and any(part.startswith("_") for part in (node.module or "").split(".")):
-            used.append(f"import of {node.module} (line {node.lineno})")
+    used = private_uses(tree_of(MODULES[module]), free_classes(module))
     assert not used, f"{module}: {used}; put an accessor into sbi_jeffreys/_sbi.py"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "trainer._neural_net",
+        "class Mine:\n    def f(self, trainer):\n        self._prior = trainer._prior",
+        "class Derived(NPE):\n    def f(self):\n        self._round = 0",
+        "class Derived(NPE):\n    def _converged(self): ...",
+        "class Derived(NPE):\n    def f(self):\n        return self._summary",
+        "class Mine:\n    def f(self):\n        return self._summary",
+        "getattr(trainer, '_tracker')",
+        "state['_data_round_index']",
+        "mixture._transform_shift",
+        "from sbi.inference.trainers._contracts import LossArgsNPE",
+        "from sbi.inference.trainers import _contracts",
+        "import sbi.inference.trainers._contracts",
+        "from sbi.utils.sbiutils import _hidden",
+    ],
+)
+def test_every_way_to_a_private_name_is_seen(source: str):
+    assert private_uses(ast.parse(source), {"Mine"})
+
+
+def test_a_private_name_of_our_own_is_free():
+    source = "class Mine:\n    def f(self):\n        self._prior = 0\n        return self._prior"
+    assert not private_uses(ast.parse(source), {"Mine"})
 
 
 def count(path: Path) -> int:
