@@ -12,6 +12,9 @@ Works on a copy of the package in a temporary folder; not part of CI, whose test
 
 from __future__ import annotations
 
+import builtins
+import functools
+import keyword
 import os
 import re
 import shutil
@@ -21,6 +24,8 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sbi_jeffreys"
@@ -351,16 +356,20 @@ def mutated(mutant: Mutant) -> tuple[Path, str]:
     return path, "\n".join(lines) + "\n"
 
 
-def killed(mutant: Mutant) -> bool:
-    """Whether one of the mutant's tests fails with it."""
-    path, text = mutated(mutant)
+def passing(tests: str, path: Path | None = None, text: str = "") -> bool:
+    """Whether tests pass on a copy of the package in which `path`, if given, reads `text`.
+
+    Raises:
+        SystemExit: If pytest cannot run them, for instance because it selects none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("sbi_jeffreys", "tests"):
             shutil.copytree(REPOSITORY / name, root / name)
         shutil.copy(REPOSITORY / "pyproject.toml", root)
-        (root / path.relative_to(REPOSITORY)).write_text(text, encoding="utf-8")
-        arguments = ["-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        if path is not None:
+            (root / path.relative_to(REPOSITORY)).write_text(text, encoding="utf-8")
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", *tests.split()]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments],
             cwd=root,
@@ -369,8 +378,38 @@ def killed(mutant: Mutant) -> bool:
             text=True,
         )
     if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutant.mark}: pytest did not run:\n{done.stdout[-2000:]}")
-    return done.returncode == 1
+        raise SystemExit(f"{tests}: pytest did not run:\n{done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+@functools.cache
+def check_without_mutant(tests: str) -> None:
+    """Require that tests pass as things are: one that fails anyway would kill every mutant.
+
+    Raises:
+        SystemExit: If they do not.
+    """
+    if not passing(tests):
+        raise SystemExit(f"{tests} fails without any mutant, so it says nothing; mend it first.")
+
+
+def killed(mutant: Mutant) -> bool:
+    """Whether one of the mutant's tests fails with it, and none without it."""
+    check_without_mutant(mutant.tests)
+    return not passing(mutant.tests, *mutated(mutant))
+
+
+def unknown_words(mutant: Mutant) -> set[str]:
+    """Names in a mutant's code that its file does not have, nor Python, nor torch.
+
+    After a renaming the mutant would raise a NameError, and any test that runs the line would seem
+    to notice the mechanism.
+    """
+    path, _ = mutated(mutant)
+    identifier = re.compile(r"[A-Za-z_]\w*")
+    known = set(identifier.findall(_MARK.sub("", path.read_text(encoding="utf-8"))))
+    known |= {*keyword.kwlist, *dir(builtins), *dir(torch), *dir(torch.Tensor)}
+    return set(identifier.findall(mutant.code.partition("#")[0])) - known
 
 
 def main() -> int:

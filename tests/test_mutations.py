@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from mutations import MUTANTS, REPOSITORY, marked_lines, mutated
+from mutations import MUTANTS, REPOSITORY, Mutant, marked_lines, mutated, unknown_words
 
 
 def test_marks_and_entries_agree_one_to_one():
@@ -22,3 +22,20 @@ def test_a_mutant_is_python_and_not_what_was_there(mutant):
     for argument in mutant.tests.split():
         if argument.startswith("tests/"):
             assert (REPOSITORY / argument.split("::")[0]).exists(), argument
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.mark)
+def test_a_mutant_uses_names_that_its_file_has(mutant):
+    assert not unknown_words(mutant), f"{mutant.mark}: follow the renaming in tests/mutations.py"
+
+
+def test_a_mutant_with_a_name_from_before_a_renaming_is_found():
+    assert unknown_words(Mutant("g-off", "loss = 0 * former_name * trust", "")) == {"former_name"}
+
+
+@pytest.mark.parametrize("places", [0, 2])
+def test_a_mark_that_is_missing_or_there_twice_stops_the_run(places, monkeypatch):
+    place = marked_lines()["g-off"][0]
+    monkeypatch.setattr("mutations.marked_lines", lambda: {"g-off": [place] * places})
+    with pytest.raises(SystemExit, match=f"occurs {places} times"):
+        mutated(Mutant("g-off", "loss = 0", ""))
