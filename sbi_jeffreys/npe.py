@@ -39,7 +39,7 @@ from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
-from sbi_jeffreys.training.simulations import check_appended, check_matrix, check_simulations
+from sbi_jeffreys.training.simulations import check_appended, check_simulations
 from sbi_jeffreys.training.symmetric import TRACES
 from sbi_jeffreys.training.training import Training
 
@@ -183,8 +183,6 @@ class NPE_Jeffreys(SavedTrainer):
         """
         given = {name: value for name, value in locals().items() if name in _TRAIN_ARGUMENTS}
         arguments = TrainArguments(**given)
-        if _sbi.latest_round(self) >= 0:
-            check_matrix(self.get_simulations()[0])
         self._training.check_resumable(self, self.options, arguments, self._builder)
         return self._training.run(
             self, super().train, self.options, arguments, self._shows_progress
@@ -205,7 +203,7 @@ class NPE_Jeffreys(SavedTrainer):
         """
         theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
         check_simulations(theta, _sbi.prior_of(self), validation_fraction)
-        self._training.check_kernel(self, starting_round)
+        self._training.check_trainable(self, starting_round)
         if isinstance(self._builder, MainBuilder):
             _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.starting_round = starting_round
