@@ -203,7 +203,7 @@ class NPE_Jeffreys(SavedTrainer):
         """
         theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
         check_simulations(theta, _sbi.prior_of(self), validation_fraction)
-        self._training.check_kernel(self, starting_round)
+        self._training.check_trainable(self, starting_round)
         if isinstance(self._builder, MainBuilder):
             _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.starting_round = starting_round

@@ -109,6 +109,13 @@ def test_append_simulations(case):
     assert len(inference.get_simulations()[0]) == 5
 
 
+def test_parameters_without_columns_are_refused_before_training():
+    inference = fresh(prior=None).append_simulations(torch.randn(20), X[:1].expand(20, -1))
+    inference.get_dataloaders()  # as sbi, which stores and splits them
+    with pytest.raises(ValueError, match=r"theta must have shape .* got \(20,\)"):
+        inference.train()
+
+
 def test_later_rounds_have_the_shapes_of_earlier_ones():
     inference = fresh(prior=None).append_simulations(*simulate(20))
     for theta, x, name in ((torch.zeros(5, 3), X[:5], "theta"), (THETA[:5], X[:5, :1], "x")):

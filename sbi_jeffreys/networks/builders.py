@@ -146,7 +146,7 @@ class MainBuilder:
                 f"{type(model).__name__}; pass any other builder to NPE_Jeffreys itself."
             )
         else:
-            check_choice("density_estimator", model, tuple(model_builders))
+            check_choice("density_estimator", model.lower(), tuple(model_builders))
         self.model = model.lower() if isinstance(model, str) else model
         self.embedding_net, self.settings = embedding_net, settings
         self.marginal_transforms = marginal_transforms

@@ -22,6 +22,7 @@ from sbi_jeffreys._checks import (
 )
 from sbi_jeffreys.networks.builders import MainBuilder, is_config
 from sbi_jeffreys.options import JeffreysOptions
+from sbi_jeffreys.training.simulations import check_matrix
 
 __all__ = [
     "TrainArguments",
@@ -147,6 +148,15 @@ class TrainArguments:
     def for_sbi(self) -> dict[str, Any]:
         """As keywords of sbi's `train`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def check_trainable(self, theta: Tensor, x: Tensor) -> None:
+        """Check simulations θ and x before plain NPE is trained on them.
+
+        Raises:
+            ValueError: If θ has no columns, or the calibration kernel fails on x.
+        """
+        check_matrix(theta)
+        self.kernel(x)
 
     def kernel(self, x: Tensor) -> Tensor:
         """Weights of observations by the calibration kernel, `(N,)`; ones without one.

@@ -12,7 +12,7 @@ from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys._sbi import ImproperEmpirical
 from sbi_jeffreys.networks.transforms import inside_support
 
-__all__ = ["check_appended", "check_simulations"]
+__all__ = ["check_appended", "check_matrix", "check_simulations"]
 
 
 def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) -> None:
@@ -40,23 +40,20 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
                 f"{name} must have one row for each simulation, got shape {tuple(value.shape)}; "
                 "pass at least one simulation."
             )
-    if theta.ndim != 2:
-        raise ValueError(
-            f"theta must have shape (N, D), got {tuple(theta.shape)}; for a single parameter pass "
-            "theta.reshape(-1, 1)."
-        )
+    known = prior is not None and not isinstance(prior, ImproperEmpirical)
+    if known or theta.ndim != 1:  # without a prior, sbi stores and splits vectors of any meaning
+        check_matrix(theta)
     if len(theta) != len(x):
         raise ValueError(
             f"theta and x must have as many rows, got {len(theta)} and {len(x)}; row i of x is the "
             "simulation of row i of theta."
         )
     if not bool(torch.isfinite(theta).all()):
-        bad = int((~torch.isfinite(theta)).any(dim=1).sum())
+        bad = int((~torch.isfinite(theta.reshape(len(theta), -1))).any(dim=1).sum())
         raise ValueError(
             f"theta must be finite, got NaN or inf in {bad} of {len(theta)} rows; drop these rows "
             "and their simulations."
         )
-    known = prior is not None and not isinstance(prior, ImproperEmpirical)
     size = prior.event_shape[-1] if known and prior is not None and prior.event_shape else None
     if size is not None and theta.shape[1] != size:
         raise ValueError(
@@ -70,6 +67,19 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
                     f"{name} must have rows of shape {tuple(earlier.shape[1:])} as in earlier "
                     f"rounds, got {tuple(value.shape[1:])}; simulate with the same simulator."
                 )
+
+
+def check_matrix(theta: Tensor) -> None:
+    """Check that θ has one row for each simulation and one column for each parameter.
+
+    Raises:
+        ValueError: If θ has not two dimensions.
+    """
+    if theta.ndim != 2:
+        raise ValueError(
+            f"theta must have shape (N, D), got {tuple(theta.shape)}; for a single parameter pass "
+            "theta.reshape(-1, 1)."
+        )
 
 
 def check_simulations(

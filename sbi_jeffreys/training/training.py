@@ -89,10 +89,10 @@ class Training:
                 None if self.stage is None else self.stage.options,
             )
 
-    def check_kernel(self, trainer: NPE, starting_round: int) -> None:
-        """Try the calibration kernel on the simulations before plain NPE is trained with it."""
-        if self.arguments is not None and self.arguments.calibration_kernel is not None:
-            self.arguments.kernel(trainer.get_simulations(starting_round)[1])
+    def check_trainable(self, trainer: NPE, starting_round: int) -> None:
+        """Check the simulations that a call of `train` is about to use; else nothing."""
+        if self.arguments is not None:
+            self.arguments.check_trainable(*trainer.get_simulations(starting_round)[:2])
 
     def run(
         self,

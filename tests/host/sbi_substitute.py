@@ -21,11 +21,11 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sbi
 
 SUBSTITUTE_VARIABLE = "SBI_JEFFREYS_SUBSTITUTE"
 DEFAULT_SUBSTITUTE = "sbi_jeffreys:NPE_Jeffreys"
@@ -298,7 +298,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     seconds = sum(seconds for _, seconds in notes.trainings.values())
     terminalreporter.write_line(
         f"{os.environ.get(SUBSTITUTE_VARIABLE, DEFAULT_SUBSTITUTE)} "
-        f"against sbi {metadata.version('sbi')}: "
+        f"against sbi {sbi.__version__} in {Path(sbi.__file__).parent}: "
         + ", ".join(f"{count} {key}" for key, count in counts.items())
         + f"; trained {trainings} times in {seconds:.0f} s"
     )
