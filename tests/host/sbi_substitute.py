@@ -35,8 +35,6 @@ PATCHED_MODULES = (
     "sbi.inference.trainers.npe",
     "sbi.inference.trainers.npe.npe_c",
 )
-#: How the reason of an exception begins whose test passes with other random numbers.
-SOMETIMES = "sometimes: "
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
@@ -206,17 +204,13 @@ def read_exceptions(path: Path) -> dict[str, str]:
 def mark_exceptions(items: Iterable[pytest.Item], exceptions: dict[str, str]) -> set[str]:
     """Mark the listed tests as expected to fail; return the entries that match no test.
 
-    The mark is strict: an exception that is no longer needed fails, and is to be struck out. A
-    reason that begins with "sometimes: " says that the outcome turns on random numbers, which any
-    change of the package shifts; then the test may pass.
+    The mark is strict: an exception that is no longer needed fails, and is to be struck out.
     """
     unmatched = set(exceptions)
     for item in items:
         if item.nodeid in exceptions:
             unmatched.discard(item.nodeid)
-            reason = exceptions[item.nodeid]
-            strict = not reason.startswith(SOMETIMES)
-            mark = pytest.mark.xfail(reason=reason, strict=strict)
+            mark = pytest.mark.xfail(reason=exceptions[item.nodeid], strict=True)
             item.add_marker(mark, append=False)
     return unmatched
 
