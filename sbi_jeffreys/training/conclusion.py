@@ -106,10 +106,14 @@ def _estimate(losses: Tensor | None) -> Estimate | None:
 
 
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
-    """Names and weights of a likelihood proxy's experts."""
+    """Names and weights of a likelihood proxy's experts, those of one name together."""
     if not isinstance(proxy, LikelihoodProxy):
         return ()
-    return tuple((str(k + 1), float(weight)) for k, weight in enumerate(proxy.weights))
+    weights: dict[str, float] = {}
+    for expert, weight in zip(proxy.fitted, proxy.weights.tolist()):
+        name = str(expert.spec.name)  # type: ignore[union-attr]
+        weights[name] = weights.get(name, 0.0) + weight
+    return tuple(sorted(weights.items(), key=lambda item: -item[1]))
 
 
 def covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:

@@ -214,7 +214,8 @@ class Training:
                 checkpoint_if_due,
                 show_progress_bars,
             )
-            symmetric.evaluate(held_out)
+            with torch.random.fork_rng(devices=[]):  # a pause must not shift the stream
+                symmetric.evaluate(held_out)
             return epochs
 
     def _prepare(

@@ -139,6 +139,7 @@ def test_a_clean_training_warns_of_nothing_and_says_what_it_did(capsys):
     for estimate in (report.npe, report.proxy_held_out, report.main):
         assert estimate.error > 0
     assert report.main.value <= report.npe.value
+    assert report.experts == (("maf", pytest.approx(1.0)),)
 
 
 def test_silent_training_prints_nothing(capsys):

@@ -149,6 +149,11 @@ class Expert(ABC):
     #: Whether it models the residuals of an expert in closed form, in place of x itself.
     around_regression: bool = False
 
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return type(self).__name__.removesuffix("Expert").lower()
+
     @abstractmethod
     def fit(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float

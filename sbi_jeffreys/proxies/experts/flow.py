@@ -48,6 +48,11 @@ class FlowExpert(Expert):
     marginal_transform: bool = True
     around_regression: bool = False
 
+    @property
+    def name(self) -> str:
+        """The model, and what it models where that is not x itself."""
+        return f"{self.model} of residuals" if self.around_regression else self.model
+
     def __post_init__(self) -> None:
         check_choice("model", self.model, _MODELS)
         if self.weight_decay is not None:

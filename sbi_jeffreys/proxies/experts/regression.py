@@ -46,6 +46,12 @@ class RegressionExpert(Expert):
     mixture: bool = False
     closed_form: ClassVar[bool] = True
 
+    @property
+    def name(self) -> str:
+        """Its mean, and its noise where that is not Gaussian."""
+        mean = "kernel" if self.kernel else ("linear", "quadratic")[self.degree - 1]
+        return f"{mean} with mixture noise" if self.mixture else mean
+
     def __post_init__(self) -> None:
         if type(self.degree) is not int or self.degree not in (1, 2):
             raise ValueError(
