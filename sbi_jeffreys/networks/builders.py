@@ -184,8 +184,11 @@ class MainBuilder:
         """The map to the space in which θ is modelled; None for θ as it is, as in a mixture."""
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         is_mixture = name.lower() in ("mdn", "mdnconfig")
+        # sbi can transform θ by itself; doing it twice would be a wrong density.
+        by_sbi = self.settings.get("z_score_theta") == "transform_to_unconstrained"
+        own_space = is_mixture or by_sbi
         return (
-            PriorTransform.fit(self.prior) if self.marginal_transforms and not is_mixture else None
+            PriorTransform.fit(self.prior) if self.marginal_transforms and not own_space else None
         )
 
     def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:

@@ -66,6 +66,14 @@ def test_a_mixture_models_theta_itself(model):
     assert isinstance(net, UnconstrainedDensityEstimator) == (model == "maf")
 
 
+def test_theta_that_sbi_transforms_is_not_transformed_twice():
+    theta, x = corner()
+    settings = {"z_score_theta": "transform_to_unconstrained", "x_dist": PRIOR}
+    net = MainBuilder("zuko_nsf", **settings).with_prior(PRIOR)(theta, x)
+    assert not isinstance(net, UnconstrainedDensityEstimator)
+    assert float(net.log_prob(theta.unsqueeze(0), x).mean()) > -20
+
+
 def test_names_are_taken_in_any_case():
     assert MainBuilder("MAF").model == MainBuilder("maf").model
 
