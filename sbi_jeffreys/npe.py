@@ -201,11 +201,12 @@ class NPE_Jeffreys(SavedTrainer):
         Raises:
             ValueError: If the simulations cannot be split or lie outside the prior.
         """
-        theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
-        check_simulations(theta, _sbi.prior_of(self), validation_fraction)
         self._training.check_trainable(self, starting_round)
-        if isinstance(self._builder, MainBuilder):
-            _sbi.set_builder(self, self._builder.avoiding_edge(theta))
+        if not resume_training:  # a split that is used again was checked when it was made
+            theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
+            check_simulations(theta, _sbi.prior_of(self), validation_fraction)
+            if isinstance(self._builder, MainBuilder):
+                _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.starting_round = starting_round
         self._training.available = len(self.get_simulations()[0])
         return super().get_dataloaders(
@@ -215,8 +216,6 @@ class NPE_Jeffreys(SavedTrainer):
             resume_training,
             dataloader_kwargs,
         )
-
-    # ------------------------------------------------------------------ posteriors
 
     def build_corrected_posterior(
         self,

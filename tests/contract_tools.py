@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 
+import pytest
 import torch
 from sbi.utils import BoxUniform
 
@@ -58,3 +59,14 @@ def trained(estimator="maf", options: JeffreysOptions = TINY, num: int = 60, **k
 def weights(inference: NPE_Jeffreys) -> torch.Tensor:
     """All parameters of the main in one vector."""
     return torch.cat([p.detach().flatten() for p in inference._neural_net.parameters()])
+
+
+def refused(call, error, *parts: str) -> None:
+    """The call raises that error, whose message has all parts, in this order, and a remedy."""
+    with pytest.raises(error) as caught:
+        call()
+    message, place = str(caught.value), 0
+    for part in parts:
+        assert part in message[place:], f"{part!r} is not in {message!r}"
+        place = message.index(part, place)
+    assert ";" in message, f"no remedy in {message!r}"

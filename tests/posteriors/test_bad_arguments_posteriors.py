@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from contract_tools import refused
 from known_posteriors import PRIOR, Known, gaussian, log_likelihood
 from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
 
@@ -28,17 +29,6 @@ QUIET = {"show_progress_bars": False}
 
 def build(main=MAIN, proxy=PROXY, prior=PRIOR, **kwargs):
     return CorrectedPosterior(main, proxy, prior, **kwargs)
-
-
-def refused(call, error, *parts):
-    """The call raises that error, and its message has all parts, in this order."""
-    with pytest.raises(error) as caught:
-        call()
-    message, place = str(caught.value), 0
-    for part in parts:
-        assert part in message[place:], f"{part!r} is not in {message!r}"
-        place = message.index(part, place)
-    assert ";" in message, f"no remedy in {message!r}"
 
 
 @pytest.mark.parametrize(
