@@ -6,11 +6,12 @@ import argparse
 import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from pathlib import Path
 
 from sbi_jeffreys.benchmark.methods import METHODS
 from sbi_jeffreys.benchmark.tasks import known_tasks
 
-__all__ = ["add_common", "int_list", "items", "known_items", "method_list", "positive_int"]
+DEFAULT = "(default: %(default)s)"
 
 
 def task_name(text: str) -> str:
@@ -29,7 +30,7 @@ def method_list(text: str) -> list[str]:
 
 
 def positive_int(minimum: int = 1) -> Callable[[str], int]:
-    """A whole number of at least `minimum`; 1e3 is one."""
+    """A whole number of at least `minimum`, which may be written as 1e3."""
 
     def parse(text: str) -> int:
         value = math.nan
@@ -51,7 +52,7 @@ def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
 
 
 def items(text: str) -> list[str]:
-    """The different entries of a comma-separated list, which must have one."""
+    """The distinct entries of a comma-separated list, which must have at least one."""
     found = [item.strip() for item in text.split(",") if item.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"expected a comma-separated list, got {text!r}")
@@ -70,8 +71,16 @@ def _known(text: str, names: Collection[str]) -> str:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options that every training command has."""
+    """Add the options that every training command has."""
     parser.add_argument("--quiet", action="store_true", help="no progress, only results")
     parser.add_argument(
         "--fast", action="store_true", help="a few steps only: a smoke run, no measurement"
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> None:
+    """Add the options of every command that fills a results folder."""
+    parser.add_argument("--seeds", type=positive_int(), default=seeds, help=f"how many {DEFAULT}")
+    parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {DEFAULT}")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder {DEFAULT}")
+    add_common(parser)

@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sbi_jeffreys.benchmark._running import CommandError
 
-__all__ = ["Workers"]
+#: `map(function, arguments)` yields the results of `function(*arguments[k])` as they are ready.
+Map = Callable[[Callable[..., Any], Sequence[tuple]], Iterator[Any]]
 
 
-class Workers:
-    """A context with a `map` that yields results as they come.
+@contextmanager
+def workers(jobs: int, backend: str = "loky") -> Iterator[Map]:
+    """Processes that work until the block ends; with one job of "loky", this process alone.
 
     Args:
-        jobs: Number of processes; with one, everything runs in this process.
-        backend: "loky" or "dask".
+        jobs: Number of processes.
+        backend: "loky" (this machine) or "dask" (a cluster).
 
     Raises:
         CommandError: If Dask is asked for, and is not installed or does not work.
     """
 
-    def __init__(self, jobs: int, backend: str = "loky") -> None:
-        self.jobs, self.backend = jobs, backend
-        self._stack = ExitStack()
+    def work(function: Callable[..., Any], arguments: Sequence[tuple]) -> Iterator[Any]:
+        if jobs == 1 and backend == "loky":
+            yield from (function(*entry) for entry in arguments)
+        elif arguments:
+            from joblib import Parallel, delayed, parallel_config
 
-    def __enter__(self) -> Workers:
-        if self.backend == "dask":
-            client = self._stack.enter_context(_dask_client(self.jobs))
-            self._stack.callback(client.close)
-        return self
+            # One thread per worker, whatever the number of cores: timings stay comparable.
+            threads = {"inner_max_num_threads": 1} if backend == "loky" else {}
+            kind = "generator_unordered" if backend == "loky" else "list"
+            with parallel_config(backend=backend, **threads):
+                parallel = Parallel(n_jobs=jobs, return_as=kind)
+                yield from parallel(delayed(function)(*entry) for entry in arguments)
 
-    def __exit__(self, *details: Any) -> None:
-        self._stack.close()
-
-    def map(self, function: Callable[..., Any], arguments: Sequence[tuple]) -> Iterator[Any]:
-        """Results of `function(*arguments[k])` in the order in which they are ready."""
-        if not arguments:
-            return
-        if self.jobs == 1 and self.backend == "loky":
-            for entry in arguments:
-                yield function(*entry)
-            return
-        from joblib import Parallel, delayed, parallel_config
-
-        # Threads per worker are one, whatever the number of cores: timings stay comparable.
-        threads = {"inner_max_num_threads": 1} if self.backend == "loky" else {}
-        kind = "generator_unordered" if self.backend == "loky" else "list"
-        with parallel_config(backend=self.backend, **threads):
-            parallel = Parallel(n_jobs=self.jobs, return_as=kind)
-            yield from parallel(delayed(function)(*entry) for entry in arguments)
+    with _dask_client(jobs) if backend == "dask" else nullcontext():
+        yield work
 
 
 def _dask_client(jobs: int) -> Any:
@@ -58,21 +46,16 @@ def _dask_client(jobs: int) -> Any:
     try:
         import dask.config  # pyright: ignore[reportMissingImports]
         from dask.distributed import Client  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("dask", "distributed"):
-            raise _broken_dask(error) from error
-        raise CommandError(
-            "backend 'dask' needs Dask, which is not installed: pip install 'sbi_jeffreys[dask]', "
-            "or use --backend loky."
-        ) from error
     except Exception as error:
-        raise _broken_dask(error) from error
+        missing = (isinstance(error, ModuleNotFoundError) and error.name) or ""
+        if missing.partition(".")[0] in ("dask", "distributed"):
+            raise CommandError(
+                "backend 'dask' needs Dask, which is not installed: pip install "
+                "'sbi_jeffreys[dask]', or use --backend loky."
+            ) from error
+        raise CommandError(
+            f"backend 'dask': Dask is installed, but importing it fails with "
+            f"{type(error).__name__}: {error}. Repair the installation, or use --backend loky."
+        ) from error
     address = dask.config.get("scheduler-address", None)
     return Client(address) if address else Client(n_workers=jobs, threads_per_worker=1)
-
-
-def _broken_dask(error: Exception) -> CommandError:
-    return CommandError(
-        f"backend 'dask': Dask is installed, but importing it fails with {type(error).__name__}: "
-        f"{error}. Repair the installation, or use --backend loky."
-    )

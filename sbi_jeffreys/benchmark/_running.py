@@ -7,32 +7,22 @@ import gc
 import hashlib
 import io
 import math
-import os
 import random
+import re
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = [
-    "CommandError",
-    "Measurement",
-    "NoTracker",
-    "derive_seed",
-    "measured",
-    "one_thread",
-    "quiet",
-    "seeded",
-]
-
 
 class CommandError(ValueError):
-    """A command cannot start; the message says why and what to change. Exit code 2."""
+    """A command cannot start; the message says why and what to change. The exit code is 2."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -45,7 +35,7 @@ def derive_seed(*parts: object) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Run a block on its own random streams (torch, NumPy, Python) and restore the caller's.
 
-    sbi's slice sampler seeds NumPy's global generator, so torch's alone would not do.
+    NumPy's global generator is among them because sbi's slice sampler seeds it.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +51,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet(silent: bool = True) -> Iterator[None]:
-    """Drop what sbi prints and warns about; nothing happens unless `silent`."""
+    """Drop what sbi prints and warns about; do nothing unless `silent`."""
     if not silent:
         yield
         return
@@ -72,7 +62,7 @@ def quiet(silent: bool = True) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread, so that timings do not depend on how many workers there are."""
+    """Run torch on one thread, so that timings do not depend on the number of workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,24 +72,14 @@ def one_thread() -> Iterator[None]:
 
 
 class NoTracker:
-    """A tracker of sbi's that keeps nothing: without it every training writes a folder."""
+    """A tracker for sbi that keeps nothing: sbi's own writes a folder for every training."""
 
     log_dir: str | None = None
 
-    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
-        """Ignore one value."""
+    def log_metric(self, *values: Any, **named: Any) -> None:
+        """Keep nothing."""
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Ignore several values."""
-
-    def log_params(self, params: dict[str, Any]) -> None:
-        """Ignore parameters."""
-
-    def add_figure(self, name: str, figure: Any, step: int | None = None) -> None:
-        """Ignore a figure."""
-
-    def flush(self) -> None:
-        """Nothing to write."""
+    log_metrics = log_params = add_figure = flush = log_metric
 
 
 @dataclass
@@ -109,59 +89,53 @@ class Measurement:
     Attributes:
         seconds: Wall time.
         cpu_seconds: Processor time of this process; steadier than wall time on a shared machine.
-        peak_mib: Growth of the resident set over its size at the block's start, at its peak, in
-            MiB; NaN where the system does not tell. Blocks that come later in a process find
-            libraries and arenas in place already, and grow less.
-        resident_mib: The resident set at its peak, all of it: what the machine must have.
+        peak_mib: Peak growth of the resident set over its size at the block's start, in MiB; NaN
+            where the system does not report it. Later blocks of a process grow less, because
+            libraries and arenas are in place already.
+        resident_mib: The whole resident set at its peak, in MiB: what the machine must have.
     """
 
-    seconds: float = float("nan")
-    cpu_seconds: float = float("nan")
-    peak_mib: float = float("nan")
-    resident_mib: float = float("nan")
+    seconds: float = math.nan
+    cpu_seconds: float = math.nan
+    peak_mib: float = math.nan
+    resident_mib: float = math.nan
 
 
 @contextmanager
 def measured() -> Iterator[Measurement]:
     """Measure a block: `with measured() as m: …`, then read `m.seconds` and so on.
 
-    The peak is the kernel's high-water mark, reset at the start (Linux), so that it belongs to the
-    block although workers are reused. What earlier blocks freed is first given back to the system,
-    else it would be used again unseen.
+    The peak is the kernel's high-water mark, which is reset at the start (Linux), so that it
+    belongs to the block although workers are reused. Memory that earlier blocks freed is first
+    returned to the system, because reusing it would not show.
     """
     result = Measurement()
-    before = _resident_mib("VmRSS") if _reset_peak() else float("nan")
+    before = _resident_mib("VmRSS") if _reset_peak() else math.nan
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield result
     finally:
         result.seconds = time.perf_counter() - wall
         result.cpu_seconds = time.process_time() - cpu
-        peak = _resident_mib("VmHWM")
-        result.peak_mib = max(0.0, peak - before)
-        result.resident_mib = float("nan") if math.isnan(before) else peak  # not reset: not ours
+        if not math.isnan(before):
+            result.resident_mib = _resident_mib("VmHWM")
+            result.peak_mib = max(0.0, result.resident_mib - before)
 
 
 def _reset_peak() -> bool:
-    """Set the kernel's high-water mark to the present size; False where that cannot be done."""
+    """Set the kernel's high-water mark to the present size; False where that is impossible."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        with open(f"/proc/{os.getpid()}/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 def _resident_mib(field: str) -> float:
-    """A field of /proc/…/status in MiB, NaN where there is none."""
-    try:
-        with open(f"/proc/{os.getpid()}/status") as file:
-            for line in file:
-                if line.startswith(f"{field}:"):
-                    return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return float("nan")
+    """A field of /proc/self/status, in MiB; NaN where it does not exist."""
+    with suppress(OSError):
+        if found := re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M):
+            return int(found[1]) / 1024
+    return math.nan

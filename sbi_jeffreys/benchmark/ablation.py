@@ -8,22 +8,17 @@ weights are not worse than the best frozen ones, and not worse than plain NPE.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark._arguments import items, positive_int
+from sbi_jeffreys.benchmark._arguments import DEFAULT, add_run_arguments, items, positive_int
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
-from sbi_jeffreys.benchmark.ablation_table import CHECK, NPE, STUDY, write_table
-from sbi_jeffreys.benchmark.entries import (
-    Outcome,
-    add_run_arguments,
-    report_outcome,
-    run_entries,
-    study_entry,
-)
+from sbi_jeffreys.benchmark.cells import Number, study_check
+from sbi_jeffreys.benchmark.entries import run_study
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     evaluate,
@@ -32,23 +27,58 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.fitted import EstimatorFit
 from sbi_jeffreys.benchmark.methods import FitContext
+from sbi_jeffreys.benchmark.statistics import Methods, nest, paired_difference, summarise
+from sbi_jeffreys.benchmark.tables import markdown, shown, values_table, write_study_page
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE, Variant
 from sbi_jeffreys.training.multipliers import trust
 
-__all__ = ["Row", "add_arguments", "row_list", "run", "run_ablation"]
-
+_STUDY = "ablation"
+_NPE, _ADAPTIVE = "npe", "adaptive"
+_FROZEN = tuple(name for name in VARIANTS if name.startswith("frozen"))
+_LABELS = {_NPE: "NPE (stage 0)", **{name: variant.label for name, variant in VARIANTS.items()}}
 _DEFAULT_TASKS = "gaussian_linear,two_moons,slcp,sir"
-#: Broken proxies that a bare task name brings along.
+#: Broken proxies that a bare task name includes.
 _BROKEN = {"two_moons": ("shuffled", "undertrained"), "sir": ("raw",)}
 _SETTINGS = EvaluationSettings(
     observations=3,
-    observation_seed=3,  # the reported benchmark has its own
+    observation_seed=3,  # another one than the reported benchmark's
     num_samples=1000,
     classifier="rf",
     test_pairs=2000,
     draws_per_pair=50,
 )
+_COLUMNS = {
+    "nll": ("NLL", 3),
+    "kl_reverse": ("reverse KL + const.", 3),
+    "jeffreys": ("Jeffreys", 2),
+    "coverage_90": ("cov. 90 %", 3),
+    "c2st": ("C2ST", 3),
+    "multiplier": ("last λ", 2),
+    "cpu_seconds": ("cpu s", 1),
+}
+#: The metrics for which the promises are checked; less is better.
+_PROMISED = {
+    "nll": "NLL",
+    "jeffreys": "Jeffreys",
+    "coverage_error_90": "coverage error",
+    "c2st": "C2ST",
+}
+#: What a record must hold; records of earlier versions have variants that no longer exist.
+CHECK = study_check(
+    _STUDY,
+    {
+        "row": re.compile(rf"\w+:({'|'.join(CONDITIONS)})"),
+        "simulations": re.compile(r"n\d+"),
+        "seed": re.compile(r"s\d+"),
+    },
+    {
+        "variants": {"*": {"metrics": {"*": Number()}, "training": {"*": Number()}}},
+        "proxy": {"held_out": Number(), "trust": Number(nullable=False)},
+    },
+)
+
+RowKey = tuple[str, str]  # task and condition of the proxy; budget
 
 
 @dataclass(frozen=True)
@@ -59,13 +89,8 @@ class Row:
     condition: str = "good"
 
     @property
-    def name(self) -> str:
-        """As on the command line."""
-        return f"{self.task}:{self.condition}"
-
-    @property
     def variants(self) -> dict[str, Variant]:
-        """What is run in this row."""
+        """The variants that run in this row."""
         good = self.condition == "good"
         return {name: v for name, v in VARIANTS.items() if good or v.broken_rows}
 
@@ -89,6 +114,9 @@ def row_list(text: str) -> list[Row]:
     return list(dict.fromkeys(rows))
 
 
+# ------------------------------------------------------------------ measuring
+
+
 def measure_row(
     context: FitContext,
     task: Task,
@@ -104,6 +132,18 @@ def measure_row(
         `results`, with `variants`: per name `metrics` and `training`; `proxy`: its held-out value,
         trust and cost.
     """
+
+    def measure(trainer: ForkableNPE, cpu_seconds: float) -> dict[str, Any]:
+        fitted = EstimatorFit(posteriors=[trainer.build_posterior()])
+        if with_c2st:
+            metrics = evaluate(task, fitted, settings, seed).metrics
+        else:
+            metrics = pair_metrics(task, fitted, settings, seed)
+        training: dict[str, Any] = {"cpu_seconds": cpu_seconds}
+        if trainer.summary["multiplier"]:
+            training |= {key: trainer.summary[key][-1] for key in ("multiplier", "trust")}
+        return {"metrics": metrics, "training": training}
+
     theta, x = simulations_for(task, simulations, seed)
     with seeded(derive_seed("training", task.name, simulations, seed)):
         trainer = ForkableNPE(task.prior, **context.trainer_kwargs)
@@ -111,13 +151,13 @@ def measure_row(
             trainer.append_simulations(theta, x).train(**context.train_kwargs)
     options = context.options()
     options = replace(options, proxy=CONDITIONS[row.condition].build(task.prior, options))
-    results = {NPE: _measure(task, trainer, settings, seed, with_c2st, cost.cpu_seconds)}
-    with measured() as fit_cost:  # one step, for the proxy: the variants find it fitted
+    results = {_NPE: measure(trainer, cost.cpu_seconds)}
+    with measured() as fit_cost:  # one step, which fits the proxy that all variants share
         first = trainer.fork(replace(options, num_steps=1, adaptive=True))
     for name, variant in row.variants.items():
         with measured() as cost:
             fork = trainer.fork(replace(options, **variant.changes), variant.edit)
-        results[name] = _measure(task, fork, settings, seed, with_c2st, cost.cpu_seconds)
+        results[name] = measure(fork, cost.cpu_seconds)
     held_out = first.summary["proxy_held_out"][-1]
     proxy = {
         "held_out": held_out,
@@ -128,82 +168,135 @@ def measure_row(
     return {"results": {"variants": results, "proxy": proxy}}
 
 
-def _measure(
-    task: Task,
-    trainer: ForkableNPE,
-    settings: EvaluationSettings,
-    seed: int,
-    with_c2st: bool,
-    cpu_seconds: float,
-) -> dict[str, Any]:
-    """Metrics of a trained variant, and what its training took and said."""
-    fitted = EstimatorFit(posteriors=[trainer.build_posterior()])
-    if with_c2st:
-        metrics = evaluate(task, fitted, settings, seed).metrics
-    else:
-        metrics = pair_metrics(task, fitted, settings, seed)
-    training: dict[str, Any] = {"cpu_seconds": cpu_seconds}
-    if trainer.summary["multiplier"]:
-        training["multiplier"] = trainer.summary["multiplier"][-1]
-        training["trust"] = trainer.summary["trust"][-1]
-    return {"metrics": metrics, "training": training}
+# ------------------------------------------------------------------ the table
 
 
-def run_ablation(
-    rows: Sequence[Row],
-    seeds: int,
-    simulations: int,
-    settings: EvaluationSettings,
-    folder: Path,
-    with_c2st: bool = False,
-    **how: Any,
-) -> Outcome:
-    """Measure what is not there yet.
+def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[RowKey, Methods]:
+    """Values of all records by row and budget, variant and seed, with the coverage error."""
+    return nest(
+        (
+            _row(record),
+            name,
+            int(record["key"]["seed"].removeprefix("s")),
+            {**entry["metrics"], **entry["training"]},
+        )
+        for record in records
+        for name, entry in record["results"]["variants"].items()
+    )
 
-    Args:
-        rows: Tasks and conditions of the proxy.
-        seeds: Number of seeds, 0 … seeds − 1.
-        simulations: Budget.
-        settings: What to evaluate.
-        folder: Where results go.
-        with_c2st: Whether to compare with references at the settings' observations.
-        how: `jobs` and `show_progress` of `entries.run_entries`.
 
-    Raises:
-        CommandError: See `entries.run_entries`.
+def _row(record: Mapping[str, Any]) -> RowKey:
+    return record["key"]["row"], record["key"]["simulations"]
+
+
+def best_frozen(row: Methods, metric: str) -> str | None:
+    """The frozen weighting with the lowest mean, chosen after the fact, per metric."""
+    means = {name: summarise(row.get(name, {}), metric) for name in _FROZEN}
+    known = {name: summary.mean for name, summary in means.items() if summary is not None}
+    return min(known, key=lambda name: known[name]) if known else None
+
+
+def verdict(row: Methods, other: str | None, metric: str) -> str:
+    """Whether adaptive is not worse than `other`, for a metric of which less is better.
+
+    Returns:
+        "holds": not worse in the mean; "within noise": worse by at most twice the standard error
+        of the paired difference; "BROKEN": worse by more; "worse, one seed": the standard error is
+        not known; "–": not measured.
     """
-    entries = []
-    for seed, row in product(range(seeds), rows):
-        key = {"row": row.name, "simulations": f"n{simulations}", "seed": f"s{seed}"}
-        arguments = {
-            "task": get_task(row.task),
-            "row": row,
-            "simulations": simulations,
-            "seed": seed,
-            "settings": settings,
-            "with_c2st": with_c2st,
-        }
-        entries.append(study_entry(STUDY, key, measure_row, arguments))
-    shared = {**asdict(settings), "c2st": with_c2st}
-    return run_entries(entries, shared, folder, CHECK, **how)
+    gap = paired_difference(row.get(_ADAPTIVE, {}), row.get(other or "", {}), metric)
+    if gap is None:
+        return "–"
+    if gap.mean <= 0:
+        return "holds"
+    if math.isnan(gap.standard_error):
+        return "worse, one seed"
+    return "within noise" if gap.mean <= 2 * gap.standard_error else "BROKEN"
+
+
+def _row_text(key: RowKey, row: Methods, notes: list[str]) -> str:
+    """Both tables of one row, and its verdicts."""
+    gaps = [["adaptive minus", "best frozen", "verdict", "NPE", "verdict"]]
+    for metric, title in _PROMISED.items():
+        best = best_frozen(row, metric)
+        cells = [title]
+        for other in (best, _NPE):
+            found = row.get(other or "", {})
+            text = shown(paired_difference(row.get(_ADAPTIVE, {}), found, metric))
+            if other == best and best is not None:
+                text += f" ({_LABELS[best].removeprefix('frozen, ')})"
+            cells += [text, verdict(row, other, metric)]
+        if set(cells[1:]) != {"–"}:
+            gaps.append(cells)
+    task, _, condition = key[0].partition(":")
+    head = f"## {task}, proxy {CONDITIONS[condition].label}, {key[1][1:]} simulations"
+    values = values_table(row, _LABELS, _COLUMNS, "variant")
+    return "\n\n".join([head, "\n".join(notes), values, markdown(gaps)])
+
+
+def _summary(table: Mapping[RowKey, Methods]) -> str:
+    """One line per row and promise."""
+    rows = [["row", *(f"{title}: frozen / NPE" for title in _PROMISED.values())]]
+    for (name, budget), row in sorted(table.items()):
+        verdicts = [
+            f"{verdict(row, best_frozen(row, metric), metric)} / {verdict(row, _NPE, metric)}"
+            for metric in _PROMISED
+        ]
+        rows.append([f"{name}, {budget[1:]}", *verdicts])
+    return markdown(rows)
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    """Held-out value and trust of the proxy of one seed."""
+    proxy = record["results"]["proxy"]
+    value = "not finite" if proxy["held_out"] is None else f"{proxy['held_out']:.3f}"
+    seed = record["key"]["seed"]
+    return f"- {seed}: held-out NLL of the proxy {value}, trust {proxy['trust']:.3f}"
+
+
+def write_table(folder: Path) -> Path | None:
+    """Sum up all results of a folder in `ablation.md`; its path, or None without any result."""
+    return write_study_page(folder / "ablation.md", CHECK, _parts)
+
+
+def _parts(records: list[dict[str, Any]]) -> list[str]:
+    table = tabulate(records)
+    notes = {key: [_note(record) for record in records if _row(record) == key] for key in table}
+    return [
+        "# Ablation of the symmetric stage",
+        "Mean ± standard error over seeds; differences are paired by seed, with 95 % t-intervals; "
+        "less is better in each. Frozen weights run at trust and temperature 1 and keep, like all "
+        "variants, the library's choice of weights by held-out value. The best frozen weighting is "
+        "chosen per metric after the fact.",
+        "## Promises: adaptive is not worse than the best frozen weighting / than plain NPE\n\n"
+        + _summary(table)
+        + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "
+        "BROKEN: by more.",
+        *(_row_text(key, row, notes[key]) for key, row in sorted(table.items())),
+    ]
+
+
+# ------------------------------------------------------------------ the command line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `ablation`."""
-    default = "(default: %(default)s)"
-    text = f"comma-separated tasks, or single rows as task:proxy {default}"
+    """Add the options of `ablation`."""
+    text = f"comma-separated tasks, or single rows as task:proxy {DEFAULT}"
     parser.add_argument("--tasks", type=row_list, default=_DEFAULT_TASKS, help=text)
-    parser.add_argument("--simulations", type=positive_int(20), default=1000, help=default)
+    parser.add_argument("--simulations", type=positive_int(20), default=1000, help=DEFAULT)
     text = "also C2ST at 3 observations, 4 s per variant and each"
     parser.add_argument("--c2st", action="store_true", help=text)
     add_run_arguments(parser, "benchmark_results/ablation", seeds=3)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the ablation and write `ablation.md`; 1 if rows failed."""
+    """Run the ablation and write `ablation.md`; the exit code, 1 if rows failed."""
     settings = replace(_SETTINGS.smoke(), observations=1) if args.fast else _SETTINGS
-    outcome = run_ablation(
-        args.tasks, args.seeds, args.simulations, settings, args.out, with_c2st=args.c2st,
-        jobs=args.jobs, show_progress=not args.quiet,
-    )  # fmt: skip
-    return report_outcome(outcome, "measurements", args.out, write_table(args.out))
+    budget, measurements = args.simulations, []
+    for seed, row in [(seed, row) for seed in range(args.seeds) for row in args.tasks]:
+        name = f"{row.task}:{row.condition}"
+        key = {"row": name, "simulations": f"n{budget}", "seed": f"s{seed}"}
+        arguments = {"task": get_task(row.task), "row": row, "simulations": budget, "seed": seed}
+        measurements.append((key, {**arguments, "settings": settings, "with_c2st": args.c2st}))
+    shared = {**asdict(settings), "c2st": args.c2st}
+    return run_study(_STUDY, measurements, measure_row, shared, CHECK, write_table, args)

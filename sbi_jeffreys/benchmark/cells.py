@@ -8,24 +8,23 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sbi_jeffreys.benchmark._running import CommandError
 
-__all__ = ["FORMAT", "Cell", "CorruptResultError", "Number", "read_results", "write_result"]
-
-FORMAT = 1  # raise it when the meaning of a field changes
+FORMAT = 1  # Raise it when the meaning of a field changes.
 _PROBE_BYTES = 2**20  # far more than one record
 
-#: What is wrong with a record that was read from a path, or None.
+#: Says what is wrong with a record that was read from a path, or None.
 Check = Callable[[Any, Path], "str | None"]
 
 
 class CorruptResultError(ValueError):
-    """A result file that is damaged, or is not one."""
+    """A result file that is damaged, or that is not a result file at all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -39,7 +38,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """Of its result, in the results folder."""
+        """Name of the cell's result in the results folder."""
         return f"{self.task}-n{self.simulations}-s{self.seed}-{self.method}.json"
 
 
@@ -48,14 +47,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number of JSON's in [low, high]; null, which stands for NaN, if it is `nullable`."""
+    """A finite JSON number in [low, high]; null, which stands for NaN, fits if `nullable`."""
 
     low: float = -sys.float_info.max
     high: float = sys.float_info.max
     nullable: bool = True
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is such a number; true and false are none."""
+        """Whether a value is such a number; true and false are not."""
         if value is None:
             return self.nullable
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -84,11 +83,8 @@ _CELL = {"task": str, "simulations": int, "seed": int, "method": str}
 def find_problem(value: Any, expected: Any, name: str = "the record") -> str | None:
     """What is wrong with a value that was read from JSON, with the field's name, or None.
 
-    Args:
-        value: What was read.
-        expected: A `Number`; a type; a pattern that a string matches; `[inner]` for a list; or a
-            dict of fields, where "name?" may be missing and "*" stands for all other fields.
-        name: Of the field.
+    `expected` is a `Number`; a type; a pattern that a string matches; `[inner]` for a list; or a
+    dict of fields, where "name?" may be missing and "*" stands for all other fields.
     """
     if isinstance(expected, Number):
         bounds = f" from {expected.low:g} to {expected.high:g}" if expected == _SHARE else ""
@@ -131,8 +127,23 @@ def cell_problem(record: Any, path: Path) -> str | None:
     if unknown := record["cell"].keys() - _CELL.keys():
         return f"expected a cell with {', '.join(_CELL)}, got also {', '.join(sorted(unknown))}"
     if (name := Cell(**record["cell"]).file_name) != path.name:
-        return f"it belongs to another cell, {name}"
+        return f"the record belongs to another cell, {name}"
     return find_problem(record, _DONE if record["status"] == "done" else {"error?": str})
+
+
+def study_check(study: str, key: dict[str, Any], results: dict[str, Any]) -> Check:
+    """A check of the records of a study, given what `key` and `results` hold (`find_problem`)."""
+    expected = {"settings": dict, "key": key, "results": results, "provenance?": dict}
+
+    def check(record: Any, path: Path) -> str | None:
+        """What is wrong with a record of the study, or None."""
+        if not isinstance(record, dict) or record.get("study") != study:
+            return f"not a result of the study {study!r}"
+        if record.get("format") != FORMAT:
+            return f"expected format {FORMAT}, got {record.get('format')!r}"
+        return find_problem(record, expected)
+
+    return check
 
 
 # ------------------------------------------------------------------ reading and writing
@@ -164,14 +175,17 @@ def read_results(
             yield error
 
 
-def write_result(folder: Path, cell: Cell, content: dict[str, Any]) -> Path:
-    """Write the result of a cell, whole or not at all."""
-    path = folder / cell.file_name
-    return write_record(path, {"format": FORMAT, "cell": asdict(cell), **content})
+def read_valid(folder: Path, check: Check) -> list[dict[str, Any]]:
+    """All valid records of a folder, by file name; a warning names each of the others."""
+    found = list(read_results(folder, check))
+    for error in found:
+        if isinstance(error, CorruptResultError):
+            warnings.warn(f"Corrupt result, not used: {error}", stacklevel=4)
+    return [record for record in found if isinstance(record, dict)]
 
 
 def write_record(path: Path, record: dict[str, Any]) -> Path:
-    """Write a record beside its place and rename it, so that nobody ever reads half a file."""
+    """Write a record to a temporary file and rename it, so that `path` never holds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
@@ -185,19 +199,19 @@ def write_record(path: Path, record: dict[str, Any]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types only; NaN and infinity, which JSON does not know, become null."""
+    """The value in JSON's types; NaN and infinity, which JSON does not know, become null."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+    if value is None or isinstance(value, (str, int)):
         return value
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 def check_settings(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Results of different settings do not mix.
+    """Refuse to mix results of different settings.
 
     Raises:
         CommandError: Naming the settings in which the result at `path` differs.
@@ -215,7 +229,7 @@ def check_settings(found: dict[str, Any], expected: dict[str, Any], path: Path) 
 
 
 def check_folder(folder: Path) -> None:
-    """Create a folder for results and write to it, before hours are spent on what goes there.
+    """Create a results folder and write to it, before hours are spent on computing results.
 
     Raises:
         CommandError: If it is not a folder, not writable, or on a full disk.

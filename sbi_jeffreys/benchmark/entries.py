@@ -1,4 +1,4 @@
-"""Measurements that resume: one JSON file each, skipped where it is there and valid."""
+"""Measurements that resume: one JSON file each, skipped where a valid one exists already."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,24 +17,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sbi_jeffreys.benchmark import cells, provenance
-from sbi_jeffreys.benchmark._arguments import add_common, positive_int
-from sbi_jeffreys.benchmark._parallel import Workers
+from sbi_jeffreys.benchmark._parallel import workers
 from sbi_jeffreys.benchmark._running import one_thread, quiet, seeded
 from sbi_jeffreys.benchmark.cells import Check, CorruptResultError
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
 from sbi_jeffreys.benchmark.tasks import Task, get_task
 
-__all__ = [
-    "Entry",
-    "Outcome",
-    "add_run_arguments",
-    "report_outcome",
-    "run_entries",
-    "study_entry",
-    "warm_up",
-]
-
-_DEFAULT_METHODS = "npe_nsf,ensemble5,npe_jeffreys,npe_jeffreys_corrected"
 _warm = False
 
 
@@ -43,13 +31,13 @@ class Entry:
     """One measurement, which is one file.
 
     Attributes:
-        file_name: Of its record.
+        file_name: Name of its record.
         head: What identifies the record.
         measure: Called as `measure(context, **arguments)` in a worker; returns the record's
             content.
         arguments: Picklable; objects rather than names, so that tasks and methods that a user
             registered reach the workers. `task` is one of them.
-        training: Neighbours with the same value run in one process and share its trainings.
+        training: Adjacent entries with the same value run in one process and share trainings.
     """
 
     file_name: str
@@ -57,17 +45,6 @@ class Entry:
     measure: Callable[..., dict[str, Any]]
     arguments: dict[str, Any]
     training: tuple[Any, ...]
-
-
-def study_entry(
-    study: str,
-    key: dict[str, str],
-    measure: Callable[..., dict[str, Any]],
-    arguments: dict[str, Any],
-) -> Entry:
-    """An entry of a study beside the benchmark: a training of its own, named by its key."""
-    name = "-".join(key.values()).replace(":", "_") + ".json"
-    return Entry(name, {"study": study, "key": key}, measure, arguments, training=(name,))
 
 
 @dataclass
@@ -97,7 +74,7 @@ def run_entries(
 
     Args:
         entries: What to measure, those of one training beside each other.
-        settings: What all of them share, as JSON holds it; results of others do not mix.
+        settings: Settings of all entries, as JSON holds them; results of others are refused.
         folder: Where results go.
         check: Says what is wrong with a record; a corrupt file is named and computed again.
         jobs: Worker processes.
@@ -109,8 +86,8 @@ def run_entries(
         prepare: Run once per task before its entries.
 
     Raises:
-        CommandError: If a result is there that other settings produced, or the folder cannot be
-            written to; nothing has been trained then.
+        CommandError: If other settings produced an existing result, or the folder cannot be
+            written to. Nothing is trained in either case.
     """
     outcome, pending = Outcome(), []
     for entry in entries:
@@ -122,17 +99,17 @@ def run_entries(
     if pending:
         cells.check_folder(folder)
     groups = [list(group) for _, group in groupby(pending, key=lambda entry: entry.training)]
-    # Absolute, because workers may have another working directory.
+    # The folder is absolute, because workers may have another working directory.
     common = (settings, folder.resolve(), provenance.command(), keep_failures)
     tasks = {entry.arguments["task"].name: entry.arguments["task"] for entry in pending}
-    with Workers(jobs, backend) as workers:
+    with workers(jobs, backend) as work:
         if prepare is not None:
-            ready = workers.map(prepare, [(task,) for task in tasks.values()])
+            ready = work(prepare, [(task,) for task in tasks.values()])
             hidden = not show_progress or not tasks
             for _ in tqdm(ready, total=len(tasks), desc="References", disable=hidden):
                 pass
         with tqdm(total=len(pending), desc="Cells", disable=not show_progress) as bar:
-            for found in workers.map(_run_group, [(group, *common) for group in groups]):
+            for found in work(_run_group, [(group, *common) for group in groups]):
                 outcome.computed += [name for name, error in found if error is None]
                 outcome.failed |= {name: error for name, error in found if error is not None}
                 bar.update(len(found))
@@ -141,7 +118,7 @@ def run_entries(
 
 
 def _find(path: Path, check: Check, settings: dict[str, Any], retry_failed: bool) -> str | None:
-    """The status of a valid result that is there already, None where it is to be computed."""
+    """The status of a valid result that exists already, or None if it is to be computed."""
     if not path.exists():
         return None
     try:
@@ -196,26 +173,46 @@ def warm_up() -> None:
     with seeded(0):
         theta, x = task.simulate_joint(50)
         for name in ("npe_nsf", "npe_jeffreys", "nle_mcmc"):
-            # A method that does not even run here fails again in its cells, and is recorded there.
+            # A method that fails even here fails again in its cells, and is recorded there.
             with suppress(Exception):
                 get_method(name).fit(task, theta, x, 0, FitContext(fast=True))
     _warm = True
 
 
-# ------------------------------------------------------------------ the benchmark's entries
+def run_study(
+    study: str,
+    measurements: Iterable[tuple[dict[str, str], dict[str, Any]]],
+    measure: Callable[..., dict[str, Any]],
+    settings: dict[str, Any],
+    check: Check,
+    write_table: Callable[[Path], Path | None],
+    args: argparse.Namespace,
+) -> int:
+    """Run a study beside the benchmark, each measurement with a training of its own.
 
+    Args:
+        study: Name of the study in its records.
+        measurements: Key and arguments of each; the key's values make the file name.
+        measure: See `Entry`.
+        settings: See `run_entries`.
+        check: See `run_entries`.
+        write_table: Sums up a folder of results on a page, whose path it returns.
+        args: With `jobs`, `quiet` and `out`.
 
-def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> None:
-    """Options of every command that measures."""
-    number = "(default: %(default)s)"
-    parser.add_argument("--seeds", type=positive_int(), default=seeds, help=f"how many {number}")
-    parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {number}")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder {number}")
-    add_common(parser)
+    Returns:
+        The exit code: 1 if a measurement failed.
+    """
+    entries = []
+    for key, arguments in measurements:
+        name = "-".join(key.values()).replace(":", "_") + ".json"
+        entries.append(Entry(name, {"study": study, "key": key}, measure, arguments, (name,)))
+    how = {"jobs": args.jobs, "show_progress": not args.quiet}
+    outcome = run_entries(entries, settings, args.out, check, **how)
+    return report_outcome(outcome, "measurements", args.out, write_table(args.out))
 
 
 def report_outcome(outcome: Outcome, what: str, folder: Path, table: Path | None = None) -> int:
-    """Print what a run did; the exit code, 1 if something failed."""
+    """Print what a run did; the exit code, which is 1 if something failed."""
     counts = (len(outcome.computed), len(outcome.present), len(outcome.failed))
     print("{} {what} computed, {} there already, {} failed.".format(*counts, what=what))
     for name, error in outcome.failed.items():

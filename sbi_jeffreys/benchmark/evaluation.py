@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,17 +16,6 @@ from sbi_jeffreys.benchmark.metrics import c2st, evaluate_pairs, mode_l1
 from sbi_jeffreys.benchmark.references import reference_samples
 from sbi_jeffreys.benchmark.tasks import Task
 
-__all__ = [
-    "EvaluationResult",
-    "EvaluationSettings",
-    "evaluate",
-    "observations_for",
-    "pair_metrics",
-    "pairs_for",
-    "references_for",
-    "simulations_for",
-]
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -35,12 +23,12 @@ class EvaluationSettings:
 
     Attributes:
         observations: Observations with a reference posterior, drawn from the prior predictive.
-        observation_seed: Of the observations; shared by all seeds and budgets.
+        observation_seed: Seed of the observations; all training seeds and budgets share them.
         num_samples: Posterior and reference samples per observation. A classifier that sees few of
-            them finds less.
+            them finds smaller differences.
         test_pairs: Fresh pairs (θ*, x) for NLL, coverage, leakage and divergences.
         draws_per_pair: Posterior draws at each of them.
-        classifier: Of the C2ST: "mlp", as sbibm, or "rf".
+        classifier: Classifier of the C2ST: "mlp", as in sbibm, or "rf".
         fast: Whether methods train for a few steps only.
     """
 
@@ -68,10 +56,10 @@ class EvaluationResult:
     """What was measured.
 
     Attributes:
-        metrics: By name; NaN where a method has no density or a task no modes.
+        metrics: Values by name; NaN where a method has no density or a task no modes.
         per_observation: Values per observation, by name.
         samples: Posterior samples of each observation, `(num_samples, D)`.
-        seconds: Spent on posterior samples of the observations, and on the whole evaluation.
+        seconds: Time of drawing posterior samples (`sampling`) and of the whole `evaluation`.
     """
 
     metrics: dict[str, float]
@@ -87,7 +75,7 @@ def simulations_for(task: Task, num_simulations: int, seed: int) -> tuple[Tensor
 
 
 def observations_for(task: Task, settings: EvaluationSettings) -> Tensor:
-    """Observations from the prior predictive, `(observations, dim_x)`; more extend, not replace."""
+    """Observations from the prior predictive; a larger number begins with the same ones."""
     drawn = []
     for index in range(settings.observations):
         with seeded(derive_seed("observation", task.name, settings.observation_seed, index)):
@@ -95,14 +83,10 @@ def observations_for(task: Task, settings: EvaluationSettings) -> Tensor:
     return torch.cat(drawn)
 
 
-def references_for(
-    task: Task, settings: EvaluationSettings, cache_dir: str | Path | None = None
-) -> list[Tensor]:
+def references_for(task: Task, settings: EvaluationSettings) -> list[Tensor]:
     """Reference samples at each observation, `(num_samples, D)`, cached on disk."""
-    return [
-        reference_samples(task, x, settings.num_samples, cache_dir=cache_dir)
-        for x in observations_for(task, settings)
-    ]
+    observations = observations_for(task, settings)
+    return [reference_samples(task, x, settings.num_samples) for x in observations]
 
 
 def pairs_for(task: Task, settings: EvaluationSettings) -> tuple[Tensor, Tensor]:
@@ -112,25 +96,19 @@ def pairs_for(task: Task, settings: EvaluationSettings) -> tuple[Tensor, Tensor]
 
 
 def evaluate(
-    task: Task,
-    fitted: FittedMethod,
-    settings: EvaluationSettings,
-    seed: int,
-    cache_dir: str | Path | None = None,
+    task: Task, fitted: FittedMethod, settings: EvaluationSettings, seed: int
 ) -> EvaluationResult:
     """Measure one trained posterior.
 
     Args:
         task: The task.
         fitted: The posterior.
-        settings: What to measure it on.
-        seed: Of its posterior samples.
-        cache_dir: Of the references.
+        settings: What to measure.
+        seed: Seed of the posterior samples.
     """
-    start = time.perf_counter()
-    references = references_for(task, settings, cache_dir)
+    start, sampling = time.perf_counter(), 0.0
+    references, samples = references_for(task, settings), []
     per_observation: dict[str, list[float]] = {"c2st": [], "mode_l1": []}
-    samples, sampling = [], 0.0
     for index, x in enumerate(observations_for(task, settings)):
         with seeded(derive_seed("posterior samples", seed, index)), quiet():
             before = time.perf_counter()
@@ -142,7 +120,7 @@ def evaluate(
         for name, value in fitted.reports.items():
             per_observation.setdefault(name, []).append(value)
         samples.append(drawn)
-    metrics = {name: _mean(values) for name, values in per_observation.items()}
+    metrics = {name: math.fsum(values) / len(values) for name, values in per_observation.items()}
     metrics.update(pair_metrics(task, fitted, settings, seed))
     seconds = {"sampling": sampling, "evaluation": time.perf_counter() - start}
     return EvaluationResult(metrics, per_observation, samples, seconds)
@@ -156,7 +134,3 @@ def pair_metrics(
     with seeded(derive_seed("pair draws", seed)), quiet():
         draws = fitted.pair_draws(theta_true, x, settings.draws_per_pair)
         return {} if draws is None else evaluate_pairs(task, theta_true, x, draws)
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

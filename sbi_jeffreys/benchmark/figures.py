@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from sbi_jeffreys.benchmark.methods import METHODS
-from sbi_jeffreys.benchmark.statistics import Group, Methods, Summary, summarise
+from sbi_jeffreys.benchmark.statistics import Group, Methods, summarise
 from sbi_jeffreys.diagnostics.drawing import method_style
 
-__all__ = ["saved", "style_of", "write_figures"]
-
-_LEVELS = (50, 90, 95)
-#: Those that are drawn most have the same style as in `diagnostics.plots`: NPE first, then ours.
+#: These methods have the same style as in `diagnostics.plots`: NPE first, then ours.
 _FIRST = ("npe_nsf", "npe_jeffreys", "npe_jeffreys_corrected", "ensemble5")
 
 Table = Mapping[Group, Methods]
-Points = Callable[[str, str], Iterable[tuple[float, float, float]]]
+#: Places, values and standard errors of a method, given its seeds' metrics by budget.
+Points = Callable[[dict[int, dict[int, dict[str, float]]]], Iterable[tuple[float, float, float]]]
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """Colour and marker of a method, the same in every figure, whatever else is drawn there."""
+    """Colour and marker of a method, which are the same in every figure."""
     order = [*_FIRST, *(name for name in METHODS if name not in _FIRST)]
     k = order.index(method) if method in order else len(order)
     return {**method_style(k), "marker": method_style(k + k // 7)["marker"], "markersize": 5}
@@ -46,27 +45,20 @@ def write_figures(
     table: Table, labels: Mapping[str, str], out: Path, show_progress: bool = True
 ) -> list[Path]:
     """Write all figures as PNG; their paths."""
-    figures: dict[str, Callable[[], Any]] = {
-        "c2st_by_budget": lambda: _c2st_by_budget(table, labels),
-        "coverage": lambda: _coverage(table, labels),
-        "coverage_against_c2st": lambda: _coverage_against_c2st(table, labels),
-        "time_against_c2st": lambda: _time_against_c2st(table, labels),
+    figures = {
+        "c2st_by_budget": _c2st_by_budget,
+        "coverage": _coverage,
+        "coverage_against_c2st": _coverage_against_c2st,
+        "time_against_c2st": _time_against_c2st,
     }
     bar = tqdm(figures.items(), desc="Figures", disable=not show_progress)
-    return [saved(out / f"{name}.png", draw) for name, draw in bar]
+    return [saved(out / f"{name}.png", partial(draw, table, labels)) for name, draw in bar]
 
 
 def _panels(
     table: Table, labels: Mapping[str, str], points: Points, **style: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A figure with one axis per task, four in a row, the methods' points and one legend.
-
-    Args:
-        table: Says which tasks there are.
-        labels: Methods and how the legend calls them.
-        points: Of a task and a method: places, values, standard errors.
-        style: Of the lines.
-    """
+    """A figure with one axis per task, four in a row, the methods' points and one legend."""
     import matplotlib.pyplot as plt
 
     tasks = sorted({task for task, _ in table})
@@ -80,7 +72,8 @@ def _panels(
     for task, axis in zip(tasks, axes.flat):
         axis.set_title(task)
         for method, label in labels.items():
-            if found := list(points(task, method)):
+            budgets = {n: table[task, n].get(method, {}) for n in _budgets(table, task)}
+            if found := list(points(budgets)):
                 place, value, error = zip(*found)
                 looks = {**style_of(method), "capsize": 2, **style}
                 drawn = axis.errorbar(place, value, yerr=error, label=label, **looks)
@@ -95,19 +88,17 @@ def _budgets(table: Table, task: str) -> list[int]:
     return sorted(budget for name, budget in table if name == task)
 
 
-def _of(table: Table, task: str, budget: int, method: str, metric: str) -> Summary | None:
-    return summarise(table[task, budget].get(method, {}), metric)
-
-
 def _c2st_by_budget(table: Table, labels: Mapping[str, str]) -> Any:
     """C2ST over the number of simulations."""
-
-    def points(task: str, method: str) -> Iterable[tuple[float, float, float]]:
-        for budget in _budgets(table, task):
-            if (found := _of(table, task, budget, method, "c2st")) is not None:
-                yield budget, found.mean, found.standard_error
-
-    figure, axes = _panels(table, labels, points)
+    figure, axes = _panels(
+        table,
+        labels,
+        lambda budgets: (
+            (budget, found.mean, found.standard_error)
+            for budget, seeds in budgets.items()
+            if (found := summarise(seeds, "c2st"))
+        ),
+    )
     for axis in axes.values():
         axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="simulations", ylabel="C2ST (0.5 is perfect)")
@@ -116,15 +107,15 @@ def _c2st_by_budget(table: Table, labels: Mapping[str, str]) -> Any:
 
 def _coverage(table: Table, labels: Mapping[str, str]) -> Any:
     """Empirical minus nominal coverage, over the nominal level, at the largest budget."""
-
-    def points(task: str, method: str) -> Iterable[tuple[float, float, float]]:
-        budget = max(_budgets(table, task))
-        for level in _LEVELS:
-            found = _of(table, task, budget, method, f"coverage_{level}")
-            if found is not None:
-                yield level, found.mean - level / 100, found.standard_error
-
-    figure, axes = _panels(table, labels, points)
+    figure, axes = _panels(
+        table,
+        labels,
+        lambda budgets: (
+            (level, found.mean - level / 100, found.standard_error)
+            for level in (50, 90, 95)
+            if (found := summarise(budgets[max(budgets)], f"coverage_{level}"))
+        ),
+    )
     for task, axis in axes.items():
         axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(f"{task}, {max(_budgets(table, task)):,}")
@@ -132,35 +123,38 @@ def _coverage(table: Table, labels: Mapping[str, str]) -> Any:
     return figure
 
 
-def _scatter(
+def _c2st_against(
     table: Table, labels: Mapping[str, str], metric: str, text: str
 ) -> tuple[Any, dict[str, Any]]:
-    """C2ST over another metric: a point per method and budget, joined over budgets."""
-
-    def points(task: str, method: str) -> Iterable[tuple[float, float, float]]:
-        for budget in _budgets(table, task):
-            across = _of(table, task, budget, method, metric)
-            up = _of(table, task, budget, method, "c2st")
-            if across is not None and up is not None:
-                yield across.mean, up.mean, 0.0
-
-    figure, axes = _panels(table, labels, points, linewidth=0.8, elinewidth=0, capsize=0)
+    """C2ST over another metric: one point per method and budget, joined over budgets."""
+    figure, axes = _panels(
+        table,
+        labels,
+        lambda budgets: (
+            (across.mean, up.mean, 0.0)
+            for seeds in budgets.values()
+            if (across := summarise(seeds, metric)) and (up := summarise(seeds, "c2st"))
+        ),
+        linewidth=0.8,
+        elinewidth=0,
+        capsize=0,
+    )
     for axis in axes.values():
         axis.set(xlabel=text, ylabel="C2ST (0.5 is perfect)")
     return figure, axes
 
 
 def _coverage_against_c2st(table: Table, labels: Mapping[str, str]) -> Any:
-    """Both at once, because either alone can be fooled."""
-    figure, axes = _scatter(table, labels, "coverage_90", "coverage of 90 % HPD regions")
+    """Coverage and C2ST at once, because either alone can mislead."""
+    figure, axes = _c2st_against(table, labels, "coverage_90", "coverage of 90 % HPD regions")
     for axis in axes.values():
         axis.axvline(0.9, color="grey", linewidth=0.8, linestyle=":")
     return figure
 
 
 def _time_against_c2st(table: Table, labels: Mapping[str, str]) -> Any:
-    """What accuracy costs."""
-    figure, axes = _scatter(table, labels, "train_seconds", "training time, s")
+    """What accuracy costs in training time."""
+    figure, axes = _c2st_against(table, labels, "train_seconds", "training time, s")
     for axis in axes.values():
         axis.set_xscale("log")
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,6 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 
-__all__ = ["CorrectedFit", "EstimatorFit", "FittedMethod", "SamplerFit"]
-
 _CHUNK = 100_000  # θ per network call: bounds memory
 _MAX_SECONDS = 600.0  # of rejection sampling for one observation
 
@@ -27,9 +26,8 @@ class FittedMethod(ABC):
     """A trained posterior.
 
     Attributes:
-        info: What training cost and said: seconds, cpu_seconds, peak_mib, epochs, extras. Extended
-            while sampling, e.g. by the effective sample size.
-        reports: Per-observation values of the latest `sample`, by name.
+        info: What training cost and reported: seconds, cpu_seconds, peak_mib, epochs, extras.
+        reports: Values that the latest `sample` reported, by name, e.g. the effective sample size.
     """
 
     info: dict[str, Any] = field(default_factory=dict)
@@ -38,10 +36,6 @@ class FittedMethod(ABC):
     @abstractmethod
     def sample(self, x: Tensor, num_samples: int) -> Tensor:
         """Posterior samples inside the prior at one x `(dim_x,)`: `(num_samples, D)`."""
-
-    def log_prob(self, theta: Tensor, x: Tensor) -> Tensor | None:
-        """Raw log density of θ `(S, B, D)` at x `(B, dim_x)`: `(S, B)`, or None without one."""
-        return None
 
     def pair_draws(self, theta_true: Tensor, x: Tensor, num_draws: int) -> PairDraws | None:
         """Raw draws at the x of pairs `(B, D)`, `(B, dim_x)`, or None without a density."""
@@ -55,7 +49,6 @@ class SamplerFit(FittedMethod):
     posterior: Any = None
 
     def sample(self, x: Tensor, num_samples: int) -> Tensor:
-        """See `FittedMethod.sample`."""
         drawn = self.posterior.sample((num_samples,), x=x[None], show_progress_bars=False)
         return drawn.detach()
 
@@ -77,37 +70,37 @@ class EstimatorFit(FittedMethod):
 
     def sample(self, x: Tensor, num_samples: int) -> Tensor:
         """See `FittedMethod.sample`; an ensemble draws through sbi's `EnsemblePosterior`."""
-        if len(self.posteriors) == 1:
-            drawn = self.posteriors[0].sample(
-                (num_samples,), x=x[None], show_progress_bars=False, max_sampling_time=_MAX_SECONDS
-            )
-            return drawn.detach()
         from sbi.inference import EnsemblePosterior
 
-        ensemble = EnsemblePosterior(self.posteriors)
-        drawn = ensemble.sample((num_samples,), x=x[None], show_progress_bars=False)
+        posterior, limit = self.posteriors[0], {"max_sampling_time": _MAX_SECONDS}
+        if len(self.posteriors) > 1:
+            posterior, limit = EnsemblePosterior(self.posteriors), {}
+        drawn = posterior.sample((num_samples,), x=x[None], show_progress_bars=False, **limit)
         return drawn.detach()
 
     @torch.no_grad()
     def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
         """Log of the members' mean density, raw: `(S, B, D)`, `(B, dim_x)` → `(S, B)`."""
-        step = max(1, _CHUNK // max(1, len(theta)))
-        columns = [
-            torch.stack([_log_prob(net, t, c) for net in self.estimators])
-            for t, c in zip(theta.split(step, dim=1), x.split(step))
-        ]
-        return torch.logsumexp(torch.cat(columns, dim=-1), 0) - math.log(len(self.estimators))
+        nets = self.estimators
+
+        def mean_density(x: Tensor, theta: Tensor) -> Tensor:
+            log_probs = torch.stack([_log_prob(net, theta, x) for net in nets])
+            return torch.logsumexp(log_probs, 0) - math.log(len(nets))
+
+        return _in_chunks(mean_density, len(theta), x, theta)
 
     @torch.no_grad()
     def pair_draws(self, theta_true: Tensor, x: Tensor, num_draws: int) -> PairDraws:
         """See `FittedMethod.pair_draws`; an ensemble draws equally often from every member."""
-        share, rest = divmod(num_draws, len(self.estimators))
-        counts = [share + (k < rest) for k in range(len(self.estimators))]
-        step = max(1, _CHUNK // num_draws)
-        theta = torch.cat(
-            [_draw(self.estimators, counts, columns) for columns in x.split(step)], dim=1
-        )
-        # Draws of one member must not come first: metrics may use the leading ones only.
+        nets = self.estimators
+        share, rest = divmod(num_draws, len(nets))
+        sizes = [torch.Size((share + (k < rest),)) for k in range(len(nets))]
+
+        def draw(x: Tensor) -> Tensor:
+            return torch.cat([net.sample(size, x) for net, size in zip(nets, sizes) if size[0]])
+
+        theta = _in_chunks(draw, num_draws, x)
+        # Draws of one member must not come first, because metrics may use the leading ones only.
         theta = theta[torch.randperm(len(theta))]
         log_true = self.log_prob(theta_true[None], x)[0]
         return PairDraws(theta, self.log_prob(theta, x), log_true)
@@ -119,48 +112,48 @@ def _log_prob(net: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Ten
         return net.log_prob(theta, x)
 
 
-def _draw(nets: list[ConditionalDensityEstimator], counts: list[int], x: Tensor) -> Tensor:
-    """`counts[k]` raw draws of every net k at each x: `(Σ counts, B, D)`."""
-    return torch.cat([net.sample(torch.Size((c,)), x) for net, c in zip(nets, counts) if c])
+def _in_chunks(
+    function: Callable[..., Tensor], num_draws: int, x: Tensor, *columns: Tensor
+) -> Tensor:
+    """`function(x, *columns)` for x `(B, …)`, columns `(S, B, …)`, in chunks of B: `(S, B, …)`."""
+    step = max(1, _CHUNK // max(1, num_draws))
+    pieces = zip(x.split(step), *(column.split(step, dim=1) for column in columns))
+    return torch.cat([function(*piece) for piece in pieces], dim=1)
 
 
 @dataclass
 class CorrectedFit(FittedMethod):
     """Draws of a main model corrected by importance resampling towards its proxy.
 
-    Coverage is read on weighted draws of the main, as many as every other method has: with fewer
-    draws than `sample` uses, the correction is coarser there. No NLL is reported: its normaliser
-    from so few draws would be biased in its favour.
+    Coverage is measured on weighted draws of the main model, as many as every other method has:
+    with fewer draws than `sample` uses, the correction is coarser there. No NLL is reported: its
+    normaliser from so few draws would be biased in the method's favour.
 
     Attributes:
         main: The uncorrected fit.
-        posterior: The `CorrectedPosterior`, or None where training fell back to plain NPE.
+        posterior: The corrected posterior.
     """
 
-    main: EstimatorFit = field(default_factory=EstimatorFit)
-    posterior: CorrectedPosterior | None = None
+    main: EstimatorFit = field(kw_only=True)
+    posterior: CorrectedPosterior = field(kw_only=True)
 
     def sample(self, x: Tensor, num_samples: int) -> Tensor:
         """See `FittedMethod.sample`; reports the effective sample size's share as `ess`."""
-        if self.posterior is None:
-            return self.main.sample(x, num_samples)
         self.reports["ess"] = self.posterior.effective_sample_size(x)
         return self.posterior.sample((num_samples,), x=x, show_progress_bars=False)
 
     @torch.no_grad()
     def pair_draws(self, theta_true: Tensor, x: Tensor, num_draws: int) -> PairDraws:
-        """See `FittedMethod.pair_draws`: the main's draws, weighted to their target."""
-        draws = self.main.pair_draws(theta_true, x, num_draws)
-        if self.posterior is None:
-            return draws
-        log_q = self._log_potential(draws.theta, x, draws.log_prob)
-        log_weights = truncated_log_weights(log_q - draws.log_prob)
-        log_true = self._log_potential(theta_true[None], x, draws.log_prob_true[None])[0]
-        return PairDraws(draws.theta, log_q, log_true, log_weights, normalised=False)
+        """See `FittedMethod.pair_draws`: the main model's draws, weighted to their target."""
 
-    def _log_potential(self, theta: Tensor, x: Tensor, log_p: Tensor) -> Tensor:
-        """The target in chunks over observations, `(S, B)`."""
-        assert self.posterior is not None
-        step = max(1, _CHUNK // len(theta))
-        pieces = zip(theta.split(step, dim=1), x.split(step), log_p.split(step, dim=1))
-        return torch.cat([self.posterior.log_potential(*piece) for piece in pieces], dim=1)
+        def log_potential(theta: Tensor, log_p: Tensor) -> Tensor:
+            def in_order(x: Tensor, theta: Tensor, log_p: Tensor) -> Tensor:
+                return self.posterior.log_potential(theta, x, log_p)
+
+            return _in_chunks(in_order, len(theta), x, theta, log_p)
+
+        draws = self.main.pair_draws(theta_true, x, num_draws)
+        log_q = log_potential(draws.theta, draws.log_prob)
+        log_weights = truncated_log_weights(log_q - draws.log_prob)
+        log_true = log_potential(theta_true[None], draws.log_prob_true[None])[0]
+        return PairDraws(draws.theta, log_q, log_true, log_weights, normalised=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sbi_jeffreys.benchmark._arguments import add_common, positive_int, task_name
+from sbi_jeffreys.benchmark._arguments import DEFAULT, add_common, positive_int, task_name
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
 from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
@@ -27,13 +27,10 @@ from sbi_jeffreys.benchmark.evaluation import (
     simulations_for,
 )
 from sbi_jeffreys.benchmark.figures import saved
-from sbi_jeffreys.benchmark.fitted import FittedMethod
 from sbi_jeffreys.benchmark.methods import FitContext, get_method
 from sbi_jeffreys.benchmark.tables import plain, shown
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.diagnostics import plots
-
-__all__ = ["add_arguments", "run"]
 
 _METHODS = ("npe_nsf", "npe_jeffreys", "npe_jeffreys_corrected")
 #: Metric → title and format.
@@ -48,10 +45,10 @@ _COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the main job."""
-    number = "(default: %(default)s)"
-    parser.add_argument("--task", type=task_name, default="two_moons", help=f"see `tasks` {number}")
-    text = f"budget {number}"
+    """Add the options of the main job."""
+    text = f"see `tasks` {DEFAULT}"
+    parser.add_argument("--task", type=task_name, default="two_moons", help=text)
+    text = f"budget {DEFAULT}"
     parser.add_argument("--simulations", type=positive_int(20), default=1000, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     text = "to compare at (default: 3)"
@@ -64,34 +61,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, print the table, write the figures; the exit code."""
     task = get_task(args.task)
-    # A smaller evaluation than the benchmark's: minutes are for training.
+    # The evaluation is smaller than the benchmark's, so that most of the time goes to training.
     settings = EvaluationSettings(args.observations, num_samples=1000, classifier="rf")
     settings = settings.smoke() if args.fast else settings
     check_folder(args.out)
     theta, x = simulations_for(task, args.simulations, args.seed)
     context = FitContext(show_progress=not args.quiet, fast=args.fast)
-    fits: dict[str, FittedMethod] = {}
+    seed = derive_seed("training", task.name, args.simulations, args.seed)
     results: dict[str, EvaluationResult] = {}
-    trained: set[str] = set()
+    seconds: dict[str, float] = {}
     with one_thread():
         if not args.fast:
-            with quiet():  # else the first method would pay for imports and first calls
+            with quiet():  # so that imports and first calls are not charged to the first method
                 warm_up()
-        for name in _METHODS:
-            method = get_method(name)
-            if method.training not in trained:
+        for method in map(get_method, _METHODS):
+            if (method.training, 0) not in context.shared:
                 _say(f"{method.label}: training on {args.simulations} simulations …", args.quiet)
-                trained.add(method.training)
-            seed = derive_seed("training", task.name, args.simulations, args.seed)
-            fits[name] = method.fit(task, theta, x, seed, context)
+            fitted = method.fit(task, theta, x, seed, context)
             _say(f"{method.label}: evaluating …", args.quiet)
-            results[name] = evaluate(task, fits[name], settings, args.seed)
+            result = results[method.label] = evaluate(task, fitted, settings, args.seed)
+            seconds[method.label] = fitted.info["seconds"] + result.seconds["sampling"]
     print(f"\n{task.name}, {args.simulations} simulations, seed {args.seed}")
-    print(plain(_rows(fits, results)))
+    print(plain(_rows(results, seconds)))
     reference = references_for(task, settings)[0]
-    samples = [results[name].samples[0] for name in _METHODS[:2]]
+    samples = [result.samples[0] for result in results.values()][:2]
     plot_posteriors(reference, samples, args.out / "posteriors.png", task.name)
-    summary = context.shared["npe_jeffreys"].inference.summary
+    summary = context.shared["npe_jeffreys", 0].inference.summary
     saved(args.out / "training.png", lambda: plots.plot_training(summary)[0].figure)
     print(f"Figures: {args.out / 'posteriors.png'}, {args.out / 'training.png'}")
     return 0
@@ -102,15 +97,13 @@ def _say(text: str, silent: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _rows(fits: dict[str, FittedMethod], results: dict[str, EvaluationResult]) -> list[list[str]]:
-    """The table's rows, header first."""
+def _rows(results: dict[str, EvaluationResult], seconds: dict[str, float]) -> list[list[str]]:
+    """The table's rows by label, header first."""
     rows = [["method", *(title for title, _ in _COLUMNS.values())]]
-    for name, result in results.items():
-        seconds = fits[name].info["seconds"] + result.seconds["sampling"]
-        values = {**result.metrics, "seconds": seconds}
+    for label, result in results.items():
+        values = {**result.metrics, "seconds": seconds[label]}
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        row = [shown(finite.get(key), spec) for key, (_, spec) in _COLUMNS.items()]
-        rows.append([get_method(name).label, *row])
+        rows.append([label, *(shown(finite.get(k), spec) for k, (_, spec) in _COLUMNS.items())])
     return rows
 
 

@@ -1,8 +1,8 @@
 """The methods under comparison, by name, each trained on the same simulations.
 
-A method says how it is fitted and which *training* it reads. Methods of one training share what
-they train in a cell: `npe_jeffreys` and its corrected draws are one training, the ensembles reuse
-`npe_nsf` as their first member. Add your own:
+A method names the *training* that it uses. Methods of one training share what they train in a cell:
+`npe_jeffreys` and its corrected draws are one training, and the ensembles reuse `npe_nsf` as their
+first member. Add your own:
 
     register_method(MyMethod())      # name, label, training, fit(…)
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -22,8 +23,6 @@ from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.training.report import ProxyStatus
 
-__all__ = ["METHODS", "FitContext", "Method", "get_method", "register_method"]
-
 _TRACES_KEPT = ("epochs_trained", "best_validation_loss", "proxy", "proxy_held_out")
 
 
@@ -33,8 +32,8 @@ class FitContext:
 
     Attributes:
         show_progress: Whether sbi prints and shows bars.
-        fast: A few steps only: shows that everything runs, says nothing about quality.
-        shared: Trainings of this cell by name; emptied with the cell.
+        fast: Whether to take a few steps only, which shows that everything runs.
+        shared: Trainings of this cell by name.
     """
 
     show_progress: bool = False
@@ -43,7 +42,7 @@ class FitContext:
 
     @property
     def train_kwargs(self) -> dict[str, Any]:
-        """Arguments of sbi's `train`: its defaults, but for smoke runs."""
+        """Arguments of sbi's `train`: its defaults, except in smoke runs."""
         return {"max_num_epochs": 3} if self.fast else {}
 
     @property
@@ -106,7 +105,7 @@ class Trained:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Cost, and what the inference object's summary says."""
+        """Cost, and excerpts of the inference object's summary."""
         summary = self.inference.summary
         kept = {key: list(summary[key]) for key in _TRACES_KEPT if key in summary}
         epochs = kept.pop("epochs_trained", [])
@@ -118,7 +117,7 @@ def train(
 ) -> Trained:
     """Build, train and measure an inference object of sbi's, on its own random stream.
 
-    A training that the context has under the same key already is returned as it is.
+    A training that the context already holds under the same key is returned as it is.
     """
     if key not in context.shared:
         with seeded(seed), quiet(not context.show_progress):
@@ -131,111 +130,97 @@ def train(
 
 
 def main_network(task: Task, name: str, builder: Callable[..., Any] = MainBuilder) -> Any:
-    """sbi's density estimator of that name: the name itself, or a builder with the task's
-    embedding net where x is not a vector (`MainBuilder` for ours, `posterior_nn` for sbi's)."""
+    """sbi's density estimator of that name, with the task's embedding net where x is no vector.
+
+    Without an embedding net the name is returned itself; with one, what `builder` makes of both.
+    """
     embedding_net = task.embedding_net()
     return name if embedding_net is None else builder(name, embedding_net=embedding_net)
 
 
 @dataclass(frozen=True)
-class _Named:
-    """What tables, files and the command line need of a method; see `Method`."""
+class TrainerMethod:
+    """A method that one of sbi's trainers, or ours, trains; see `Method`.
+
+    Attributes:
+        make: The trainer for a task, without simulations yet.
+        wrap: What the benchmark samples from after training.
+        num_members: Independently initialised networks that are trained.
+    """
 
     name: str
     label: str
     training: str
-
-
-@dataclass(frozen=True)
-class NPEMethod(_Named):
-    """sbi's NPE, or an ensemble of independently initialised ones on the same simulations."""
-
-    density_estimator: str = "nsf"
+    make: Callable[[Task, FitContext], Any]
+    wrap: Callable[[list[Trained], FitContext], FittedMethod]
     num_members: int = 1
 
     def fit(
         self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
     ) -> FittedMethod:
-        """See `Method.fit`. Cost of an ensemble: sums over members; the peak is the largest."""
-        from sbi.inference import NPE
-        from sbi.neural_nets import posterior_nn
-
-        def make() -> NPE:
-            network = main_network(task, self.density_estimator, posterior_nn)
-            return NPE(task.prior, network, **context.trainer_kwargs)
-
-        members = []
+        make, members = partial(self.make, task, context), []
         for k in range(self.num_members):
             member_seed = seed if k == 0 else derive_seed("member", seed, k)
-            key = (self.training, k)
-            members.append(train(make, theta, x, member_seed, context, key))
-        info = members[0].info
-        if self.num_members > 1:
-            infos = [member.info for member in members]
-            info = {key: sum(i[key] for i in infos) for key in ("seconds", "cpu_seconds", "epochs")}
-            info |= {key: max(i[key] for i in infos) for key in ("peak_mib", "resident_mib")}
-        return EstimatorFit(info=info, posteriors=[member.posterior for member in members])
+            members.append(train(make, theta, x, member_seed, context, (self.training, k)))
+        return self.wrap(members, context)
 
 
-@dataclass(frozen=True)
-class JeffreysMethod(_Named):
-    """`NPE_Jeffreys`, or its draws corrected through the proxy."""
+def _npe(task: Task, context: FitContext, name: str = "nsf") -> Any:
+    """sbi's NPE."""
+    from sbi.inference import NPE
+    from sbi.neural_nets import posterior_nn
 
-    density_estimator: str = "nsf"
-    changes: tuple[tuple[str, Any], ...] = ()
-    corrected: bool = False
+    return NPE(task.prior, main_network(task, name, posterior_nn), **context.trainer_kwargs)
 
-    def fit(
-        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
-    ) -> FittedMethod:
-        """See `Method.fit`."""
 
-        def make() -> NPE_Jeffreys:
-            network = main_network(task, self.density_estimator)
-            options = context.options(**dict(self.changes))
-            return NPE_Jeffreys(task.prior, network, options=options, **context.trainer_kwargs)
+def _jeffreys(task: Task, context: FitContext, name: str = "nsf", **changes: Any) -> NPE_Jeffreys:
+    """`NPE_Jeffreys` under the default options with changes."""
+    network, options = main_network(task, name), context.options(**changes)
+    return NPE_Jeffreys(task.prior, network, options=options, **context.trainer_kwargs)
 
-        trained = train(make, theta, x, seed, context, self.training)
-        main = EstimatorFit(info=trained.info, posteriors=[trained.posterior])
-        if not self.corrected:
-            return main
-        posterior = None
-        if proxy_is_usable(trained.inference):
-            num_candidates = 1000 if context.fast else 20_000
-            posterior = trained.inference.build_corrected_posterior(num_candidates=num_candidates)
-        return CorrectedFit(info=trained.info, main=main, posterior=posterior)
+
+def _other(task: Task, context: FitContext, trainer: str) -> Any:
+    """Another trainer of sbi's, with its defaults."""
+    import sbi.inference
+
+    return getattr(sbi.inference, trainer)(task.prior, **context.trainer_kwargs)
+
+
+def _estimators(members: list[Trained], context: FitContext) -> EstimatorFit:
+    """The members' networks; costs are sums over members, but peaks the largest."""
+    infos = [member.info for member in members]
+    info = infos[0]
+    if len(infos) > 1:
+        info = {key: sum(i[key] for i in infos) for key in ("seconds", "cpu_seconds", "epochs")}
+        info |= {key: max(i[key] for i in infos) for key in ("peak_mib", "resident_mib")}
+    return EstimatorFit(info=info, posteriors=[member.posterior for member in members])
+
+
+def _sampler(members: list[Trained], context: FitContext) -> SamplerFit:
+    return SamplerFit(info=members[0].info, posterior=members[0].posterior)
+
+
+def _corrected(members: list[Trained], context: FitContext) -> FittedMethod:
+    """Draws corrected through the proxy, or uncorrected ones where no proxy was trusted."""
+    main, inference = _estimators(members, context), members[0].inference
+    if not proxy_is_usable(inference):
+        return main
+    num_candidates = 1000 if context.fast else 20_000
+    posterior = inference.build_corrected_posterior(num_candidates=num_candidates)
+    return CorrectedFit(info=main.info, main=main, posterior=posterior)
 
 
 def proxy_is_usable(inference: NPE_Jeffreys) -> bool:
-    """Whether training found a proxy that it trusted, so that the symmetric stage ran with it."""
+    """Whether training found a proxy that it trusted, so that the symmetric stage used it."""
     report = inference.training_report
     return report is not None and report.proxy_status is ProxyStatus.USED
-
-
-@dataclass(frozen=True)
-class SamplerMethod(_Named):
-    """Another trainer of sbi's, with its defaults, whose posterior is only sampled from."""
-
-    trainer: str
-
-    def fit(
-        self, task: Task, theta: Tensor, x: Tensor, seed: int, context: FitContext
-    ) -> FittedMethod:
-        """See `Method.fit`."""
-        import sbi.inference
-
-        def make() -> Any:
-            return getattr(sbi.inference, self.trainer)(task.prior, **context.trainer_kwargs)
-
-        trained = train(make, theta, x, seed, context, self.training)
-        return SamplerFit(info=trained.info, posterior=trained.posterior)
 
 
 METHODS: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> Method:
-    """Make a method known by its `name`; one of that name that exists is replaced.
+    """Make a method known by its `name`; an existing method of that name is replaced.
 
     Raises:
         TypeError: If it lacks `name`, `label`, `training` or `fit`.
@@ -263,22 +248,22 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+_MAF, _FIXED = partial(_jeffreys, name="maf"), partial(_jeffreys, adaptive=False)
 for _method in (
-    NPEMethod("npe_nsf", "NPE", "npe_nsf"),
-    NPEMethod("npe_maf", "NPE (maf)", "npe_maf", "maf"),
-    NPEMethod("ensemble2", "Ensemble of 2", "npe_nsf", num_members=2),
-    NPEMethod("ensemble5", "Ensemble of 5", "npe_nsf", num_members=5),
-    SamplerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", "NLE"),
-    JeffreysMethod("npe_jeffreys", "NPE_Jeffreys", "npe_jeffreys"),
-    JeffreysMethod(
-        "npe_jeffreys_corrected", "NPE_Jeffreys corrected", "npe_jeffreys", corrected=True
+    TrainerMethod("npe_nsf", "NPE", "npe_nsf", _npe, _estimators),
+    TrainerMethod("npe_maf", "NPE (maf)", "npe_maf", partial(_npe, name="maf"), _estimators),
+    TrainerMethod("ensemble2", "Ensemble of 2", "npe_nsf", _npe, _estimators, 2),
+    TrainerMethod("ensemble5", "Ensemble of 5", "npe_nsf", _npe, _estimators, 5),
+    TrainerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", partial(_other, trainer="NLE"), _sampler),
+    TrainerMethod("npe_jeffreys", "NPE_Jeffreys", "npe_jeffreys", _jeffreys, _estimators),
+    TrainerMethod(
+        "npe_jeffreys_corrected", "NPE_Jeffreys corrected", "npe_jeffreys", _jeffreys, _corrected
     ),
-    JeffreysMethod("npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", "maf"),
-    JeffreysMethod(
-        "npe_jeffreys_fixed", "NPE_Jeffreys (fixed)", "npe_jeffreys_fixed",
-        changes=(("adaptive", False),),
+    TrainerMethod("npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", _MAF, _estimators),
+    TrainerMethod(
+        "npe_jeffreys_fixed", "NPE_Jeffreys (fixed)", "npe_jeffreys_fixed", _FIXED, _estimators
     ),
-    SamplerMethod("fmpe", "FMPE", "fmpe", "FMPE"),
-    SamplerMethod("npse", "NPSE", "npse", "NPSE"),
-):  # fmt: skip
+    TrainerMethod("fmpe", "FMPE", "fmpe", partial(_other, trainer="FMPE"), _sampler),
+    TrainerMethod("npse", "NPSE", "npse", partial(_other, trainer="NPSE"), _sampler),
+):
     register_method(_method)

@@ -1,20 +1,20 @@
-"""Where results come from: versions, machine, settings, commands."""
+"""The origin of results: versions, machine, settings, commands."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-__all__ = ["command", "machine", "summary_lines", "versions"]
 
 _SHOWN = ("python", "torch", "sbi", "sbi_jeffreys", "git_commit", "cpu", "cores", "threads")
 _PACKAGES = ("torch", "sbi", "sbi_jeffreys", "numpy", "scikit-learn")
@@ -22,13 +22,11 @@ _PACKAGES = ("torch", "sbi", "sbi_jeffreys", "numpy", "scikit-learn")
 
 @functools.lru_cache(maxsize=1)
 def versions() -> dict[str, Any]:
-    """Versions of Python and of what the results depend on; the commit where there is one."""
-    found: dict[str, Any] = {"python": platform.python_version()}
+    """Versions of Python and of the packages that results depend on; the commit if there is one."""
+    found: dict[str, Any] = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES)}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
     found["git_commit"] = _git("rev-parse", "HEAD")
     # Untracked files do not count: result folders are untracked.
     changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -38,9 +36,13 @@ def versions() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def machine() -> dict[str, Any]:
-    """Processor, cores and torch's threads of the process that asks."""
+    """Processor and cores of this machine, and torch's threads in this process."""
+    model = None
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
     return {
-        "cpu": _cpu_model(),
+        "cpu": model[1] if model else platform.processor() or "unknown",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -55,8 +57,8 @@ def command() -> str:
 def summary_lines(records: Iterable[Mapping[str, Any]]) -> str:
     """Versions, machine, settings and commands of records, as a Markdown list.
 
-    More than one value of anything is shown: results of several commits say so. Commands, of which
-    a run in pieces has many, are folded away.
+    All values are listed where records differ, such as several commits. The commands, which are
+    many if a run was interrupted, are folded.
     """
     found: dict[str, set[str]] = {}
     commands: set[str] = set()
@@ -71,25 +73,13 @@ def summary_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", folded, "", f"```\n{listed}\n```", "", "</details>"])
 
 
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
 def _git(*arguments: str) -> str | None:
-    """Output of git in the package's folder, None outside a repository of this package."""
+    """Output of git in the package's folder, or None where that is no repository."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    command = ["git", "-C", str(folder), *arguments]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None

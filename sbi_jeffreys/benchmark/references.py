@@ -1,4 +1,4 @@
-"""Reference posterior samples, cached on disk by what they depend on."""
+"""Reference posterior samples, cached on disk under everything that they depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .tasks import Task
 
-# Part of every cache key: raise it whenever a task or a sampler changes its distribution.
+# Part of every cache key. Raise it whenever a task or a sampler changes its distribution.
 REFERENCE_VERSION = 1
 
 
@@ -23,8 +23,8 @@ def reference_samples(
 ) -> Tensor:
     """Samples of p(θ|x), from the cache (`joblib.Memory`) where they have been drawn before.
 
-    The global random state is left as it was. A damaged cache entry is named in a warning and drawn
-    again; where the cache cannot be written, samples are drawn without it.
+    The global random state is restored. A warning names a damaged cache entry, and it is redrawn;
+    where the cache cannot be written, samples are drawn without it.
 
     Args:
         task: The task.

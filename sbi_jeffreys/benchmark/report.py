@@ -1,7 +1,7 @@
 """The benchmark's report: tables in Markdown, and figures, from the result files.
 
-Every method is compared with NPE on the same simulations, seed by seed. Where NPE_Jeffreys loses is
-said in a section of its own.
+Every method is compared with NPE on the same simulations, seed by seed. One section lists where
+NPE_Jeffreys loses.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from sbi_jeffreys.benchmark.methods import METHODS
 from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.statistics import (
     SCORES,
+    Difference,
     Group,
     Methods,
     collect,
-    differences,
     paired_difference,
     ratio,
     summarise,
 )
 from sbi_jeffreys.benchmark.tables import markdown, shown, values_table, write_page
 
-__all__ = ["add_arguments", "run", "write_report"]
-
 BASELINE = "npe_nsf"
 _OURS = "npe_jeffreys"
-_STRONG = ("npe_nsf", "ensemble5")  # whom a loss against is reported
+_STRONG = ("npe_nsf", "ensemble5")  # the methods against which losses are reported
 _COLUMNS = {
     "c2st": ("C2ST", 3),
     "nll": ("NLL", 2),
@@ -73,25 +71,24 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     table, labels = collect(_with_comparable_costs(done)), _labels(done)
     check_folder(out)
     figures = write_figures(table, labels, out, show_progress)
-    parts = [
-        "# Benchmark of NPE_Jeffreys",
-        f"{len(done)} cells.\n\n" + summary_lines(done),
-        "## Over all tasks\n\n" + _overall(table, labels),
-        f"## Wins, ties, losses against {labels.get(BASELINE, BASELINE)}\n\n"
-        + _verdicts(table, labels),
-        f"## Where {labels.get(_OURS, _OURS)} loses\n\n" + _losses(table, labels),
-        "## Cost\n\n" + _costs(table, labels),
-        "## Figures\n\n" + "\n\n".join(f"![{path.stem}]({path.name})" for path in figures),
-        "## Every task\n\n" + "\n\n".join(_group(table, group, labels) for group in sorted(table)),
-        _problems(failed, corrupt),
-    ]
-    return write_page(out / "report.md", parts)
+    sections = {
+        "Over all tasks": _overall(table, labels),
+        f"Wins, ties, losses against {labels.get(BASELINE, BASELINE)}": _verdicts(table, labels),
+        f"Where {labels.get(_OURS, _OURS)} loses": _losses(table, labels),
+        "Cost": _costs(table, labels),
+        "Figures": "\n\n".join(f"![{path.stem}]({path.name})" for path in figures),
+        "Every task": "\n\n".join(_group(table, group, labels) for group in sorted(table)),
+        "Left out": _problems(failed, corrupt),
+    }
+    head = ["# Benchmark of NPE_Jeffreys", f"{len(done)} cells.\n\n" + summary_lines(done)]
+    parts = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return write_page(out / "report.md", [*head, *parts])
 
 
 def _load(
     folder: Path,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[CorruptResultError]]:
-    """Finished, failed and corrupt results; the corrupt ones are warned about by name."""
+    """Finished, failed and corrupt results; a warning names each of the corrupt ones."""
     found = list(read_results(folder))
     corrupt = [entry for entry in found if isinstance(entry, CorruptResultError)]
     for error in corrupt:
@@ -104,8 +101,8 @@ def _load(
 def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records, without times where NPE of the same simulations was timed by another commit.
 
-    Accuracy of a method whose code did not change may come from an earlier run on the same
-    simulations; its time may not: machines differ from day to day by more than methods do.
+    The accuracy of a method whose code did not change may come from an earlier run on the same
+    simulations. Its time may not: a machine's speed differs more between days than between methods.
     """
 
     def commit(record: Mapping[str, Any]) -> Any:
@@ -123,7 +120,7 @@ def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def _labels(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Methods in the registry's order, others after them, with what tables call them."""
+    """Labels of the methods in the registry's order; those of other methods follow."""
     found = {r["cell"]["method"]: r.get("label", r["cell"]["method"]) for r in records}
     order = [name for name in METHODS if name in found] + sorted(found.keys() - METHODS.keys())
     return {name: found[name] for name in order}
@@ -173,7 +170,7 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
     rows = [["method", *SCORES.values()]]
     for name in (n for n in labels if n != BASELINE):
         row = [labels[name]]
-        found = differences(table, name, BASELINE)
+        found = _differences(table, name, BASELINE)
         for metric in SCORES:
             counts = Counter(d.verdict for (_, m), d in found.items() if m == metric)
             counted = " / ".join(str(counts[verdict]) for verdict in ("win", "tie", "loss"))
@@ -183,11 +180,21 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
     return note + markdown(rows)
 
 
+def _differences(table: Table, method: str, baseline: str) -> dict[tuple[Group, str], Difference]:
+    """Paired differences of a method to a baseline, by group and score."""
+    return {
+        (group, metric): found
+        for group, methods in table.items()
+        for metric in SCORES
+        if (found := paired_difference(methods.get(method, {}), methods.get(baseline, {}), metric))
+    }
+
+
 def _losses(table: Table, labels: Mapping[str, str]) -> str:
-    """Every cell group and metric in which NPE_Jeffreys is worse, surely or in the mean."""
+    """Every task, budget and metric where NPE_Jeffreys is worse, beyond noise or in the mean."""
     lines = []
     for opponent in (name for name in _STRONG if name in labels):
-        found = differences(table, _OURS, opponent)
+        found = _differences(table, _OURS, opponent)
         lost = {key: d for key, d in found.items() if d.verdict == "loss"}
         worse = {key: d for key, d in found.items() if d.verdict == "tie" and d.mean > 0}
         lines.append(
@@ -227,17 +234,17 @@ def _problems(failed: Sequence[Mapping[str, Any]], corrupt: Sequence[CorruptResu
     """Failures and corrupt files, if any."""
     lines = [f"- failed: {Cell(**r['cell']).file_name}: {r.get('error')}" for r in failed]
     lines += [f"- corrupt, left out: {error}" for error in corrupt]
-    return "## Left out\n\n" + "\n".join(lines) if lines else ""
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `report`."""
+    """Add the options of `report`."""
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report."""
+    """Write the report; the exit code."""
     print(f"Report: {write_report(args.results, args.out, show_progress=not args.quiet)}")
     return 0

@@ -8,8 +8,9 @@ the C2ST to the reference.
 from __future__ import annotations
 
 import argparse
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -22,26 +23,39 @@ from sbi.utils import RestrictedPrior, get_density_thresholder
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
-from sbi_jeffreys.benchmark._arguments import known_items, positive_int, task_list
-from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
-from sbi_jeffreys.benchmark.entries import (
-    Outcome,
+from sbi_jeffreys.benchmark._arguments import (
+    DEFAULT,
     add_run_arguments,
-    report_outcome,
-    run_entries,
-    study_entry,
+    known_items,
+    positive_int,
+    task_list,
 )
+from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
+from sbi_jeffreys.benchmark.cells import Number, study_check
+from sbi_jeffreys.benchmark.entries import run_study
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
 from sbi_jeffreys.benchmark.methods import FitContext, main_network
 from sbi_jeffreys.benchmark.metrics import c2st
 from sbi_jeffreys.benchmark.references import reference_samples
-from sbi_jeffreys.benchmark.rounds_table import CHECK, STUDY, write_table
+from sbi_jeffreys.benchmark.statistics import Methods, Seeds, nest, paired_difference, summarise
+from sbi_jeffreys.benchmark.tables import markdown, shown, write_study_page
 from sbi_jeffreys.benchmark.tasks import Task, get_task
 from sbi_jeffreys.diagnostics.calibration import inside_prior
 
-__all__ = ["METHODS", "RoundsSettings", "add_arguments", "run", "run_rounds"]
-
+_STUDY = "rounds"
+_BASELINE = "npe_nsf"
+_GOAL = 0.95  # the acceptance rate that every round should reach
 _THRESHOLD_DRAWS = 100_000  # for the support of truncated proposals; sbi's million takes minutes
+_ROUND = {
+    "acceptance": Number(0.0, 1.0, nullable=False),
+    "sampling_seconds": Number(0.0),
+    "cpu_seconds": Number(0.0, nullable=False),
+}
+CHECK = study_check(
+    _STUDY,
+    {"task": str, "seed": re.compile(r"s\d+"), "method": str},
+    {"rounds": [_ROUND], "c2st": Number(0.0, 1.0)},
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ class SequentialMethod:
     """A method over rounds.
 
     Attributes:
-        label: In tables.
-        jeffreys: NPE_Jeffreys, or sbi's NPE.
+        label: What tables call it.
+        jeffreys: Whether it is NPE_Jeffreys, or sbi's NPE.
         truncated: Whether later rounds draw from the truncated prior (Deistler et al. 2022), or
             from the posterior, with the atomic loss.
     """
@@ -79,13 +93,13 @@ class RoundsSettings:
     """What is measured.
 
     Attributes:
-        rounds: How many, the first one, from the prior, included.
-        simulations: Per round.
-        observation_seed: Of the observations; seed s takes observation s.
-        raw_draws: Of the estimator, for the acceptance rate.
+        rounds: Number of rounds, the first one, from the prior, included.
+        simulations: Simulations per round.
+        observation_seed: Seed of the observations; training seed s takes observation s.
+        raw_draws: Draws of the estimator for the acceptance rate.
         num_samples: Posterior samples to be timed and compared with the reference.
-        max_seconds: After which sampling counts as stalled, which ends the measurement.
-        classifier: Of the C2ST, "rf" or "mlp".
+        max_seconds: Time after which sampling counts as stalled, which ends the measurement.
+        classifier: Classifier of the C2ST, "rf" or "mlp".
         fast: Whether methods train for a few steps only.
     """
 
@@ -97,6 +111,9 @@ class RoundsSettings:
     max_seconds: float = 120.0
     classifier: str = "rf"
     fast: bool = False
+
+
+# ------------------------------------------------------------------ measuring
 
 
 def measure_rounds(
@@ -120,9 +137,8 @@ def measure_rounds(
             with measured() as cost:
                 posterior = _next_round(task, inference, posterior, method, context, settings)
             posterior.set_default_x(x_o[None])
-            raw = posterior.posterior_estimator.sample(
-                torch.Size((settings.raw_draws,)), x_o[None]
-            )[:, 0]
+            count = torch.Size((settings.raw_draws,))
+            raw = posterior.posterior_estimator.sample(count, x_o[None])[:, 0]
             start = time.perf_counter()
             samples = _samples(posterior, settings.num_samples, settings.max_seconds)
             seconds = None if samples is None else time.perf_counter() - start
@@ -150,7 +166,7 @@ def _next_round(
     context: FitContext,
     settings: RoundsSettings,
 ) -> Any:
-    """Simulate where the previous posterior says, train; the new posterior."""
+    """Simulate from the proposal that the previous posterior gives, train; the new posterior."""
     num, kwargs = settings.simulations, dict(context.train_kwargs)
     proposal = posterior
     if posterior is None:
@@ -163,7 +179,7 @@ def _next_round(
         kwargs["force_first_round_loss"] = True
     else:
         theta = _samples(posterior, num, settings.max_seconds)
-        assert theta is not None  # it did not stall for the samples before
+        assert theta is not None  # sampling did not stall at the end of the previous round
     inference.append_simulations(theta, task.simulate(theta), proposal=proposal)
     inference.train(**kwargs)
     return inference.build_posterior()
@@ -180,48 +196,101 @@ def _samples(posterior: Any, num: int, max_seconds: float) -> Tensor | None:
     return drawn.detach() if len(drawn) == num else None
 
 
-def run_rounds(
-    tasks: Sequence[str],
-    seeds: int,
-    settings: RoundsSettings,
-    folder: Path,
-    methods: Sequence[str] = tuple(METHODS),
-    **how: Any,
-) -> Outcome:
-    """Measure what is not there yet; arguments as in `ablation.run_ablation`.
+# ------------------------------------------------------------------ the table
 
-    Raises:
-        CommandError: See `entries.run_entries`.
-    """
-    entries = []
-    for seed, name, method in product(range(seeds), tasks, methods):
-        key = {"task": name, "seed": f"s{seed}", "method": method}
-        arguments = {"task": get_task(name), "method": METHODS[method]}
-        arguments |= {"seed": seed, "settings": settings}
-        entries.append(study_entry(STUDY, key, measure_rounds, arguments))
-    return run_entries(entries, asdict(settings), folder, CHECK, **how)
+
+def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[str, Methods]:
+    """Values by task, method and seed: `acceptance_1` …, `worst`, `slowest`, `stalled`, `c2st`."""
+    return nest(_values(record) for record in records)
+
+
+def _values(record: Mapping[str, Any]) -> tuple[str, str, int, dict[str, Any]]:
+    key, rounds = record["key"], record["results"]["rounds"]
+    accepted = [entry["acceptance"] for entry in rounds]
+    seconds = [entry["sampling_seconds"] for entry in rounds]
+    values: dict[str, Any] = {f"acceptance_{k}": a for k, a in enumerate(accepted, 1)}
+    values["worst"] = min(accepted, default=None)
+    values["slowest"] = max((s for s in seconds if s is not None), default=None)
+    values["stalled"] = None in seconds
+    values["cpu_seconds"] = sum(entry["cpu_seconds"] for entry in rounds)
+    values["c2st"] = record["results"]["c2st"]
+    return key["task"], key["method"], int(key["seed"].removeprefix("s")), values
+
+
+def goal(seeds: Seeds) -> str:
+    """Whether every round of every seed accepted enough and none stalled."""
+    stalled = sum(values["stalled"] > 0 for values in seeds.values())
+    if stalled:
+        return f"MISSED: {stalled} of {len(seeds)} stalled"
+    worst = min((values["worst"] for values in seeds.values() if "worst" in values), default=0.0)
+    return f"met, worst {worst:.3f}" if worst >= _GOAL else f"MISSED, worst {worst:.3f}"
+
+
+def _task_text(task: str, methods: Methods) -> str:
+    """The table of one task."""
+    every = {m for seeds in methods.values() for values in seeds.values() for m in values}
+    last = max((int(m.rpartition("_")[2]) for m in every if m.startswith("acceptance")), default=0)
+    numbers = range(1, last + 1)
+    heads = [f"round {k}" for k in numbers]
+    rows = [["method", "seeds", *heads, "goal", "slowest 1,000 (s)", "C2ST", "minus NPE", "cpu s"]]
+    for name in (name for name in METHODS if name in methods):
+        seeds = methods[name]
+        slowest = max((v["slowest"] for v in seeds.values() if "slowest" in v), default=None)
+        baseline = {} if name == _BASELINE else methods.get(_BASELINE, {})
+        rows.append(
+            [
+                METHODS[name].label,
+                str(len(seeds)),
+                *(shown(summarise(seeds, f"acceptance_{k}"), ".3f") for k in numbers),
+                goal(seeds),
+                shown(slowest, ".2f"),
+                shown(summarise(seeds, "c2st"), ".3f"),
+                shown(paired_difference(seeds, baseline, "c2st")),
+                shown(summarise(seeds, "cpu_seconds"), ".0f"),
+            ]
+        )
+    return f"## {task}\n\n{markdown(rows)}"
+
+
+def write_table(folder: Path) -> Path | None:
+    """Sum up all results of a folder in `rounds.md`; its path, or None without any result."""
+    return write_study_page(folder / "rounds.md", CHECK, _parts)
+
+
+def _parts(records: list[dict[str, Any]]) -> list[str]:
+    return [
+        "# Leakage over rounds",
+        "Share of the density estimator's raw draws that lie inside the prior, at the observation, "
+        "after each round; mean ± standard error over seeds, each with an observation of its own. "
+        f"The goal: at least {_GOAL} in every round of every seed, and sampling that never stalls. "
+        "C2ST to the reference after the last round, 0.5 is perfect.",
+        *(_task_text(*entry) for entry in sorted(tabulate(records).items())),
+    ]
+
+
+# ------------------------------------------------------------------ the command line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `rounds`."""
-    number = "(default: %(default)s)"
-    text = f"comma-separated {number}"
+    """Add the options of `rounds`."""
+    text = f"comma-separated {DEFAULT}"
     tasks, methods = "two_moons,gaussian_linear_uniform", ",".join(METHODS)
     known = partial(known_items, names=METHODS)
     parser.add_argument("--tasks", type=task_list, default=tasks, help=text)
     parser.add_argument("--methods", type=known, default=methods, help=text)
-    parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {number}")
-    parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=number)
+    parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {DEFAULT}")
+    parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=DEFAULT)
     add_run_arguments(parser, "benchmark_results/rounds", seeds=2)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the rounds and write `rounds.md`; 1 if something failed."""
+    """Measure the rounds and write `rounds.md`; the exit code, 1 if something failed."""
     small = {"raw_draws": 200, "num_samples": 50, "fast": True} if args.fast else {}
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
-    outcome = run_rounds(
-        args.tasks, args.seeds, settings, args.out, args.methods,
-        jobs=args.jobs, show_progress=not args.quiet,
-    )  # fmt: skip
-    labels = {name: method.label for name, method in METHODS.items()}
-    return report_outcome(outcome, "measurements", args.out, write_table(args.out, labels))
+    measurements = []
+    for seed, (name, method) in product(range(args.seeds), product(args.tasks, args.methods)):
+        key = {"task": name, "seed": f"s{seed}", "method": method}
+        arguments = {"task": get_task(name), "method": METHODS[method]}
+        measurements.append((key, {**arguments, "seed": seed, "settings": settings}))
+    shared = asdict(settings)
+    return run_study(_STUDY, measurements, measure_rounds, shared, CHECK, write_table, args)

@@ -2,8 +2,8 @@
 
 A run can be stopped at any time and started again: cells with a valid file are skipped. Methods of
 one training (an ensemble and its first member, draws and corrected draws) are trained once, in one
-process, and evaluated each. `run_entries` is the mechanism behind it; the ablation and the rounds
-are lists of entries too.
+process, and evaluated each. `run_entries` is the mechanism behind it, for the ablation and the
+rounds too.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark import cells
-from sbi_jeffreys.benchmark._arguments import int_list, method_list, positive_int
-from sbi_jeffreys.benchmark._arguments import task_list as _task_list
+from sbi_jeffreys.benchmark import _arguments, cells
+from sbi_jeffreys.benchmark._arguments import DEFAULT, positive_int
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
 from sbi_jeffreys.benchmark.cells import Cell
-from sbi_jeffreys.benchmark.entries import (
-    Entry,
-    Outcome,
-    add_run_arguments,
-    report_outcome,
-    run_entries,
-)
+from sbi_jeffreys.benchmark.entries import Entry, Outcome, report_outcome, run_entries
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     evaluate,
@@ -38,10 +31,7 @@ from sbi_jeffreys.benchmark.evaluation import (
 from sbi_jeffreys.benchmark.methods import FitContext, Method, get_method
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 
-__all__ = ["add_arguments", "run", "run_benchmark"]
-
 _DEFAULT_METHODS = "npe_nsf,ensemble5,npe_jeffreys,npe_jeffreys_corrected"
-_warm = False
 
 
 def _measure(
@@ -78,7 +68,7 @@ def run_benchmark(
     folder: Path,
     **how: Any,
 ) -> Outcome:
-    """Run all cells that are not there yet, cheap budgets first.
+    """Run all cells that have no valid result yet, cheap budgets first.
 
     Args:
         tasks: Names of tasks.
@@ -97,46 +87,45 @@ def run_benchmark(
         cell, method = Cell(task, budget, seed, name), get_method(name)
         arguments = {"task": get_task(task), "method": method, "cell": cell, "settings": settings}
         training = (budget, seed, task, method.training)
-        head = {"cell": asdict(cell)}
-        entries.append(Entry(cell.file_name, head, _measure, arguments, training))
+        entries.append(Entry(cell.file_name, {"cell": asdict(cell)}, _measure, arguments, training))
     entries.sort(key=lambda entry: entry.training)
-    prepare = partial(_draw_references, settings=settings)
     return run_entries(
-        entries, asdict(settings), folder, cells.cell_problem, keep_failures=True, prepare=prepare,
+        entries,
+        asdict(settings),
+        folder,
+        cells.cell_problem,
+        keep_failures=True,
+        prepare=partial(_draw_references, settings=settings),
         **how,
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------ the command line
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `benchmark`."""
-    default_tasks = ",".join(sorted(TASKS))
-    text = "comma-separated (default: %(default)s)"
-    parser.add_argument("--tasks", type=_task_list, default=default_tasks, help=text)
-    parser.add_argument("--methods", type=method_list, default=_DEFAULT_METHODS, help=text)
-    parser.add_argument("--simulations", type=int_list(20), default="100,1000", help=text)
-    number = "(default: %(default)s)"
-    parser.add_argument("--observations", type=positive_int(), default=5, help=number)
-    parser.add_argument("--observation-seed", type=int, default=2026, help=number)
-    parser.add_argument(
-        "--num-samples", type=positive_int(10), default=5000, help=f"per observation {number}"
-    )
-    parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=number)
+    """Add the options of `benchmark`."""
+    tasks, text = ",".join(sorted(TASKS)), f"comma-separated {DEFAULT}"
+    methods, task_list = _arguments.method_list, _arguments.task_list
+    budgets = _arguments.int_list(20)
+    parser.add_argument("--tasks", type=task_list, default=tasks, help=text)
+    parser.add_argument("--methods", type=methods, default=_DEFAULT_METHODS, help=text)
+    parser.add_argument("--simulations", type=budgets, default="100,1000", help=text)
+    parser.add_argument("--observations", type=positive_int(), default=5, help=DEFAULT)
+    parser.add_argument("--observation-seed", type=int, default=2026, help=DEFAULT)
+    text = f"per observation {DEFAULT}"
+    parser.add_argument("--num-samples", type=positive_int(10), default=5000, help=text)
+    parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=DEFAULT)
     parser.add_argument(
         "--backend",
         choices=("loky", "dask"),
         default="loky",
         help="processes here, or Dask: local, or the cluster at DASK_SCHEDULER_ADDRESS, whose "
-        f"workers must see the same --out {number}",
+        f"workers must see the same --out {DEFAULT}",
     )
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
-    add_run_arguments(parser, "results", seeds=5)
+    _arguments.add_run_arguments(parser, "results", seeds=5)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 if cells failed."""
+    """Run the benchmark; the exit code, which is 1 if cells failed."""
     settings = EvaluationSettings(
         observations=args.observations,
         observation_seed=args.observation_seed,
@@ -144,9 +133,15 @@ def run(args: argparse.Namespace) -> int:
         classifier=args.classifier,
     )
     outcome = run_benchmark(
-        args.tasks, args.methods, args.simulations, args.seeds,
-        settings.smoke() if args.fast else settings, args.out,
-        jobs=args.jobs, backend=args.backend, show_progress=not args.quiet,
+        args.tasks,
+        args.methods,
+        args.simulations,
+        args.seeds,
+        settings.smoke() if args.fast else settings,
+        args.out,
+        jobs=args.jobs,
+        backend=args.backend,
+        show_progress=not args.quiet,
         retry_failed=args.retry_failed,
-    )  # fmt: skip
+    )
     return report_outcome(outcome, "cells", args.out)

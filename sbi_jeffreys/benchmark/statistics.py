@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-__all__ = ["Difference", "Summary", "collect", "paired_difference", "ratio", "summarise"]
-
 Seeds = Mapping[int, Mapping[str, float]]  # seed → metric → value
 Methods = dict[str, dict[int, dict[str, float]]]  # method → seed → metric → value
 Group = tuple[str, int]  # task, simulations
@@ -23,7 +21,6 @@ SCORES = {
     "mode_l1": "mode mass L1",
     "jeffreys": "Jeffreys divergence (nats)",
 }
-_NOMINAL = (50, 90, 95)
 
 
 @dataclass(frozen=True)
@@ -41,34 +38,45 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Mean difference to the baseline by seed, with its 95 % t-interval (NaN for one seed)."""
+class Difference(Summary):
+    """Mean difference to a baseline over common seeds; as text, with its 95 % t-interval."""
 
-    mean: float
-    low: float
-    high: float
-    count: int
+    @property
+    def half_width(self) -> float:
+        """Half the width of the 95 % t-interval; NaN for one seed."""
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.count - 1)) * self.standard_error
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
 
     @property
     def verdict(self) -> str:
-        """win, loss or tie of a metric of which less is better; tie where zero is inside."""
+        """win, loss or tie of a metric of which less is better; tie if the interval contains 0."""
         return "win" if self.high < 0 else "loss" if self.low > 0 else "tie"
 
-    def __str__(self) -> str:
-        if self.count == 1:
-            return f"{self.mean:+.3f} (one seed)"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+    def __format__(self, spec: str) -> str:
+        mean, low, high = (format(v, spec or "+.3f") for v in (self.mean, self.low, self.high))
+        return f"{mean} (one seed)" if self.count == 1 else f"{mean} [{low}, {high}]"
 
 
 def nest(values: Iterable[tuple[Hashable, str, int, Mapping[str, Any]]]) -> dict[Any, Methods]:
     """(group, method, seed, metrics) → group → method → seed → the metrics that are known.
 
-    Every level has the absolute errors of the coverages at 50, 90 and 95 % added.
+    The absolute errors of the coverages at 50, 90 and 95 % are added to the metrics.
     """
     table: dict[Any, Methods] = {}
     for group, method, seed, metrics in values:
         known = {name: float(value) for name, value in metrics.items() if value is not None}
-        for level in _NOMINAL:
+        for level in (50, 90, 95):
             if (coverage := known.get(f"coverage_{level}")) is not None:
                 known[f"coverage_error_{level}"] = abs(coverage - level / 100)
         table.setdefault(group, {}).setdefault(method, {})[seed] = known
@@ -82,65 +90,44 @@ def collect(records: Iterable[Mapping[str, Any]]) -> dict[Group, Methods]:
 
 def _values(record: Mapping[str, Any]) -> tuple[Group, str, int, dict[str, Any]]:
     cell, training = record["cell"], record["training"]
-    costs = {
+    values = {
+        **record["metrics"],
         "train_seconds": training.get("seconds"),
         "train_cpu_seconds": training.get("cpu_seconds"),
         "peak_mib": training.get("peak_mib"),
         "resident_mib": training.get("resident_mib"),
-        "sampling_seconds": record.get("evaluation_seconds", {}).get("sampling"),
     }
-    group = (cell["task"], cell["simulations"])
-    return group, cell["method"], cell["seed"], {**record["metrics"], **costs}
+    return (cell["task"], cell["simulations"]), cell["method"], cell["seed"], values
 
 
 def summarise(seeds: Seeds, metric: str) -> Summary | None:
-    """Mean over the seeds that have the metric, or None."""
+    """Mean over the seeds that have the metric, or None if no seed has it."""
     values = [entry[metric] for entry in seeds.values() if metric in entry]
-    if not values:
-        return None
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Summary(fmean(values), error, len(values))
+    return Summary(*_moments(values)) if values else None
 
 
 def paired_difference(seeds: Seeds, baseline: Seeds, metric: str) -> Difference | None:
-    """Difference to the baseline over the seeds that both have, or None without any."""
-    from scipy.stats import t
-
-    gap = paired_summary(seeds, baseline, metric)
-    if gap is None:
-        return None
-    half = float(t.ppf(0.975, gap.count - 1)) * gap.standard_error
-    return Difference(gap.mean, gap.mean - half, gap.mean + half, gap.count)
-
-
-def paired_summary(seeds: Seeds, baseline: Seeds, metric: str) -> Summary | None:
-    """Mean and standard error of the difference over the seeds that both have."""
-    pairs = enumerate(paired_values(seeds, baseline, metric))
-    return summarise({k: {metric: a - b} for k, (a, b) in pairs}, metric)
+    """Difference to the baseline over the seeds that both have, or None if they share no seed."""
+    values = [a - b for a, b in _paired_values(seeds, baseline, metric)]
+    return Difference(*_moments(values)) if values else None
 
 
 def ratio(seeds: Seeds, baseline: Seeds, metric: str) -> float | None:
-    """Geometric mean over common seeds of the ratio to the baseline, or None."""
-    pairs = [(a, b) for a, b in paired_values(seeds, baseline, metric) if a > 0 and b > 0]
+    """Geometric mean over common seeds of the ratio to the baseline, or None without any."""
+    pairs = [(a, b) for a, b in _paired_values(seeds, baseline, metric) if a > 0 and b > 0]
     return math.exp(fmean([math.log(a / b) for a, b in pairs])) if pairs else None
 
 
-def paired_values(seeds: Seeds, baseline: Seeds, metric: str) -> list[tuple[float, float]]:
-    """Values of method and baseline at the seeds where both are known."""
+def _moments(values: list[float]) -> tuple[float, float, int]:
+    """Mean, its standard error, and the number of values."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return fmean(values), error, len(values)
+
+
+def _paired_values(seeds: Seeds, baseline: Seeds, metric: str) -> list[tuple[float, float]]:
+    """Values of a method and of the baseline at the seeds where both are known."""
     return [
         (seeds[seed][metric], baseline[seed][metric])
         for seed in sorted(seeds.keys() & baseline.keys())
         if metric in seeds[seed] and metric in baseline[seed]
     ]
-
-
-def differences(
-    table: Mapping[Group, Methods], method: str, baseline: str
-) -> dict[tuple[Group, str], Difference]:
-    """Paired differences of a method to a baseline, by group and score."""
-    return {
-        (group, metric): found
-        for group, methods in table.items()
-        for metric in SCORES
-        if (found := paired_difference(methods.get(method, {}), methods.get(baseline, {}), metric))
-    }

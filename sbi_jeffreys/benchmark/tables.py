@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sbi_jeffreys.benchmark import cells
-from sbi_jeffreys.benchmark.cells import Check, CorruptResultError
+from sbi_jeffreys.benchmark.cells import Check, read_valid
 from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.statistics import Methods, summarise
-
-__all__ = ["markdown", "plain", "read_valid", "shown", "study_check", "values_table", "write_page"]
 
 Rows = Sequence[Sequence[Any]]
 
 
 def _table(rows: Rows, style: str) -> str:
-    """A table, header first; the first column to the left, the others to the right."""
+    """A table, header first; the first column is aligned to the left, the others to the right."""
     head, *body = rows
     sides = ["left"] + ["right"] * (len(head) - 1)
     return tabulate(body, head, style, colalign=sides, disable_numparse=True)
@@ -39,11 +35,11 @@ def shown(value: Any, spec: str = "") -> str:
 def values_table(
     methods: Methods, labels: Mapping[str, str], columns: Mapping[str, tuple[str, int]], what: str
 ) -> str:
-    """Mean ± standard error over seeds, one row per method; columns without any value are left out.
+    """Mean ± standard error over seeds, one row per method; empty columns are omitted.
 
     Args:
         methods: Method → seed → metric → value.
-        labels: How tables call the methods, in their order; others follow by their names.
+        labels: What tables call the methods, in their order; other methods follow by their names.
         columns: Metric → title and digits.
         what: Title of the first column.
     """
@@ -65,35 +61,12 @@ def write_page(path: Path, parts: Iterable[str]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------ studies beside the benchmark
-
-
-def study_check(study: str, key: dict[str, Any], results: dict[str, Any]) -> Check:
-    """What the records of a study must hold: `key` and `results` as `cells.find_problem` has it."""
-    expected = {"settings": dict, "key": key, "results": results, "provenance?": dict}
-
-    def check(record: Any, path: Path) -> str | None:
-        """What is wrong with a record of the study, or None."""
-        if not isinstance(record, dict) or record.get("study") != study:
-            return f"not a result of the study {study!r}"
-        if record.get("format") != cells.FORMAT:
-            return f"expected format {cells.FORMAT}, got {record.get('format')!r}"
-        return cells.find_problem(record, expected)
-
-    return check
-
-
-def read_valid(folder: Path, check: Check) -> list[dict[str, Any]]:
-    """All valid records of a folder, by file name; a warning names each of the others."""
-    records = []
-    for record in cells.read_results(folder, check):
-        if isinstance(record, CorruptResultError):
-            warnings.warn(f"Corrupt result, not used: {record}", stacklevel=3)
-        else:
-            records.append(record)
-    return records
-
-
-def origin_text(records: Iterable[Mapping[str, Any]]) -> str:
-    """The last section of a study's page."""
-    return "## Where this comes from\n\n" + summary_lines(records)
+def write_study_page(
+    path: Path, check: Check, parts: Callable[[list[dict[str, Any]]], Sequence[str]]
+) -> Path | None:
+    """Sum up the valid results beside a page on it; its path, or None without any result."""
+    records = read_valid(path.parent, check)
+    if not records:
+        return None
+    origin = "## Where this comes from\n\n" + summary_lines(records)
+    return write_page(path, [*parts(records), origin])

@@ -1,9 +1,8 @@
 """Variants of the symmetric stage that start from the same stage 0 and the same proxy.
 
-`ForkableNPE` halts before the symmetric stage; `fork` runs that stage from there, under other
-options or with a term switched off, as often as asked. All forks continue one random stream, so the
-default variant is what `NPE_Jeffreys` would have trained, and the others differ from it in nothing
-but what they say.
+`ForkableNPE` stops before the symmetric stage; each `fork` runs that stage from there, under other
+options or with a term switched off. All forks continue one random stream, so the default variant is
+what `NPE_Jeffreys` would have trained, and the other variants differ from it only as stated.
 """
 
 from __future__ import annotations
@@ -24,14 +23,12 @@ from sbi_jeffreys.training.loss import PERIOD, Pool, RealBatch, SymmetricLoss, w
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.training import Training
 
-__all__ = ["CONDITIONS", "VARIANTS", "Condition", "ForkableNPE", "KeptProxy", "Variant"]
-
-#: Changes a stage that is about to run; the trainer it belongs to has the simulations.
+#: Changes a stage that is about to run; the stage's trainer has the simulations.
 Edit = Callable[[SymmetricStage, NPE_Jeffreys], None]
 
 
 class ForkedTraining(Training):
-    """A training that goes on from another's plain NPE, with an edit of its symmetric stage."""
+    """A training that continues from another's plain NPE, with an edit of its symmetric stage."""
 
     def __init__(self, origin: Training, edit: Edit | None) -> None:
         super().__init__()
@@ -39,7 +36,7 @@ class ForkedTraining(Training):
         self._edit = edit
 
     def _train_plain(self, *arguments: Any) -> None:
-        """It is trained already."""
+        """Do nothing: plain NPE is trained already."""
 
     def _prepare(self, trainer: Any, *arguments: Any) -> None:
         super()._prepare(trainer, *arguments)
@@ -64,8 +61,8 @@ class ForkableNPE(NPE_Jeffreys):
         """A copy of the trainer that has gone through the symmetric stage under these options.
 
         Args:
-            options: Of the symmetric stage; a proxy given in them is shared, not copied.
-            edit: Called with the stage and its trainer just before it runs, if it runs.
+            options: Options of the symmetric stage; their proxy is shared, not copied.
+            edit: Called with the stage and its trainer just before the stage runs, if it runs.
 
         Raises:
             RuntimeError: If plain NPE is not trained yet.
@@ -73,7 +70,7 @@ class ForkableNPE(NPE_Jeffreys):
         if not hasattr(self, "train_indices"):
             raise RuntimeError("There is nothing to fork from. Call train() first.")
         twin = deepcopy(self)
-        _sbi.set_tracker(twin, NoTracker())  # sbi's copies open a new one
+        _sbi.set_tracker(twin, NoTracker())  # a copy by sbi opens a new tracker
         twin.options = options
         twin._training = ForkedTraining(twin._training, edit)
         twin.train(**self._train_kwargs, resume_training=True)
@@ -81,51 +78,49 @@ class ForkableNPE(NPE_Jeffreys):
 
 
 class KeptProxy(LikelihoodProxy):
-    """A likelihood proxy that is fitted once: every further `fit` finds it as the first left it.
+    """A likelihood proxy that is fitted once: every further `fit` leaves it as it is.
 
-    That includes the random state after the fit, so that what follows does not depend on who was
-    first.
+    Every `fit` ends in the random state that the first one ended in, so that the order of the
+    variants does not matter.
     """
 
     _state_after: Tensor | None = None
 
     def fit(self, theta: Tensor, x: Tensor, *arguments: Any, **kwargs: Any) -> LikelihoodProxy:
-        """See `LikelihoodProxy.fit`."""
         if self._state_after is None:
-            self._fit_once(theta, x, *arguments, **kwargs)
+            super().fit(*self.seen(theta, x), *arguments, **kwargs)
             self._state_after = torch.get_rng_state()
         torch.set_rng_state(self._state_after)
         return self
 
-    def _fit_once(self, theta: Tensor, x: Tensor, *arguments: Any, **kwargs: Any) -> None:
-        super().fit(theta, x, *arguments, **kwargs)
+    def seen(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs that the proxy is fitted to, given the training pairs."""
+        return theta, x
 
 
 class ShuffledProxy(KeptProxy):
     """Broken: fitted to pairs whose θ do not belong to their x, so it knows the prior only."""
 
-    def _fit_once(self, theta: Tensor, x: Tensor, *arguments: Any, **kwargs: Any) -> None:
-        super()._fit_once(theta[torch.randperm(len(theta))], x, *arguments, **kwargs)
+    def seen(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return theta[torch.randperm(len(theta))], x
 
 
 class RawCountsProxy(KeptProxy):
     """Broken on integer-valued x: neither dequantised nor transformed.
 
-    The nets see x a quarter off the integers, where no dimension looks like counts: a density of
-    points, whose likelihood grows without bound.
+    The nets see x a quarter off the integers, where no dimension looks like counts. They fit a
+    density to points, whose likelihood grows without bound.
     """
 
     _OFF = 0.25
 
-    def _fit_once(self, theta: Tensor, x: Tensor, *arguments: Any, **kwargs: Any) -> None:
-        super()._fit_once(theta, x + self._OFF, *arguments, **kwargs)
+    def seen(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return theta, x + self._OFF
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
-        """See `LikelihoodProxy.log_factor`."""
         return super().log_factor(theta, x + self._OFF)
 
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """See `LikelihoodProxy.sample_given`."""
         kept, x = super().sample_given(theta)
         return kept, x - self._OFF
 
@@ -135,25 +130,25 @@ def _nets(options: JeffreysOptions) -> list[FlowExpert]:
 
 
 def _undertrained(options: JeffreysOptions) -> JeffreysOptions:
-    """Two epochs, and the nets alone: regressions in closed form would carry the proxy."""
+    """Two epochs, and no experts but nets, because regressions in closed form would suffice."""
     config = replace(options.proxy_fit, max_epochs=2)
     return replace(options, proxy_fit=config, experts=tuple(_nets(options)))
 
 
 def _raw_members(options: JeffreysOptions) -> JeffreysOptions:
-    """The nets alone, on x as it is: a regression's scale would be chosen by the proxy."""
+    """No experts but nets, and x as it is: the proxy would choose a regression's scale itself."""
     raw = dict.fromkeys(replace(net, marginal_transform=False) for net in _nets(options))
     return replace(options, experts=tuple(raw))
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How a row's proxy comes about.
+    """How a row's proxy is made.
 
     Attributes:
-        label: In tables.
+        label: What tables call it.
         kind: Class of the proxy.
-        change: What it changes in the options that the proxy is built from.
+        change: Changes the options that the proxy is built from.
     """
 
     label: str
@@ -176,7 +171,7 @@ CONDITIONS = {
 
 @dataclass
 class WithoutTerm:
-    """The objective without one term; it stays in the graph, with weight zero."""
+    """The objective without one term, which stays in the graph with weight zero."""
 
     loss: SymmetricLoss
     name: str
@@ -184,7 +179,6 @@ class WithoutTerm:
     def __call__(
         self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `SymmetricLoss`."""
         terms = self.loss.terms(step, next_real)
         kept = {key: 0 * term if key == self.name else term for key, term in terms.items()}
         return weigh(kept, multiplier, self.loss.trust), terms
@@ -192,7 +186,7 @@ class WithoutTerm:
 
 @dataclass
 class ReverseAtRealX:
-    """R at the training simulations' x; G stays on the proxy's pairs."""
+    """The objective with R at the training simulations' x, and G on the proxy's pairs."""
 
     loss: SymmetricLoss
     real: SymmetricLoss
@@ -200,7 +194,6 @@ class ReverseAtRealX:
     def __call__(
         self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `SymmetricLoss`."""
         with_reverse = step % PERIOD == 0
         terms = self.loss.terms(PERIOD - 1 if with_reverse else step, next_real)
         if with_reverse:
@@ -230,10 +223,10 @@ class Variant:
     """One way of running the symmetric stage.
 
     Attributes:
-        label: In tables.
-        changes: Of the default options.
-        edit: Of the stage.
-        broken_rows: Whether it is run where the proxy is broken.
+        label: What tables call it.
+        changes: Changes of the default options.
+        edit: Change of the stage.
+        broken_rows: Whether it runs in rows with a broken proxy.
     """
 
     label: str
@@ -247,7 +240,7 @@ def _frozen(multiplier: float) -> Variant:
     return Variant(f"frozen, λ = {multiplier:g}", changes, broken_rows=True)
 
 
-#: By name, in the order of the table; plain NPE, which they all start from, stands before them.
+#: By name, in the order of the table, which begins with plain NPE, where all of them start.
 VARIANTS = {
     "adaptive": Variant("adaptive (default)", broken_rows=True),
     "frozen_0.3": _frozen(0.3),

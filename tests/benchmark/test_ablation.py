@@ -12,8 +12,7 @@ from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import ablation
 from sbi_jeffreys.benchmark._running import NoTracker
-from sbi_jeffreys.benchmark.ablation import Row, row_list
-from sbi_jeffreys.benchmark.ablation_table import best_frozen, tabulate, verdict
+from sbi_jeffreys.benchmark.ablation import Row, best_frozen, row_list, tabulate, verdict
 from sbi_jeffreys.benchmark.evaluation import simulations_for
 from sbi_jeffreys.benchmark.methods import FitContext
 from sbi_jeffreys.benchmark.tasks import get_task

@@ -8,8 +8,14 @@ import torch
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import rounds
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.rounds import METHODS, RoundsSettings, measure_rounds
-from sbi_jeffreys.benchmark.rounds_table import goal, tabulate, write_table
+from sbi_jeffreys.benchmark.rounds import (
+    METHODS,
+    RoundsSettings,
+    goal,
+    measure_rounds,
+    tabulate,
+    write_table,
+)
 from sbi_jeffreys.benchmark.tasks import get_task
 
 SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=50, fast=True)
@@ -89,7 +95,7 @@ def test_the_goal(tmp_path, acceptance, seconds, expected):
     found = record("npe_jeffreys", 0, acceptance, seconds)
     assert goal(tabulate([found])["two_moons"]["npe_jeffreys"]) == expected
     (tmp_path / "two_moons-s0-npe_jeffreys.json").write_text(json.dumps(found))
-    path = write_table(tmp_path, {"npe_jeffreys": "ours"})
+    path = write_table(tmp_path)
     assert path is not None
     assert expected in path.read_text()
 
@@ -99,7 +105,7 @@ def test_c2st_is_paired_with_npe(tmp_path):
         for method, score in (("npe_nsf", 0.7), ("npe_jeffreys", 0.6 + 0.01 * seed)):
             found = record(method, seed, [1.0], c2st=score)
             (tmp_path / f"two_moons-s{seed}-{method}.json").write_text(json.dumps(found))
-    path = write_table(tmp_path, {"npe_nsf": "NPE", "npe_jeffreys": "ours"})
+    path = write_table(tmp_path)
     assert path is not None
     assert "-0.090 [" in path.read_text()
-    assert write_table(tmp_path / "nothing", {}) is None
+    assert write_table(tmp_path / "nothing") is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
-from sbi_jeffreys.benchmark import ablation_table, rounds_table
+from sbi_jeffreys.benchmark import ablation, rounds
 from sbi_jeffreys.benchmark import methods as methods_module
 from sbi_jeffreys.benchmark._running import CommandError, measured
-from sbi_jeffreys.benchmark.cells import Cell, cell_problem, read_results, write_result
+from sbi_jeffreys.benchmark.cells import FORMAT, Cell, cell_problem, read_results, write_record
 from sbi_jeffreys.benchmark.evaluation import (
     EvaluationSettings,
     observations_for,
@@ -196,6 +197,12 @@ def test_unknown_and_incomplete_methods():
 # ------------------------------------------------------------------------------------- report
 
 
+def write_result(folder, cell, content):
+    return write_record(
+        folder / cell.file_name, {"format": FORMAT, "cell": asdict(cell), **content}
+    )
+
+
 def record(folder, seed, method, c2st, seconds, **metrics):
     content = {
         "status": "done",
@@ -333,7 +340,7 @@ def test_every_committed_result_is_valid_by_the_checks():
     folder = Path(__file__).parents[2] / "benchmark_results"
     if not folder.exists():
         pytest.skip("this checkout has no results")
-    checks = {"ablation": ablation_table.CHECK, "rounds": rounds_table.CHECK}
+    checks = {"ablation": ablation.CHECK, "rounds": rounds.CHECK}
     for inner in ("seven_tasks", "published_protocol", "structured", "ablation", "rounds"):
         found = list(read_results(folder / inner, checks.get(inner, cell_problem)))
         assert found
