@@ -13,7 +13,7 @@ from ._reference import adaptive_importance_sample
 from .base import Task
 
 # Step times rate. Chosen so that SIR and Lotka–Volterra stay within 1e-4 of scipy's solve_ivp
-# at rtol 1e-9 over the priors, tails included (tests/test_tasks.py).
+# at rtol 1e-9 over the priors, tails included (tests/benchmark/test_tasks.py).
 _STEP_TIMES_RATE = 0.2
 # Bounds the time for extreme θ: 16,384 steps per interval are far beyond any draw of the priors;
 # past them the result is finite or NaN, but not accurate.
@@ -55,17 +55,10 @@ class LogNormalTask(Task):
 def rk4(
     field: Callable[[Tensor], Tensor], start: Tensor, interval: float, count: int, steps: int
 ) -> Tensor:
-    """Classical fourth-order Runge–Kutta with a fixed step.
+    """Classical fourth-order Runge–Kutta with a fixed number of `steps` per interval.
 
-    Args:
-        field: dy/dt of an autonomous system, `(K, N)` → `(K, N)`.
-        start: y at time 0, `(K, N)`.
-        interval: Time between two saved states.
-        count: How many states to save, the start included.
-        steps: Steps per interval.
-
-    Returns:
-        States at times 0, interval, 2 · interval, ...: `(count, K, N)`.
+    `field` is dy/dt of an autonomous system, `(K, N)` → `(K, N)`, and `start` y at time 0. Returns
+    the states at times 0, interval, 2 · interval, …: `(count, K, N)`.
     """
     step = interval / steps
     states, y = [start], start
@@ -92,16 +85,16 @@ def integrate_coupled_logs(
         constant: a, `(2, N)`, float64.
         coupling: b, `(2, N)`.
         start: (u, v) at time 0, `(2, N)`.
-        rate: Fastest rate of change each system reaches, `(N,)`; it sets its step.
+        rate: Fastest rate of change that each system reaches, `(N,)`; it sets the system's step.
         interval: Time between two saved states.
-        count: How many states to save, the start included.
+        count: Number of saved states, the start included.
 
     Returns:
         `(N, 2, count)`.
     """
     out = torch.full((count, *start.shape), torch.nan, dtype=start.dtype)
     wanted = torch.log2((interval * rate / _STEP_TIMES_RATE).clamp_min(1.0)).ceil()
-    # Systems of like speed run together; a system's result does not depend on its company.
+    # Systems of similar speed run together; the others do not affect a system's result.
     log2_steps = wanted.clamp_max(_MAX_LOG2_STEPS)
     for value in log2_steps[~log2_steps.isnan()].unique().tolist():
         index = torch.nonzero(log2_steps == value).squeeze(-1)

@@ -1,6 +1,6 @@
 """Reference samplers for posteriors without a closed form, with convergence checks that can fail.
 
-The route is always the same: a proposal that covers the posterior, importance weights against
+Every sampler has the same steps: a proposal that covers the posterior, importance weights against
 the true one, and rejection, so that the draws kept are independent and without duplicates.
 `adaptive_importance_sample` finds the proposal by population Monte Carlo (Cappé et al. 2008)
 along tempered targets; tasks that know a good proposal call `accept_weighted` directly.
@@ -21,7 +21,7 @@ from ._student import StudentMixture
 # this share of the total weight, so the draws' total variation error is at most this much.
 _TRUNCATED_MASS = 1e-3
 
-_DF_ON_THE_WAY = 30.0
+_DF_WHILE_TEMPERED = 30.0
 
 
 class ReferenceConvergenceError(RuntimeError):
@@ -38,15 +38,11 @@ class ReferenceConvergenceError(RuntimeError):
 
 
 class Proposal(Protocol):
-    """A distribution to draw from and to evaluate."""
+    """A distribution with draws `(*sample_shape, D)` and a log density `(N, D)` → `(N,)`."""
 
-    def sample(self, sample_shape: torch.Size) -> Tensor:
-        """Draws, `(*sample_shape, D)`."""
-        ...
+    def sample(self, sample_shape: torch.Size) -> Tensor: ...
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density, `(N, D)` → `(N,)`."""
-        ...
+    def log_prob(self, value: Tensor) -> Tensor: ...
 
 
 def effective_sample_size(log_weights: Tensor) -> float:
@@ -63,19 +59,13 @@ def rejection_sample(
     task: str,
     min_acceptance: float = 1e-5,
 ) -> Tensor:
-    """Exact rejection sampling in growing batches.
+    """Exact rejection sampling in growing batches: draws `(num_samples, D)`.
 
-    Args:
-        propose: Maps a count N to candidates `(N, D)` and whether each is accepted `(N,)`.
-        num_samples: How many accepted draws to return.
-        task: Name for the error message.
-        min_acceptance: Acceptance rate below which to give up.
-
-    Returns:
-        Draws `(num_samples, D)`.
+    `propose` maps a count N to candidates `(N, D)` and whether each of them is accepted `(N,)`;
+    `task` is the name in the error message.
 
     Raises:
-        ReferenceConvergenceError: If too few candidates are accepted.
+        ReferenceConvergenceError: If the acceptance rate is below `min_acceptance`.
     """
     kept: list[Tensor] = []
     num_kept = num_proposed = 0
@@ -85,7 +75,7 @@ def rejection_sample(
         kept.append(candidates[accepted])
         num_kept += int(accepted.sum())
         num_proposed += batch
-        # The added constant keeps a small first batch without hits from ending the search.
+        # The constant 10 keeps a small first batch without hits from ending the search.
         if num_kept + 10 < min_acceptance * num_proposed:
             raise ReferenceConvergenceError(
                 task, "the acceptance rate", num_kept / num_proposed, min_acceptance
@@ -101,22 +91,15 @@ def accept_weighted(
     min_efficiency: float = 0.02,
     max_draws_per_sample: int = 200,
 ) -> Tensor:
-    """Turn weighted proposals into independent posterior draws by rejection.
+    """Turn weighted proposals into independent posterior draws `(num_samples, D)` by rejection.
 
-    Args:
-        propose: Maps a count N to draws `(N, D)` and log importance weights `(N,)`.
-        num_samples: How many draws to return.
-        task: Name for the error message.
-        min_efficiency: Required effective sample size per proposal draw.
-        max_draws_per_sample: Proposal draws per returned one after which to give up.
-
-    Returns:
-        Draws `(num_samples, D)`, independent, within 1e-3 of the posterior in total variation.
+    The draws are within 1e-3 of the posterior in total variation. `propose` maps a count N to
+    draws `(N, D)` and log importance weights `(N,)`; `task` is the name in the error message.
 
     Raises:
-        ReferenceConvergenceError: If the effective sample size stays below
-            2 × num_samples, or below `min_efficiency` per proposal draw, or a few large
-            weights leave too little to accept.
+        ReferenceConvergenceError: If the effective sample size stays below 2 × num_samples, or
+            below `min_efficiency` per proposal draw, or a few large weights leave too few draws
+            to accept after `max_draws_per_sample` proposals per returned draw.
     """
     draws, log_weights = propose(4 * num_samples + 2_000)
     max_draws = max_draws_per_sample * num_samples + 100_000
@@ -159,19 +142,19 @@ def adaptive_importance_sample(
 ) -> Tensor:
     """Sample a low-dimensional posterior known up to a constant.
 
-    Draws of `initial` are reweighted to initial^(1−t) · target^t with t as large as keeps a
+    Draws of `initial` are reweighted to initial^(1−t) · target^t with the largest t that keeps a
     tenth of them effective, a Student-t mixture is fitted, and so on until t = 1. Tempering
     from the prior keeps separate modes in sight, which a local optimiser would lose.
 
     Args:
         log_target: Unnormalised log density, `(N, D)` → `(N,)`; float64.
-        initial: Where to start: the prior, or an approximation of the target.
-        num_samples: How many draws to return.
-        task: Name for the error message.
+        initial: The first proposal: the prior, or an approximation of the target.
+        num_samples: Number of draws to return.
+        task: Name in the error message.
         num_components: Components of the mixture.
-        df: Degrees of freedom; small ones cover heavier tails.
+        df: Degrees of freedom of the mixture; fewer cover heavier tails.
         draws_per_round: Draws per adaptation round.
-        max_rounds: Rounds after which to give up.
+        max_rounds: Rounds after which adaptation ends.
         min_efficiency: Required effective sample size per draw of the final proposal.
 
     Returns:
@@ -201,9 +184,9 @@ def adaptive_importance_sample(
         if (ess := effective_sample_size(log_w)) < required:
             what = "the effective sample size while adapting"
             raise ReferenceConvergenceError(task, what, ess, required)
-        # Heavy tails bound the final weights; on the way there they would waste draws, and
-        # simulators can be slow far out.
-        tails = df if temperature == 1.0 else max(df, _DF_ON_THE_WAY)
+        # Heavy tails bound the final weights; at lower temperatures they would waste draws, and
+        # simulators can be slow far from the posterior.
+        tails = df if temperature == 1.0 else max(df, _DF_WHILE_TEMPERED)
         proposal = StudentMixture.fit(draws, log_w, num_components, tails)
     if best[0] < min_efficiency:
         raise ReferenceConvergenceError(
@@ -220,7 +203,7 @@ def adaptive_importance_sample(
 
 
 def _nan_to_zero_mass(log_density: Tensor) -> Tensor:
-    """Give −∞ where a solver failed; `torch.nan_to_num` would make −∞ finite on the way."""
+    """Give −∞ where a solver failed; `torch.nan_to_num` would make other −∞ finite."""
     return torch.where(log_density.isnan(), -torch.inf, log_density)
 
 

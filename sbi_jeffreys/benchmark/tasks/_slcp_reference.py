@@ -1,8 +1,8 @@
 """The SLCP posterior, sampled through its structure.
 
-Given scales and correlation, the mean (θ₁, θ₂) is a Gaussian cut to the prior's box; integrated
-out, it leaves a three-dimensional density of (|θ₃|, |θ₄|, θ₅), which a grid covers. The signs
-of θ₃ and θ₄ are fair coins. Grid cells propose, importance weights and rejection correct.
+Given scales and correlation, the mean (θ₁, θ₂) is a Gaussian cut to the prior's box. Integrating
+it out leaves a three-dimensional density of (|θ₃|, |θ₄|, θ₅), which a grid covers. The signs of θ₃
+and θ₄ are fair coins. Draws from grid cells are corrected by importance weights and rejection.
 """
 
 from __future__ import annotations
@@ -52,11 +52,9 @@ class _Marginal:
     def sample_means(
         self, var_1: Tensor, var_2: Tensor, cov: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one coordinate of the mean, then the other given it, each cut to the box.
+        """Draw one coordinate of the mean, then the other given the first, each cut to the box.
 
-        Returns:
-            θ₁ and θ₂ `(N,)`, and the log of the box's probability along the way, which is
-            the importance weight of having cut one after the other.
+        Returns θ₁ and θ₂ `(N,)`, and the log importance weight of cutting one after the other.
         """
         n, (mean_1, mean_2) = self.num_points, self.mean
         # The coordinate less likely to be inside goes first: drawn second, its probability
@@ -76,17 +74,10 @@ class _Marginal:
 def sample_slcp_posterior(
     points: Tensor, num_samples: int, bound: float, jitter: float, task: str
 ) -> Tensor:
-    """Independent draws of the SLCP posterior.
+    """Independent draws of the SLCP posterior, `(num_samples, 5)`, float32.
 
-    Args:
-        points: The observed points, `(4, 2)`, float64.
-        num_samples: How many draws.
-        bound: The prior is uniform on [−bound, bound]⁵.
-        jitter: What the simulator adds to both variances.
-        task: Name for error messages.
-
-    Returns:
-        Draws `(num_samples, 5)`, float32.
+    The observed points are `(4, 2)`, float64; the prior is uniform on [−bound, bound]⁵; the
+    simulator adds `jitter` to both variances; `task` is the name in error messages.
     """
     marginal = _Marginal(points, bound, jitter)
     log_cells = _log_cell_masses(marginal)

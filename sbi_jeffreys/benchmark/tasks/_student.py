@@ -37,24 +37,15 @@ class StudentMixture:
     def fit(
         cls, draws: Tensor, log_weights: Tensor, num_components: int, df: float
     ) -> StudentMixture:
-        """Fit to weighted draws by EM for Gaussians, whose covariances become scale matrices.
+        """Fit to draws `(N, D)` by EM for Gaussians, whose covariances become scale matrices.
 
-        A t distribution with the covariance as its scale is wider than the target: what a
-        proposal should be.
-
-        Args:
-            draws: `(N, D)`.
-            log_weights: `(N,)`, unnormalised.
-            num_components: K.
-            df: Degrees of freedom of the result.
-
-        Returns:
-            The fitted mixture.
+        The log weights `(N,)` need no normalisation. A t distribution with the covariance as its
+        scale is wider than the target, as a proposal should be.
         """
         weights = torch.softmax(log_weights, 0)
         centre = weights @ draws
         overall = _covariance(draws, weights, centre)
-        # Relative to the cloud as a whole, so that no component can collapse to a point.
+        # The ridge is relative to all draws, so that no component can collapse to a point.
         ridge = 1e-3 * torch.diag(overall.diagonal()) + 1e-14 * torch.eye(len(overall)).double()
         starts = torch.multinomial(weights, num_components, replacement=True)
         locs = draws[starts] if num_components > 1 else centre[None]

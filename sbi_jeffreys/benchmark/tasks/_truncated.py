@@ -20,22 +20,12 @@ def log_interval_probability(mean: Tensor, std: float | Tensor, low: float, high
 
 
 def sample_truncated_normal(mean: Tensor, std: float | Tensor, low: float, high: float) -> Tensor:
-    """One draw of N(mean, std²) given low < z < high for each element of `mean`.
-
-    Args:
-        mean: Means of the uncut normals, float64, any shape.
-        std: Standard deviations, broadcastable to `mean`.
-        low: Lower end of the interval.
-        high: Upper end.
-
-    Returns:
-        Draws of the shape of `mean`.
-    """
+    """One draw of N(mean, std²) given low < z < high per element of `mean`, which is float64."""
     near, far, flipped = _standardise(mean, std, low, high)
     uniform = torch.rand_like(mean)
     cdf_far = torch.special.ndtr(far)
     z = torch.special.ndtri(cdf_far + uniform * (torch.special.ndtr(near) - cdf_far))
-    # Beyond float64's reach the density falls like exp(near · z): an exponential from the edge.
+    # Where Φ underflows, the density falls like exp(near · z): an exponential from the edge.
     exponential = near + torch.log1p(-uniform) / near.abs().clamp_min(1.0)
     z = torch.where(near < _FAR, exponential, z)
     draws = mean + std * torch.where(flipped, -z, z)
@@ -47,10 +37,8 @@ def _standardise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ends in standard deviations, mirrored so that the interval lies on the left.
 
-    The lower tail is where Φ keeps its relative precision.
-
-    Returns:
-        Upper end, lower end (upper ≥ lower), and where the axis was mirrored.
+    Φ keeps its relative precision in the lower tail. Returns the upper end, the lower end
+    (upper ≥ lower), and where the axis was mirrored.
     """
     lower, upper = (low - mean) / std, (high - mean) / std
     flipped = lower + upper > 0

@@ -1,7 +1,7 @@
 """Bernoulli GLM: a spiking neuron with a smooth 9-lag filter (Lueckmann et al. 2021, T.5, T.6).
 
-The design follows sbibm's recipe, white noise of numpy's legacy generator at seed 42, so the
-constants are the same as there without loading its files.
+The design follows sbibm's recipe, white noise of numpy's legacy generator at seed 42, so that the
+constants agree with sbibm's without loading its files.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ class BernoulliGLM(_BernoulliGLM):
         return self._log_likelihood_of_statistics(theta, x).to(theta.dtype)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(10,)` → `(num_samples, 10)`, by importance sampling."""
         return self._sample_given_statistics(self.check_observation(x), num_samples)
 
 
@@ -101,7 +100,6 @@ class BernoulliGLMRaw(_BernoulliGLM):
     dim_x = _NUM_BINS
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 10)` → x `(N, 100)` of zeros and ones."""
         return self._simulate_spikes(theta).to(theta.dtype)
 
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +107,6 @@ class BernoulliGLMRaw(_BernoulliGLM):
         return self._log_likelihood_of_statistics(theta, statistics).to(theta.dtype)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(100,)` → `(num_samples, 10)`, by importance sampling."""
         statistics = self.check_observation(x) @ design_matrix()
         return self._sample_given_statistics(statistics, num_samples)
 

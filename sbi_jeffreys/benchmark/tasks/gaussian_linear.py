@@ -52,7 +52,6 @@ class GaussianLinear(_GaussianMean):
         self.prior = MultivariateNormal(torch.zeros(_DIM), _VARIANCE * torch.eye(_DIM))
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Exact samples of p(θ|x) for x `(10,)` → `(num_samples, 10)`."""
         zeros = torch.zeros(_DIM, dtype=torch.float64)
         covariance = _VARIANCE * torch.eye(_DIM, dtype=torch.float64)
         posterior = true_posterior_linear_gaussian_mvn_prior(
@@ -71,10 +70,6 @@ class GaussianLinearUniform(_GaussianMean):
         self.prior = BoxUniform(-torch.ones(_DIM), torch.ones(_DIM))
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Exact samples of p(θ|x) for x `(10,)` → `(num_samples, 10)`.
-
-        Drawn per dimension by inversion: rejecting in ten dimensions would stall for an x
-        outside the box.
-        """
+        # Per dimension by inversion: rejecting in ten dimensions would stall for an x outside.
         mean = self.check_observation(x).expand(num_samples, _DIM)
         return sample_truncated_normal(mean, math.sqrt(_VARIANCE), -1.0, 1.0).float()

@@ -47,11 +47,8 @@ class GaussianMixture(Task):
         return log_density.to(theta.dtype)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Exact samples of p(θ|x) for x `(2,)` → `(num_samples, 2)`.
-
-        A component's posterior weight is its prior weight times its mass inside the box.
-        """
         mean = self.check_observation(x)
+        # A component's posterior weight is its prior weight times its mass inside the box.
         log_mass = torch.stack(
             [log_interval_probability(mean, s, -_BOUND, _BOUND).sum() for s in _SCALES]
         )

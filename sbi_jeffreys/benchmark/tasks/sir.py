@@ -33,7 +33,6 @@ class SIR(LogNormalTask):
     scale = (0.5, 0.2)
 
     def simulate(self, theta: Tensor) -> Tensor:
-        """θ `(N, 2)` → counts x `(N, 10)`."""
         infected = log_infected_share(theta).exp().clamp(0.0, 1.0)
         counts = torch.binomial(torch.full_like(infected, _NUM_TESTED), infected)
         return counts.to(theta.dtype)

@@ -63,7 +63,6 @@ class SLCP(Task):
         return (-0.5 * quadratic - log_norm).to(theta.dtype)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(8,)` → `(num_samples, 5)`; see `_slcp_reference`."""
         points = self.check_observation(x).reshape(_NUM_POINTS, 2)
         return sample_slcp_posterior(points, num_samples, _BOUND, _JITTER, self.name)
 
@@ -74,7 +73,7 @@ class SLCP(Task):
 
 @register_task
 class SLCPDistractors(SLCP):
-    """SLCP hidden among 92 outputs that tell nothing about θ.
+    """SLCP hidden among 92 outputs that carry no information about θ.
 
     The distractors come from a mixture of 20 multivariate t distributions with two degrees
     of freedom; all 100 outputs are permuted, always in the same way.
@@ -90,14 +89,12 @@ class SLCPDistractors(SLCP):
     def log_likelihood(self, theta: Tensor, x: Tensor) -> Tensor:
         """log p(x|θ) but for a constant, `(*B, 5)`, `(*B, 100)` → `(*B,)`.
 
-        The constant is the distractors' log density, which is the same for every θ and which
-        float32 outputs do not determine: scale matrices with condition numbers up to 1e18
-        turn their rounding errors into anything.
+        The constant is the distractors' log density, which is the same for every θ. Outputs in
+        float32 do not determine it: the scale matrices have condition numbers up to 1e18.
         """
         return super().log_likelihood(theta, _informative(x))
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Samples of p(θ|x) for x `(100,)` → `(num_samples, 5)`: the distractors play no part."""
         points = _informative(self.check_observation(x)).reshape(_NUM_POINTS, 2)
         return sample_slcp_posterior(points, num_samples, _BOUND, _JITTER, self.name)
 

@@ -1,8 +1,7 @@
 """Tasks whose x is not a vector: an image and a set of trials, both with a known likelihood.
 
 They are outside sbibm's ten and outside `TASKS`, whose users rely on vector x; `get_task` and the
-benchmark know them by name. Each comes with an embedding net of a fitting kind, small enough for a
-laptop.
+benchmark know them by name. Each has an embedding net that suits its x and trains on a laptop.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ import torch
 from sbi.neural_nets.embedding_nets import CNNEmbedding, FCEmbedding, PermutationInvariantEmbedding
 from sbi.utils import BoxUniform
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, Uniform
+from torch.distributions import Independent, MultivariateNormal, Uniform
 
 from ._reference import Proposal, adaptive_importance_sample, largest_temperature
 from ._student import StudentMixture
 from .base import Task
-
-__all__ = ["STRUCTURED_TASKS", "BlurredSource", "IIDTrials", "StructuredTask"]
 
 _LOG_2PI = math.log(2.0 * math.pi)
 _NUM_SCOUTS = 50_000
@@ -31,18 +28,14 @@ class StructuredTask(Task):
     """A task whose x has more than one axis."""
 
     @abstractmethod
-    def embedding_net(self) -> nn.Module:
-        """A fresh, untrained net x `(B, *x_shape)` → summaries `(B, S)`, for `posterior_nn`."""
-
-    @abstractmethod
     def _prior64(self) -> Proposal:
         """The prior in float64: where the reference sampler starts."""
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
         """Samples of p(θ|x) for x of `x_shape` → `(num_samples, D)`.
 
-        Many draws from the prior, tempered until enough of them count, say where the posterior is;
-        adaptive importance sampling starts there, and rejection makes its draws exact.
+        Adaptive importance sampling starts from many draws of the prior, tempered until enough of
+        them have weight, and rejection makes its draws exact.
         """
         observed, prior = self.check_observation(x), self._prior64()
 
@@ -57,26 +50,13 @@ class StructuredTask(Task):
         log_weights = log_weights * largest_temperature(
             lambda temperature: temperature * log_weights, _SCOUT_SAMPLE_SIZE
         )
-        # Scouts are at a temperature above the posterior's: wider than it, as a start should be.
+        # Tempered draws are wider than the posterior, as a first proposal should be.
         start = StudentMixture.fit(scouts, log_weights, num_components=3, df=5.0)
         return adaptive_importance_sample(log_target, start, num_samples, self.name).float()
 
 
-class _Box64:
-    """Uniform density on a box, float64, −∞ outside instead of an error."""
-
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        self.uniform = Uniform(low.double(), high.double(), validate_args=False)
-
-    def sample(self, sample_shape: torch.Size) -> Tensor:
-        return self.uniform.sample(sample_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.uniform.log_prob(value).sum(-1)
-
-
 class BlurredSource(StructuredTask):
-    """A 32 × 32 image of a Gaussian blob in white noise: where is it, how wide, how bright?
+    """A 32 × 32 image of a Gaussian blob in white noise: its place, width and brightness.
 
     x(r) = e^β exp(−|r − c|² / 2e^{2ω}) + 0.5 ε(r), ε ∼ N(0, 1) per pixel, pixel centres evenly
     over [−1, 1]². θ = (c₁, c₂, ω, β), uniform on [−0.8, 0.8]² × [−2.3, −0.9] × [−0.5, 1]: widths
@@ -129,7 +109,9 @@ class BlurredSource(StructuredTask):
         return theta[..., 3].exp()[..., None] * column, row
 
     def _prior64(self) -> Proposal:
-        return _Box64(self._low, self._high)
+        # Without validation the log density outside is −∞, not an error.
+        uniform = Uniform(self._low.double(), self._high.double(), validate_args=False)
+        return Independent(uniform, 1, validate_args=False)
 
 
 class IIDTrials(StructuredTask):
@@ -173,7 +155,7 @@ class IIDTrials(StructuredTask):
     def embedding_net(self) -> nn.Module:
         """A net per trial, the mean over trials, and a net on it: 10 summaries.
 
-        Use it with `z_score_x="none"` or `"structured"`: scores per trial would break its symmetry.
+        Use it with `z_score_x="none"` or `"structured"`: z-scores per trial break its symmetry.
         """
         return PermutationInvariantEmbedding(
             FCEmbedding(input_dim=2, output_dim=20, num_layers=2, num_hiddens=40),

@@ -54,7 +54,7 @@ class TwoMoons(Task):
         return torch.where(u >= 0, log_density, -torch.inf).to(theta.dtype)
 
     def sample_reference(self, x: Tensor, num_samples: int) -> Tensor:
-        """Exact samples of p(θ|x) for x `(2,)` → `(num_samples, 2)`.
+        """Exact samples of p(θ|x).
 
         The prior is flat and θ ↦ x − crescent is a rotation on each side of θ₁ + θ₂ = 0, so
         p(θ|x) is the crescent's law pulled back through both branches, cut to the prior's box.
