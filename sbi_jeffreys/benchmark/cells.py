@@ -175,13 +175,15 @@ def read_results(
             yield error
 
 
-def read_valid(folder: Path, check: Check) -> list[dict[str, Any]]:
-    """All valid records of a folder, by file name; a warning names each of the others."""
+def read_valid(
+    folder: Path, check: Check = cell_problem
+) -> tuple[list[dict[str, Any]], list[CorruptResultError]]:
+    """Valid records and corrupt results of a folder; a warning names each of the corrupt ones."""
     found = list(read_results(folder, check))
-    for error in found:
-        if isinstance(error, CorruptResultError):
-            warnings.warn(f"Corrupt result, not used: {error}", stacklevel=4)
-    return [record for record in found if isinstance(record, dict)]
+    corrupt = [entry for entry in found if isinstance(entry, CorruptResultError)]
+    for error in corrupt:
+        warnings.warn(f"Corrupt result, left out: {error}", stacklevel=3)
+    return [record for record in found if isinstance(record, dict)], corrupt
 
 
 def write_record(path: Path, record: dict[str, Any]) -> Path:
@@ -199,7 +201,7 @@ def write_record(path: Path, record: dict[str, Any]) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; NaN and infinity, which JSON does not know, become null."""
+    """The value in JSON's types; NaN and infinity, which JSON lacks, become null."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

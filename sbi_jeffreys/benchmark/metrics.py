@@ -2,10 +2,10 @@ r"""How good an approximate posterior p_φ(θ|x) is, by several measures because
 
 Per observation, against reference samples: C2ST (0.5 is perfect) and the mass per mode. Over fresh
 pairs (θ*, x) from the joint: held-out NLL, expected coverage of HPD regions, leakage, and, since
-the tasks know their likelihood, the true Jeffreys divergence.
+the tasks have likelihoods, the true Jeffreys divergence.
 
-C2ST cannot tell overconfident from conservative (Hermans et al. 2022, arXiv 2110.06581), so the
-report always shows it with coverage. Samples of θ come first: `(S, B, D)`, S draws for each of B x.
+C2ST does not distinguish overconfident from conservative (Hermans et al. 2022, arXiv 2110.06581);
+the report always shows it with coverage. Draws are `(S, B, D)`, S of them for each of B x.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def c2st(reference: Tensor, samples: Tensor, seed: int = 1, classifier: str = "r
         classifier: "rf" (random forest, sbi's default) or "mlp" (sbibm's; slower).
 
     Returns:
-        Between 0 and 1; 0.5 where the classifier cannot tell them apart.
+        Between 0 and 1; 0.5 where the classifier cannot distinguish them.
 
     Raises:
         ValueError: If the shapes differ, or a value is not finite.
@@ -97,7 +97,7 @@ def true_divergences(
         Averages over the pairs, in nats. `kl_forward`: KL(π‖p̄) + E log p(x), comparable between
         methods on the same pairs. `kl_reverse`: KL(p̄‖π) − E log p(x), over the draws with positive
         likelihood. `jeffreys`: their sum, the true Jeffreys divergence. `zero_likelihood`: share of
-        draws with likelihood zero, where KL(p̄‖π) is infinite really.
+        draws with likelihood zero, where KL(p̄‖π) is in fact infinite.
     """
     num_draws = min(_DRAWS_FOR_DIVERGENCE, len(draws.theta))
     # Without a draw inside, the mass is below what S draws resolve, and is taken as half of one.

@@ -23,7 +23,7 @@ def reference_samples(
 ) -> Tensor:
     """Samples of p(θ|x), from the cache (`joblib.Memory`) where they have been drawn before.
 
-    The global random state is restored. A warning names a damaged cache entry, and it is redrawn;
+    The global random state is restored. A damaged cache entry is redrawn with a warning;
     where the cache cannot be written, samples are drawn without it.
 
     Args:

@@ -7,7 +7,6 @@ NPE_Jeffreys loses.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from sbi_jeffreys.benchmark._running import CommandError
-from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, check_folder, read_results
+from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, check_folder, read_valid
 from sbi_jeffreys.benchmark.figures import write_figures
 from sbi_jeffreys.benchmark.methods import METHODS
 from sbi_jeffreys.benchmark.provenance import summary_lines
@@ -62,7 +61,9 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     Raises:
         CommandError: If there is no readable finished result, or `out` cannot be written to.
     """
-    done, failed, corrupt = _load(results)
+    records, corrupt = read_valid(results)
+    done = [record for record in records if record["status"] == "done"]
+    failed = [record for record in records if record["status"] != "done"]
     if not done:
         raise CommandError(
             f"results: expected finished cells in {results}, found none "
@@ -85,24 +86,12 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     return write_page(out / "report.md", [*head, *parts])
 
 
-def _load(
-    folder: Path,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[CorruptResultError]]:
-    """Finished, failed and corrupt results; a warning names each of the corrupt ones."""
-    found = list(read_results(folder))
-    corrupt = [entry for entry in found if isinstance(entry, CorruptResultError)]
-    for error in corrupt:
-        warnings.warn(f"Corrupt result, left out: {error}", stacklevel=3)
-    records = [entry for entry in found if isinstance(entry, dict)]
-    done = [record for record in records if record["status"] == "done"]
-    return done, [record for record in records if record["status"] != "done"], corrupt
-
-
 def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records, without times where NPE of the same simulations was timed by another commit.
 
     The accuracy of a method whose code did not change may come from an earlier run on the same
-    simulations. Its time may not: a machine's speed differs more between days than between methods.
+    simulations. Its time may not, because a machine's speed changes from day to day by more than
+    methods differ.
     """
 
     def commit(record: Mapping[str, Any]) -> Any:

@@ -65,7 +65,7 @@ def write_study_page(
     path: Path, check: Check, parts: Callable[[list[dict[str, Any]]], Sequence[str]]
 ) -> Path | None:
     """Sum up the valid results beside a page on it; its path, or None without any result."""
-    records = read_valid(path.parent, check)
+    records, _ = read_valid(path.parent, check)
     if not records:
         return None
     origin = "## Where this comes from\n\n" + summary_lines(records)

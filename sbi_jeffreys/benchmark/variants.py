@@ -78,7 +78,7 @@ class ForkableNPE(NPE_Jeffreys):
 
 
 class KeptProxy(LikelihoodProxy):
-    """A likelihood proxy that is fitted once: every further `fit` leaves it as it is.
+    """A likelihood proxy that is fitted once: every further `fit` changes nothing.
 
     Every `fit` ends in the random state that the first one ended in, so that the order of the
     variants does not matter.
@@ -99,7 +99,7 @@ class KeptProxy(LikelihoodProxy):
 
 
 class ShuffledProxy(KeptProxy):
-    """Broken: fitted to pairs whose θ do not belong to their x, so it knows the prior only."""
+    """Broken: fitted to pairs whose θ do not belong to their x, so it learns the prior only."""
 
     def seen(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return theta[torch.randperm(len(theta))], x

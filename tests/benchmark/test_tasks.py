@@ -20,6 +20,7 @@ from sbi_jeffreys.benchmark.tasks import sir as sir_module
 from sbi_jeffreys.benchmark.tasks import slcp as slcp_module
 from sbi_jeffreys.benchmark.tasks._ode import rk4
 from sbi_jeffreys.benchmark.tasks.bernoulli_glm import design_matrix
+from sbi_jeffreys.benchmark.tasks.tuning import TUNING_TASKS
 
 # Name: (parameters, outputs), from Lueckmann et al. (2021), supplement T.
 DIMENSIONS = {
@@ -364,3 +365,14 @@ def test_a_task_without_a_name_is_refused():
 
     with pytest.raises(ValueError, match="non-empty `name`"):
         register_task(Nameless)
+
+
+@pytest.mark.parametrize("name", sorted(TUNING_TASKS))
+def test_a_tuning_task_has_a_simulator_and_a_likelihood_but_no_reference(name: str):
+    task = TUNING_TASKS[name]
+    theta, x = task.simulate_joint(5)
+    assert (theta.shape, x.shape) == ((5, task.dim_theta), (5, task.dim_x))
+    assert task.log_likelihood(theta[:, None], x).shape == (5, 5)
+    assert torch.isfinite(task.log_likelihood(theta, x)).all()
+    with pytest.raises(NotImplementedError, match=name):
+        task.sample_reference(x[0], 10)

@@ -3,7 +3,7 @@
 Every sampler has the same steps: a proposal that covers the posterior, importance weights against
 the true one, and rejection, so that the draws kept are independent and without duplicates.
 `adaptive_importance_sample` finds the proposal by population Monte Carlo (Cappé et al. 2008)
-along tempered targets; tasks that know a good proposal call `accept_weighted` directly.
+along tempered targets; tasks with a good proposal call `accept_weighted` directly.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def adaptive_importance_sample(
 
     Draws of `initial` are reweighted to initial^(1−t) · target^t with the largest t that keeps a
     tenth of them effective, a Student-t mixture is fitted, and so on until t = 1. Tempering
-    from the prior keeps separate modes in sight, which a local optimiser would lose.
+    from the prior keeps separate modes, which a local optimiser would lose.
 
     Args:
         log_target: Unnormalised log density, `(N, D)` → `(N,)`; float64.

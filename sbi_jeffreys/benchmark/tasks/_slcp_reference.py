@@ -2,7 +2,8 @@
 
 Given scales and correlation, the mean (θ₁, θ₂) is a Gaussian cut to the prior's box. Integrating
 it out leaves a three-dimensional density of (|θ₃|, |θ₄|, θ₅), which a grid covers. The signs of θ₃
-and θ₄ are fair coins. Draws from grid cells are corrected by importance weights and rejection.
+and θ₄ are independent and equally likely. Importance weights and rejection correct draws from
+grid cells.
 """
 
 from __future__ import annotations

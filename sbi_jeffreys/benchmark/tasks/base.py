@@ -1,8 +1,8 @@
 """What a benchmark task is: a prior, a simulator, a likelihood, a reference posterior for any x.
 
 Every task of the benchmark has a tractable likelihood, which the methods under test never use. The
-likelihood gives a reference posterior for *any* observation, so that methods can be compared on
-observations drawn anew.
+likelihood gives a reference posterior for *any* observation, so that methods can be compared on new
+observations.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task(ABC):
 
     def log_posterior_unnormalised(self, theta: Tensor, x: Tensor) -> Tensor:
         """log p(θ) + log p(x|θ), −∞ outside the prior's support; shape `(*B,)`."""
-        # Priors that validate their arguments raise outside the support.
+        # Priors that validate their arguments raise outside their support, so θ is replaced there.
         inside = self.prior.support.check(theta)  # pyright: ignore[reportOptionalMemberAccess]
         safe = torch.where(inside[..., None], theta, self.prior.mean.to(theta))
         log_joint = self.prior.log_prob(safe) + self.log_likelihood(safe, x)

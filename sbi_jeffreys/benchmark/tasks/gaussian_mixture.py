@@ -20,7 +20,7 @@ _SCALES = (1.0, 0.1)
 class GaussianMixture(Task):
     """x ∼ ½ N(θ, I₂) + ½ N(θ, 0.01 · I₂) with θ ∼ U(−10, 10)².
 
-    The component is drawn anew for every x, as the paper defines the task (some versions of
+    A new component is drawn for every x, as the paper defines the task (some versions of
     sbibm's code draw one for a whole batch). sbi's `gaussian_mixture` is not used: it needs
     pyro, which sbi does not install.
     """

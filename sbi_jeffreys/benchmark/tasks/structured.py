@@ -1,7 +1,7 @@
 """Tasks whose x is not a vector: an image and a set of trials, both with a known likelihood.
 
 They are outside sbibm's ten and outside `TASKS`, whose users rely on vector x; `get_task` and the
-benchmark know them by name. Each has an embedding net that suits its x and trains on a laptop.
+benchmark take their names. Each has an embedding net that suits its x and trains on a laptop.
 """
 
 from __future__ import annotations
