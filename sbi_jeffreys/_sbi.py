@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
+from sbi import neural_nets
 from sbi.inference import NPE
 from sbi.inference.posteriors.posterior_parameters import (
     ImportanceSamplingPosteriorParameters,
@@ -33,6 +34,7 @@ __all__ = [
     "NPE",
     "BasePotential",
     "ConditionalDensityEstimator",
+    "DensityConfigBase",
     "ImportanceSamplingPosteriorParameters",
     "ImproperEmpirical",
     "MCMCPosteriorParameters",
@@ -54,6 +56,10 @@ __all__ = [
     "silent_prior",
     "tracker_of",
 ]
+
+# The typed configs whose models a trainer fits descend from this class; None in sbi 0.27, which
+# has no typed configs.
+DensityConfigBase: type | None = getattr(neural_nets, "DensityConfigBase", None)
 
 
 @contextmanager

@@ -322,6 +322,10 @@ MUTANTS = (
         "tests/proxies/test_normaliser.py -k pessimistic",
     ),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
+    Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
+    Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),
+    Mutant("theta-transformed-twice", "by_sbi = False", "tests/networks -k twice"),
+    Mutant("transforms-for-every-expert", "no_flow = False", "tests/proxies -k no_flow"),
 )
 
 

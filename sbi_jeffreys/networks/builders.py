@@ -20,10 +20,11 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
+from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, is_bounded, on_edge
 
-__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "is_config", "main_builder"]
+__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "main_builder"]
 
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
@@ -89,12 +90,6 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
         return theta, self.log_prob(flat, condition).reshape(theta.shape[:-1])
 
 
-def is_config(model: Any) -> bool:
-    """Whether `model` is one of sbi's typed model configs (`NSFConfig()`, …; sbi after 0.27)."""
-    instance = dataclasses.is_dataclass(model) and not isinstance(model, type)
-    return instance and callable(getattr(model, "build", None))
-
-
 class MainBuilder:
     """Builds the main model p_φ(θ|x), with an embedding net where x needs one; picklable.
 
@@ -108,12 +103,15 @@ class MainBuilder:
             or one of sbi's typed configs.
         embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. With a
             config, set the config's own `embedding_net` instead.
-        marginal_transforms: Whether θ and, without embedding net, a vector x are transformed.
+        marginal_transforms: Whether θ is transformed and, without an embedding net or a z-scoring
+            of x of your own, a vector x. A config's z-scoring of x is your own if it is not the
+            config's default.
         **settings: Further arguments of sbi's `posterior_nn`, such as `hidden_features=100`. For a
             config, set them in the config.
 
     Raises:
-        TypeError: If `model` is neither a name nor a config, or `embedding_net` is no module.
+        TypeError: If `model` is neither a name nor a config of a density that is trained, or
+            `embedding_net` is no module.
         ValueError: If sbi has no model of this name, or a config comes with other arguments.
 
     Example:
@@ -133,6 +131,7 @@ class MainBuilder:
         if embedding_net is not None:
             check_instance("embedding_net", embedding_net, nn.Module)
         check_bool("marginal_transforms", marginal_transforms)
+        check_trainable("model", model)
         beside = ["embedding_net"] * (embedding_net is not None) + list(settings)
         if is_config(model):
             if beside:
@@ -185,7 +184,8 @@ class MainBuilder:
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         is_mixture = name.lower() in ("mdn", "mdnconfig")
         # sbi can transform θ by itself; doing it twice would be a wrong density.
-        by_sbi = self.settings.get("z_score_theta") == "transform_to_unconstrained"
+        z_score = self.settings.get("z_score_theta", getattr(self.model, "z_score_input", None))
+        by_sbi = z_score == "transform_to_unconstrained"  # mutant: theta-transformed-twice
         own_space = is_mixture or by_sbi
         return (
             PriorTransform.fit(self.prior) if self.marginal_transforms and not own_space else None
@@ -206,8 +206,9 @@ class MainBuilder:
             with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
                 transform = MarginalTransform.fit(x)
                 embedding = None if transform.is_identity else _Standardised(transform, x)
+        # Copies: a second network does not start from the first one's trained embedding.
         if not isinstance(self.model, str):
-            config = self.model
+            config = deepcopy(self.model)
             if embedding is not None:
                 settings = {"embedding_net": embedding, "z_score_condition": "none"}
                 config = dataclasses.replace(config, **settings)
@@ -216,7 +217,6 @@ class MainBuilder:
         if embedding is not None:
             settings |= {"embedding_net": embedding, "z_score_x": "none"}
         elif self.embedding_net is not None:
-            # A copy: a second network does not start from the first one's trained embedding.
             settings["embedding_net"] = deepcopy(self.embedding_net)
         return posterior_nn(self.model, **settings)
 
@@ -225,7 +225,9 @@ class MainBuilder:
         if isinstance(self.model, str):
             return self.embedding_net is not None or "z_score_x" in self.settings
         net = getattr(self.model, "embedding_net", None)
-        return net is not None and not isinstance(net, nn.Identity)
+        embeds = net is not None and not isinstance(net, nn.Identity)
+        # mutant: z-score-of-config-overridden
+        return embeds or own_setting(self.model, "z_score_condition") is not None
 
 
 def main_builder(

@@ -20,7 +20,8 @@ from sbi_jeffreys._checks import (
     check_instance,
     check_int,
 )
-from sbi_jeffreys.networks.builders import MainBuilder, is_config
+from sbi_jeffreys.networks.builders import MainBuilder
+from sbi_jeffreys.networks.configs import check_trainable, is_config
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.simulations import check_matrix
 
@@ -56,6 +57,7 @@ def check_constructor(
             f"prior must be a torch distribution or None, got {type(prior).__name__}; wrap other "
             "priors with sbi.utils.user_input_checks.process_prior."
         )
+    check_trainable("density_estimator", density_estimator)
     kinds = density_estimator is None or isinstance(density_estimator, (str, MainBuilder))
     network = isinstance(density_estimator, torch.nn.Module)
     if network or not (kinds or is_config(density_estimator) or callable(density_estimator)):

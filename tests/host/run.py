@@ -42,13 +42,15 @@ def missing_modules() -> list[str]:
     return [name for name in MODULES if util.find_spec(name) is None]
 
 
-def listed(slow: bool) -> tuple[list[str], list[str]]:
+def listed(slow: bool, checkout: bool = False) -> tuple[list[str], list[str]]:
     """Return the tests to run and those of them to leave out, as files.txt lists them.
 
     Args:
         slow: whether time does not matter: then the files are taken whole.
+        checkout: whether they come from a checkout of sbi, which has those of files_main.txt too.
     """
-    lines = [line.strip() for line in (HERE / "files.txt").read_text().splitlines()]
+    texts = [(HERE / name).read_text() for name in ("files.txt", "files_main.txt")[: 1 + checkout]]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
     entries = [line for line in lines if line and not line.startswith(("#", "-"))]
     if slow:
         return list(dict.fromkeys(entry.split("::")[0] for entry in entries)), []
@@ -95,7 +97,7 @@ def pytest_arguments(root: Path, options: argparse.Namespace) -> list[str]:
         arguments += ["-n", str(options.workers)]
     if options.tests:
         return [*arguments, "--host-partial", *in_fetched(root, options.tests, bool(options.sbi))]
-    selected, leave_one_out = listed(options.slow)
+    selected, leave_one_out = listed(options.slow, bool(options.sbi))
     for node_id in leave_one_out:
         arguments += ["--deselect", node_id]
     return arguments + in_fetched(root, selected, bool(options.sbi))

@@ -1,12 +1,11 @@
 """Where the main is built: in the prior's unconstrained space, unless that was not asked for."""
 
-import dataclasses
 import pickle
 import warnings
 
 import pytest
 import torch
-from contract_tools import PRIOR, fresh, simulate, train, trained
+from contract_tools import PRIOR, simulate, train, trained
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding
 from torch.distributions import MultivariateNormal
@@ -104,33 +103,6 @@ def test_the_builder_survives_pickling_and_builds_again():
     inference.append_simulations(*simulate())
     train(inference, retrain_from_scratch=True, force_first_round_loss=True)
     assert isinstance(inference._neural_net, UnconstrainedDensityEstimator)
-
-
-def test_a_typed_config_is_built_like_a_name():
-    @dataclasses.dataclass(frozen=True)
-    class NSFConfig:
-        embedding_net: torch.nn.Module = dataclasses.field(default_factory=torch.nn.Identity)
-        z_score_condition: str = "independent"
-        hidden_features: int = 20
-
-        def build(self, batch_input, batch_condition):
-            builder = posterior_nn(
-                "maf",
-                hidden_features=self.hidden_features,
-                embedding_net=self.embedding_net,
-                z_score_x=self.z_score_condition,
-            )
-            return builder(batch_input, batch_condition)
-
-    theta, x = corner()
-    for config in (NSFConfig(), NSFConfig(embedding_net=FCEmbedding(2, 2))):
-        net = MainBuilder(config).with_prior(PRIOR)(theta, x.exp())
-        assert isinstance(net, UnconstrainedDensityEstimator)
-        assert bool(torch.isfinite(net.log_prob(theta[:5].unsqueeze(0), x[:5].exp())).all())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", JeffreysWarning)
-        inference = fresh(NSFConfig())
-    assert isinstance(inference._builder, MainBuilder)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sbi.neural_nets import likelihood_nn
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import FlowExpert, JeffreysOptions, RegressionExpert
@@ -162,6 +163,22 @@ def test_a_net_races_the_best_of_its_like(monkeypatch):
     specs = (around, FlowExpert("maf"), FlowExpert("maf", 0.3), FlowExpert("maf", 1.0))
     fit_experts(specs, QUICK, z, x, torch.arange(40), torch.arange(40, 60))
     assert bars == [math.inf, math.inf, 2.5, 2.5]  # 2 + half of 2 − 1
+
+
+@pytest.mark.parametrize(("model", "passed"), [("maf", True), ("mdn", False), ("made", False)])
+def test_an_expert_that_is_no_flow_has_no_transforms(model, passed, monkeypatch):
+    """sbi after 0.27 refuses a number of transforms for mdn and made."""
+    settings = []
+
+    def recorded(model, **given):
+        settings.append(given)
+        return likelihood_nn(model, **given)
+
+    monkeypatch.setattr(_flow, "likelihood_nn", recorded)
+    z, x = linear(60)
+    spec, fit = FlowExpert(model, num_transforms=2), FitConfig(max_epochs=1)
+    fit_experts((spec,), fit, z, x, torch.arange(40), torch.arange(40, 60))
+    assert settings == [{"num_transforms": 2} if passed else {}]
 
 
 def test_the_proxy_follows_the_regression_where_that_is_the_simulator():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from sbi.neural_nets import likelihood_nn
@@ -21,6 +22,8 @@ __all__ = ["FlowExpert"]
 
 # Of sbi's models, those that are a density of vector-valued x given θ.
 _MODELS = sorted(set(model_builders) - {"mnle", "mnpe", "tabpfn"})
+# Those of them that are no flow: sbi after 0.27 refuses a number of transforms for them.
+_NO_FLOWS = ("made", "mdn")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class FlowExpert(Expert):
         model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
         weight_decay: Decoupled weight decay of its fit; None: that of the `FitConfig`.
         learning_rate: Its step size; None: that of the `FitConfig`.
-        num_transforms: Transforms of a flow.
+        num_transforms: Transforms of a flow; mdn and made have none.
         marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
             anyway, experts that differ in this alone are fitted once.
         around_regression: Whether it models the whitened residuals of a regression on θ in place of
@@ -79,7 +82,9 @@ class FlowExpert(Expert):
             regression = best_regression(before, transform, z[train], x[train])
             leave_one_out[train] = regression.leave_one_out
             target = regression.whiten(target, z[train], regression.leave_one_out)
-        builder = likelihood_nn(self.model, num_transforms=self.num_transforms)
+        no_flow = self.model in _NO_FLOWS  # mutant: transforms-for-every-expert
+        size: dict[str, Any] = {} if no_flow else {"num_transforms": self.num_transforms}
+        builder = likelihood_nn(self.model, **size)
         net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
         # mutant: net-around-x-itself
         if regression is not None:
