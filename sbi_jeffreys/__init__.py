@@ -14,6 +14,7 @@ from sbi_jeffreys.proxies import (
     FlowExpert,
     GivenProxy,
     LikelihoodProxy,
+    NeuralRegressionExpert,
     Proxy,
     RegressionExpert,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "LikelihoodProxy",
     "MainBuilder",
     "NPE_Jeffreys",
+    "NeuralRegressionExpert",
     "Proxy",
     "RegressionExpert",
     "TrainingReport",

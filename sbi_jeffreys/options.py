@@ -17,7 +17,7 @@ from sbi_jeffreys._checks import (
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, Expert, check_experts
+from sbi_jeffreys.proxies.experts import Expert, check_experts
 
 __all__ = ["JeffreysOptions"]
 
@@ -32,7 +32,8 @@ class JeffreysOptions:
         proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
             structured x), "auto" (likelihood for vector x without embedding net, else energy), or
             a `Proxy` of your own, for instance `GivenProxy`.
-        experts: Likelihood nets, and regressions, of the likelihood proxy.
+        experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
+            more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
         proxy_fit: How the likelihood nets are fitted.
         proxy_folds: Fits of each member of the likelihood proxy to parts of the training
             simulations, averaged (see `LikelihoodProxy`): a better proxy for as many times the
@@ -49,7 +50,7 @@ class JeffreysOptions:
             has no samples of x, as an energy, and embedding nets diverge at larger steps.
         proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
             again: too small a pool is overfitted like too few simulations. None: 100 for each
-            step, at most a million.
+            step, at most a million, and at most 80 megabytes of x.
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
@@ -66,7 +67,7 @@ class JeffreysOptions:
             sign that the constraint cannot be met.
         tolerance: Held-out gap, in nats, that the forward constraint forgives without slack.
         temper: Whether the log-likelihood of a `LikelihoodProxy` is scaled by an inverse
-            temperature γ ≥ 1 found on held-out pairs, where it adapts. An energy is fitted by the
+            temperature γ found on held-out pairs, where it adapts. An energy is fitted by the
             same criterion already, and a `GivenProxy` is taken at its word.
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
         marginal_transforms: Whether a network given *by name* sees x through marginal transforms
@@ -87,7 +88,7 @@ class JeffreysOptions:
     """
 
     proxy: Literal["auto", "likelihood", "energy"] | Proxy = "auto"
-    experts: tuple[Expert, ...] = DEFAULT_EXPERTS
+    experts: tuple[Expert, ...] | None = None
     proxy_fit: FitConfig = field(default_factory=FitConfig)
     proxy_folds: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -114,7 +115,8 @@ class JeffreysOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.proxy, Proxy):
             check_choice("proxy", self.proxy, _PROXIES)
-        check_experts(self.experts)
+        if self.experts is not None:
+            check_experts(self.experts)
         check_instance("proxy_fit", self.proxy_fit, FitConfig)
         check_instance("energy", self.energy, EnergyConfig)
         for name in ("adaptive", "marginal_transforms", "temper"):
@@ -158,11 +160,12 @@ class JeffreysOptions:
         low, high = (round(bound * growth) for bound in _STEPS)
         return min(max(low, round(_STEPS_OVER_PLAIN * plain_steps)), high)
 
-    def draws_for(self, num_steps: int) -> int:
-        """`proxy_draws`, or its default for so many steps."""
+    def draws_for(self, num_steps: int, dim_x: int = 1) -> int:
+        """`proxy_draws`, or its default for so many steps and outputs."""
         if self.proxy_draws is not None:
             return self.proxy_draws
-        return min(max(1, _DRAWS_PER_STEP * num_steps), _MAX_DRAWS)
+        most = min(_MAX_DRAWS, _MAX_ELEMENTS // dim_x)
+        return min(max(1, _DRAWS_PER_STEP * num_steps), most)
 
 
 # None: chosen by the data
@@ -175,7 +178,7 @@ _NONE_ALLOWED = (
 )
 _STEPS, _GROWTH = (600, 1000), 0.8
 _STEPS_OVER_PLAIN = 1.5
-_DRAWS_PER_STEP, _MAX_DRAWS = 100, 1_000_000
+_DRAWS_PER_STEP, _MAX_DRAWS, _MAX_ELEMENTS = 100, 1_000_000, 20_000_000
 _INT_MINIMA = {
     "proxy_folds": 1,
     "num_steps": 0,

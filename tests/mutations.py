@@ -189,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         "folds-of-held-out-pairs",
-        "fitted = fit_folds(self.experts, base, z, x, torch.cat([train_indices, val_indices]), folds, on_epoch)",
+        "fitted = fit_folds(experts, base, z, x, torch.cat([train_indices, val_indices]), folds, on_epoch)",
         "tests/proxies/test_folds.py -k do_not_touch",
     ),
     Mutant("no-folds", "return 1", "tests/proxies/test_folds.py -k for_few"),
@@ -273,8 +273,31 @@ MUTANTS = (
     ),
     Mutant(
         "contrasts-of-the-prior-only",
-        "offsets.append(0 * log_m)",
+        "offsets.append(0 * drawn.offset)",
         "tests/training/test_temperature.py",
+    ),
+    Mutant(
+        "temperature-sharpens-only",
+        "if False:",
+        "tests/training/test_temperature.py",
+    ),
+    Mutant(
+        "pool-weights-collapse",
+        "while False:",
+        "tests/training/test_temperature.py",
+    ),
+    Mutant(
+        "cells-as-densities",
+        "mass = log_prob[..., integer]",
+        "tests/proxies/test_neural.py",
+    ),
+    Mutant("cells-by-their-middle", "if True:", "tests/proxies/test_neural.py"),
+    Mutant("distractors-kept", "if False:", "tests/proxies/test_screening.py"),
+    Mutant("pool-never-renewed", "if False:", "tests/training/test_loss.py"),
+    Mutant(
+        "training-pairs-overfitted",
+        'if "forward" in terms:',
+        "tests/training/test_loss.py",
     ),
     Mutant(
         "frozen-and-tempered",

@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, _sbi
 from sbi_jeffreys.benchmark._running import NoTracker
 from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
+from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS
 from sbi_jeffreys.training.loss import PERIOD, Pool, RealBatch, SymmetricLoss, weigh
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.training import Training
@@ -126,7 +127,8 @@ class RawCountsProxy(KeptProxy):
 
 
 def _nets(options: JeffreysOptions) -> list[FlowExpert]:
-    return [member for member in options.experts if isinstance(member, FlowExpert)]
+    experts = options.experts or DEFAULT_EXPERTS
+    return [expert for expert in experts if isinstance(expert, FlowExpert)]
 
 
 def _undertrained(options: JeffreysOptions) -> JeffreysOptions:

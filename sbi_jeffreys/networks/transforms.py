@@ -175,14 +175,27 @@ class MarginalTransform(nn.Module):
 
     def dequantise(self, x: Tensor) -> Tensor:
         """T(x + u) with u uniform in the cell of integer dimensions: fresh noise each call."""
+        return self.dequantised(x)[0]
+
+    def dequantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """T(x + u) as of `dequantise`, and log |det ∂T/∂x| there, `(*B,)`."""
         kept = x[..., self.keep]
-        return self._values(kept + torch.rand_like(kept) * self.integer)
+        kept = kept + (torch.rand_like(kept) - 0.5) * self.integer
+        return self._values(kept + 0.5 * self.integer), self.log_slopes(kept).sum(dim=-1)
 
     def log_det(self, x: Tensor) -> Tensor:
         """log |det ∂T/∂x| at the midpoint of integer cells, shape `(*B,)`."""
-        u = self._scaled(x[..., self.keep] + 0.5 * self.integer)
+        return self.log_slopes(x[..., self.keep]).sum(dim=-1)
+
+    def cell(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """T at both ends of the cells [n, n + 1) of kept outputs n, `(*B, dim_out)`."""
+        return self._values(values), self._values(values + 1.0)
+
+    def log_slopes(self, values: Tensor) -> Tensor:
+        """log |∂T/∂x| of each kept output at the midpoint of integer cells, `(*B, dim_out)`."""
+        u = self._scaled(values + 0.5 * self.integer)
         slopes = [_KINDS[kind].log_slope(u[..., d]) for d, kind in enumerate(self.kinds)]
-        return torch.stack(slopes).sum(dim=0) - self.scale.log().sum()
+        return torch.stack(slopes, dim=-1) - self.scale.log()
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest T(x) over simulations `(N, dim_in)`, whole cells included."""

@@ -15,7 +15,11 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.experts import FlowExpert, RegressionExpert
+from sbi_jeffreys.proxies.experts import (
+    FlowExpert,
+    NeuralRegressionExpert,
+    RegressionExpert,
+)
 from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
 
@@ -29,6 +33,7 @@ __all__ = [
     "FlowExpert",
     "GivenProxy",
     "LikelihoodProxy",
+    "NeuralRegressionExpert",
     "Proxy",
     "RegressionExpert",
     "build_proxy",

@@ -13,6 +13,10 @@ The weights maximise the *held-out* likelihood of the mixture (stacking of predi
 et al. 2018, arXiv 1704.02030), so a failed fit costs nothing, and where experts agree, their
 mixture is better calibrated than any one of them. T_k is a marginal transform of x or the identity
 (`networks.transforms`).
+
+Of wide x (more than 30 outputs), those that do not depend on θ are left out of ℓ_ψ, and draws take
+them from a training simulation; where more than 30 are left, experts are fitted whose cost grows
+slowly with their number.
 """
 
 from __future__ import annotations
@@ -29,10 +33,17 @@ from sbi_jeffreys._checks import check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS, Expert, FittedExpert, check_experts
+from sbi_jeffreys.proxies.experts import (
+    DEFAULT_EXPERTS,
+    WIDE_EXPERTS,
+    Expert,
+    FittedExpert,
+    check_experts,
+)
 from sbi_jeffreys.proxies.experts.base import NARROW, OnEpoch
 from sbi_jeffreys.proxies.experts.fit import fit_experts
 from sbi_jeffreys.proxies.folds import fit_folds
+from sbi_jeffreys.proxies.screening import WIDE, informative_outputs
 
 __all__ = ["DrawCount", "LikelihoodProxy", "stacking_weights"]
 
@@ -100,7 +111,8 @@ class LikelihoodProxy(Proxy):
 
     Args:
         prior: Prior p(θ).
-        experts: What to fit.
+        experts: What to fit. None: `DEFAULT_EXPERTS`, or `WIDE_EXPERTS` where more than 30 outputs
+            depend on θ.
         config: How each network is fitted; an expert's own learning rate and decay, where it has
             them, take precedence.
         num_folds: Fits of each expert to parts of the training pairs, which are then averaged: 1 is
@@ -112,18 +124,20 @@ class LikelihoodProxy(Proxy):
     Attributes:
         fitted: The experts of the mixture after `fit`, as `FittedExpert`.
         weights: Their stacking weights, shape `(experts,)`.
+        columns: Indices of the outputs that ℓ_ψ is a density of, after `fit`.
         results: Held-out loss and epochs of each expert fitted, also of those without weight.
         drawn: How many pairs the last draw asked for, made and kept; None before any.
     """
 
     can_sample = True
-    can_be_tempered = True
     weights: Tensor
+    columns: Tensor
+    rest: Tensor
 
     def __init__(
         self,
         prior: Distribution,
-        experts: Sequence[Expert] = DEFAULT_EXPERTS,
+        experts: Sequence[Expert] | None = None,
         config: FitConfig | None = None,
         num_folds: int | None = None,
     ) -> None:
@@ -133,12 +147,15 @@ class LikelihoodProxy(Proxy):
         if config is not None:
             check_instance("config", config, FitConfig)
         self.num_folds = num_folds
-        self.experts = check_experts(experts)
+        self.experts = None if experts is None else check_experts(experts)
         self.config = FitConfig() if config is None else config
         self.results: list[FitResult] = []
         self.drawn: DrawCount | None = None
         self.fitted = nn.ModuleList()
-        self.register_buffer("weights", torch.zeros(len(self.experts)))
+        self.register_buffer("weights", torch.zeros(0))
+        self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
+        # Training simulations, which draws take the outputs from that are not in `columns`.
+        self.register_buffer("rest", torch.zeros(0, 0))
 
     def fit(
         self,
@@ -162,12 +179,16 @@ class LikelihoodProxy(Proxy):
         self.check_prior(theta[train_indices])
         self.theta_transform = MarginalTransform.fit(theta[train_indices])
         z = self.theta_transform(theta)
+        self.columns = informative_outputs(theta[train_indices], x[train_indices])
+        if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
+            self.rest, x = x[train_indices], x[:, self.columns]
+        experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
         folds = self._folds(len(train_indices))
         if folds > 1:
             # mutant: folds-of-held-out-pairs
-            fitted = fit_folds(self.experts, base, z, x, train_indices, folds, on_epoch)
+            fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
         else:
-            fitted = fit_experts(self.experts, base, z, x, train_indices, val_indices, on_epoch)
+            fitted = fit_experts(experts, base, z, x, train_indices, val_indices, on_epoch)
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
         kept = [k for k in range(len(fitted)) if weights[k] > _MIN_WEIGHT]
@@ -189,6 +210,23 @@ class LikelihoodProxy(Proxy):
             )
         return self.num_folds
 
+    @property
+    def can_be_tempered(self) -> bool:  # type: ignore[override]
+        """Of few outputs only: a pool of many could not be weighted by ℓ_ψ^{γ−1}."""
+        return 0 < len(self.columns) <= WIDE
+
+    @property
+    def draws_cheaply(self) -> bool:
+        """Whether no expert of the mixture is an expensive one."""
+        return not any(expert.spec.expensive for expert in self._mixture())
+
+    @property
+    def remark(self) -> str:
+        """What the fit found out about x, in words; empty where there is nothing to say."""
+        if len(self.rest) == 0:
+            return ""
+        return f"{len(self.columns)} of {self.rest.shape[1]} outputs depend on theta"
+
     def _mixture(self) -> list[FittedExpert]:
         """The experts of the mixture."""
         return [expert for expert in self.fitted if isinstance(expert, FittedExpert)]
@@ -196,6 +234,7 @@ class LikelihoodProxy(Proxy):
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
         """log ℓ_ψ(x|θ) of the stacked mixture; see `Proxy.log_factor`."""
         num, batch = theta.shape[:2]
+        x = self._own(x)
         x = x.expand(num, batch, x.shape[-1]).reshape(num * batch, -1)
         z = self.theta_transform(theta).reshape(num * batch, -1)
         parts = [
@@ -204,6 +243,10 @@ class LikelihoodProxy(Proxy):
         ]
         log_lik = torch.cat(parts, dim=1) + self.weights.log().unsqueeze(1)
         return torch.logsumexp(log_lik, dim=0).reshape(num, batch)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """The outputs `(B, dim_x)` that ℓ_ψ is a density of."""
+        return x[:, self.columns] if len(self.rest) else x
 
     @torch.no_grad()
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -255,4 +298,9 @@ class LikelihoodProxy(Proxy):
                 x, plausible = expert.sample(z[rows])
                 thetas.append(theta[rows[plausible]])
                 xs.append(x[plausible])
-        return torch.cat(thetas), torch.cat(xs)
+        theta, x = torch.cat(thetas), torch.cat(xs)
+        if len(self.rest):
+            whole = self.rest[torch.randint(len(self.rest), (len(x),))]
+            whole[:, self.columns] = x
+            x = whole
+        return theta, x

@@ -29,7 +29,7 @@ from sbi_jeffreys.objective import effective_sample_size, log_normaliser
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_density
 
-__all__ = ["Normaliser", "estimate_log_normaliser"]
+__all__ = ["AdaptedDraws", "Normaliser", "adapted_draws", "estimate_log_normaliser"]
 
 _MAX_ROUNDS = 12  # after the first
 # A pair is settled once plenty of the draws are effective, or enough of them in three rounds.
@@ -70,6 +70,35 @@ class Normaliser:
         return apart | (self.effective < _MIN_EFFECTIVE) | ~torch.isfinite(self.lower)
 
 
+@dataclass(frozen=True)
+class AdaptedDraws:
+    """Draws of the last proposal at B observations, after the pairs' own θ, as log weights.
+
+    Attributes:
+        offset: log p(θ) − log m(θ|x), m the proposal; −∞ outside the prior, `(1 + K, B)`.
+        factor: f_ψ(θ, x), without temperature; 0 outside the prior, `(1 + K, B)`.
+    """
+
+    offset: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, proxy: Proxy, theta: Tensor, x: Tensor, log_m: Tensor) -> AdaptedDraws:
+        """From θ `(1 + K, B, D)` and their proposal's log density."""
+        log_q, log_prior = proxy.log_potential(theta, x), proxy.log_prior(theta)
+        inside = torch.isfinite(log_prior)
+        factor = (log_q - log_prior.nan_to_num(neginf=0.0)) / proxy.inverse_temperature
+        return cls(log_prior - log_m, torch.where(inside, factor, 0.0))
+
+    def log_weights(self, inverse_temperature: Tensor | float) -> Tensor:
+        """log q̃ − log m at an inverse temperature, `(1 + K, B)`."""
+        return self.offset + inverse_temperature * self.factor
+
+    def replace(self, rows: Tensor, other: AdaptedDraws) -> None:
+        """Take the observations at `rows` from other draws."""
+        self.offset[:, rows], self.factor[:, rows] = other.offset, other.factor
+
+
 @torch.no_grad()
 def estimate_log_normaliser(
     proxy: Proxy,
@@ -89,8 +118,31 @@ def estimate_log_normaliser(
         num: Draws per observation and round, at least 4.
         max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
     """
+    log_w = adapted_draws(proxy, main, theta, x, num, max_rounds).log_weights(
+        proxy.inverse_temperature
+    )
+    none = torch.zeros_like(log_w)
+    return Normaliser(
+        log_normaliser(log_w[1:], none[1:]),
+        log_normaliser(log_w, none),
+        effective_sample_size(log_w[1:]),
+        num,
+    )
+
+
+@torch.no_grad()
+def adapted_draws(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    theta: Tensor,
+    x: Tensor,
+    num: int,
+    max_rounds: int = _MAX_ROUNDS,
+) -> AdaptedDraws:
+    """Draws of a proposal that follows the proxy; arguments as of `estimate_log_normaliser`."""
     drawn, log_m, _ = defensive_draws(proxy, main, x, num, theta)
-    log_w = proxy.log_potential(drawn, x) - log_m  # row 0: the pair's own θ
+    draws = AdaptedDraws.of(proxy, drawn, x, log_m)
+    log_w = draws.log_weights(proxy.inverse_temperature)  # row 0: the pair's own θ
     rows = torch.arange(len(x), device=x.device)  # pairs that are not settled yet
     good = torch.zeros(len(x), device=x.device)  # rounds in which enough draws were effective
     for _ in range(max_rounds):  # mutant: normaliser-one-round
@@ -103,14 +155,9 @@ def estimate_log_normaliser(
         annealed = _annealed(log_w[1:, rows])
         kernels = _Kernels.moments(drawn[1:], annealed), _Kernels.about(drawn[1:], annealed)
         drawn, log_m = _next_round(proxy, main, theta[rows], x[rows], num, kernels)
-        log_w[:, rows] = proxy.log_potential(drawn, x[rows]) - log_m
-    none = torch.zeros_like(log_w)
-    return Normaliser(
-        log_normaliser(log_w[1:], none[1:]),
-        log_normaliser(log_w, none),
-        effective_sample_size(log_w[1:]),
-        num,
-    )
+        draws.replace(rows, AdaptedDraws.of(proxy, drawn, x[rows], log_m))
+        log_w[:, rows] = draws.log_weights(proxy.inverse_temperature)[:, rows]
+    return draws
 
 
 def _next_round(

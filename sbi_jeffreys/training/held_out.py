@@ -28,8 +28,7 @@ from sbi_jeffreys.diagnostics.calibration import (
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.normaliser import estimate_log_normaliser
-from sbi_jeffreys.proxies.partition import defensive_draws
+from sbi_jeffreys.proxies.normaliser import adapted_draws, estimate_log_normaliser
 from sbi_jeffreys.training.temperature import inverse_temperature
 
 __all__ = ["HeldOut"]
@@ -134,10 +133,10 @@ class HeldOut:
             return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
         offsets, factors = [], []
         for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
-            theta, log_m, log_prior = defensive_draws(proxy, main, x, self._num_draws(), theta)
-            offsets.append(log_prior - log_m)  # mutant: contrasts-of-the-prior-only
-            factors.append(proxy.log_potential(theta, x) - log_prior)
-        factor = torch.cat(factors, dim=1) / proxy.inverse_temperature
+            drawn = adapted_draws(proxy, main, theta, x, self._num_draws())
+            offsets.append(drawn.offset)  # mutant: contrasts-of-the-prior-only
+            factors.append(drawn.factor)
+        factor = torch.cat(factors, dim=1)
         return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ the reverse term R, the multiplier λ and the trust t ∈ (0, 1] in the proxy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ StageLoss = Callable[[int, Tensor, Callable[[], RealBatch]], tuple[Tensor, dict[
 
 PERIOD = 4  # steps between two turns of R, and of F
 _REAL_WEIGHT = 0.1  # w_F at full trust: the weight of training simulations beside proxy pairs
+_AVERAGE = 0.9  # of F over its last turns
+_SEEN = 2  # times that each pair of a renewable pool is drawn, on average
 _WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
 
 
@@ -46,27 +49,32 @@ class Pool:
             and G reweights the main's own samples.
         x: Shape `(N, *x_shape)`.
         weights: How often each is drawn, in proportion, `(N,)`.
+        renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
     """
 
     theta: Tensor | None
     x: Tensor
     weights: Tensor
+    renewable: bool = False
 
     def draw(self, num: int) -> Tensor:
         """Rows of `num` draws with replacement."""
         return torch.multinomial(self.weights, num, replacement=True)
 
 
-def weigh(terms: dict[str, Tensor], multiplier: Tensor, trust: float) -> Tensor:
+def weigh(
+    terms: dict[str, Tensor], multiplier: Tensor, trust: float, satisfied: bool = False
+) -> Tensor:
     """L = [λ (w_F F + t G) + t R] / (1 + λ); F and R are in every fourth step and count fourfold.
 
     Args:
         terms: Scalars `generated` (G) and, in turn, `forward` (F) or `reverse` (R).
         multiplier: λ ≥ 0.
         trust: t in (0, 1].
+        satisfied: Whether F has reached Ĥ, so that it has no weight.
     """
     loss = multiplier * trust * terms["generated"]  # mutant: g-off, g-without-trust
-    if "forward" in terms:
+    if "forward" in terms and not satisfied:  # mutant: training-pairs-overfitted
         weight = _REAL_WEIGHT * trust + (1 - trust)  # mutant: f-without-distrust
         loss = loss + PERIOD * multiplier * weight * terms["forward"]  # mutant: f-off
     if "reverse" in terms:
@@ -78,7 +86,9 @@ class SymmetricLoss:
     """L of one step on fresh batches; picklable.
 
     G is in every step. R and F are in every fourth, in turn, and count fourfold: unbiased at a
-    quarter of their cost. F has little weight beside G, and the samples of R are expensive.
+    quarter of their cost. F has little weight beside G, and the samples of R are expensive. F has
+    none while its average over training pairs is below Ĥ, the best value that any model reached on
+    held-out ones: the constraint is satisfied there, and what is below is overfitted.
 
     Args:
         main: The density estimator.
@@ -98,6 +108,9 @@ class SymmetricLoss:
     ) -> None:
         self.main, self.proxy, self.pool = main, proxy, pool
         self.options, self.trust = options, trust
+        #: Ĥ, which the stage sets.
+        self.entropy = -math.inf
+        self._forward = math.nan  # moving average of F; NaN where it is not in the units of Ĥ
 
     def __call__(
         self, step: int, multiplier: Tensor, next_real: Callable[[], RealBatch]
@@ -109,8 +122,24 @@ class SymmetricLoss:
             multiplier: λ.
             next_real: Returns the next batch of training simulations.
         """
+        self._renew_pool(step)
         terms = self.terms(step, next_real)
-        return weigh(terms, multiplier, self.trust), terms
+        satisfied = self._forward < self.entropy  # False while either is unknown
+        return weigh(terms, multiplier, self.trust, satisfied), terms
+
+    def _note_forward(self, value: float) -> None:
+        """Take F of a batch of training pairs into its moving average."""
+        before = value if math.isnan(self._forward) else self._forward
+        self._forward = _AVERAGE * before + (1 - _AVERAGE) * value
+
+    def _renew_pool(self, step: int) -> None:
+        """Draw the pool anew once its pairs were seen twice each: a small one is overfitted."""
+        size = len(self.pool.x)
+        every = max(1, _SEEN * size // self.options.proxy_batch_size)
+        if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed
+            theta, x = self.proxy.sample_joint(size)
+            self.pool.theta, self.pool.x = theta, x
+            self.pool.weights = torch.ones(len(x), device=x.device)
 
     def terms(self, step: int, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
         """`generated`, and in turn `reverse` (steps 0, 4, …) or `forward` (steps 1, 5, …)."""
@@ -128,6 +157,8 @@ class SymmetricLoss:
             terms = self._pool_terms(pairs, with_reverse)
         if isinstance(real, Tensor):
             terms["forward"] = real.mean()
+        elif "forward" in terms:
+            self._note_forward(float(terms["forward"]))
         return terms
 
     def _pool_terms(

@@ -12,9 +12,9 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
-from sbi_jeffreys.objective import truncated_log_weights
+from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, Proxy, build_proxy
+from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, LikelihoodProxy, Proxy, build_proxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import Pool
 from sbi_jeffreys.training.multipliers import trust
@@ -22,6 +22,8 @@ from sbi_jeffreys.training.report import ProxyStatus
 
 __all__ = ["Budget", "Prepared", "Simulations", "prepare"]
 
+_PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
+_NEXT_TO_ONE = 0.02
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -137,6 +139,8 @@ def prepare(
             max_epochs=budget.max_epochs,
             patience=budget.patience,
         )
+    if isinstance(proxy, LikelihoodProxy) and proxy.remark:
+        note = f"{note}; {proxy.remark}"
     _temper(proxy, main, held_out, options)
     main_losses = held_out.main_losses(main, proxy)
     proxy_losses, uncertain = held_out.proxy_losses(proxy, main)
@@ -157,7 +161,8 @@ def prepare(
     )
     if t < options.min_trust:  # mutant: bad-proxy-followed
         return found
-    num_draws = options.draws_for(budget.num_steps)  # mutant: pool-of-the-default-alone
+    # mutant: pool-of-the-default-alone
+    num_draws = options.draws_for(budget.num_steps, simulations.x[0].numel())
     theta_pool, x_pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
     if len(x_pool) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
         return replace(found, status=ProxyStatus.IMPLAUSIBLE)
@@ -166,17 +171,37 @@ def prepare(
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)
     # mutant: tempered-pool-not-used
     weights = weights * tempering_weights(proxy, theta_pool, x_pool)
-    return replace(found, status=ProxyStatus.USED, pool=Pool(theta_pool, x_pool, weights))
+    renewable = (
+        isinstance(proxy, LikelihoodProxy)
+        and proxy.draws_cheaply
+        and simulations.round_ == 0
+        and bool((weights == 1).all())
+    )
+    pool = Pool(theta_pool, x_pool, weights, renewable)
+    return replace(found, status=ProxyStatus.USED, pool=pool)
 
 
 def _temper(
     proxy: Proxy, main: ConditionalDensityEstimator, held_out: HeldOut, options: JeffreysOptions
 ) -> None:
-    """Set the proxy's temperature by held-out evidence."""
+    """Set the proxy's temperature by held-out evidence, as far as a pool can be weighted by it."""
     proxy.inverse_temperature.fill_(1.0)
     # mutant: frozen-and-tempered, temper-dead, given-likelihood-tempered
-    if options.adaptive and options.temper and proxy.can_be_tempered:
-        proxy.inverse_temperature.fill_(held_out.inverse_temperature(proxy, main))
+    if not (options.adaptive and options.temper and proxy.can_be_tempered):
+        return
+    gamma = held_out.inverse_temperature(proxy, main)
+    if gamma != 1 and proxy.can_sample:
+        theta, x = proxy.sample_joint(_PROBE)
+        # mutant: pool-weights-collapse
+        while len(x) and _share_left(proxy, theta, x, gamma) < _LEAST_SHARE:
+            gamma = math.sqrt(gamma) if abs(gamma - 1) > _NEXT_TO_ONE else 1.0
+    proxy.inverse_temperature.fill_(gamma)
+
+
+def _share_left(proxy: Proxy, theta: Tensor, x: Tensor, gamma: float) -> float:
+    """Effective share of pairs of the proxy's joint under the weights of a temperature."""
+    log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
+    return float(effective_sample_size(log_weights)) / len(x)
 
 
 def draw_pool(

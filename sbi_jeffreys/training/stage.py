@@ -67,6 +67,7 @@ class SymmetricStage:
     ) -> None:
         self.main, self.proxy, self.pool, self.trust = loss.main, loss.proxy, loss.pool, loss.trust
         self.loss: StageLoss = loss
+        self._symmetric_loss = loss  # also where an ablation replaces `loss`
         self.options, self.num_steps, self.clip_max_norm = options, num_steps, clip_max_norm
         by_default = _FACTOR if self.pool.theta is not None else _FACTOR_WITHOUT_PAIRS
         self.peak_learning_rate = learning_rate * (options.learning_rate_factor or by_default)
@@ -134,6 +135,7 @@ class SymmetricStage:
     def update_multipliers(self, held_out_forward: float) -> None:
         """Dual step on F_val − Ĥ ≤ tolerance + ε, once per epoch; a new best value lowers Ĥ."""
         self.entropy = min(self.entropy, held_out_forward)  # mutant: entropy-frozen
+        self._symmetric_loss.entropy = self.entropy
         if self.options.adaptive:  # mutant: lambda-frozen
             # mutant: tolerance-off
             self.multipliers.update([held_out_forward - self.entropy - self.options.tolerance])

@@ -1,20 +1,17 @@
-r"""Temperature of a proxy: how much of its log factor the held-out pairs bear out.
+r"""Temperature of a proxy: the scale of its log factor that held-out pairs support.
 
-A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. One
-number mends the bulk of it (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
+A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. One that
+takes many outputs for independent, and errs in their common mean, is too narrow. One number mends
+the bulk of both (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
 
-    q_{ψ,γ}(θ|x) ∝ p(θ) e^{γ f_ψ(θ,x)},      γ ≥ 1.
+    q_{ψ,γ}(θ|x) ∝ p(θ) e^{γ f_ψ(θ,x)},      γ > 0.
 
 γ has a posterior of its own, given held-out pairs: their ranking likelihood, in which the partition
 function cancels, so that it needs no estimate (which would be the worse the sharper q is), under
-log γ ∼ N(0, 0.15²). What is used is one standard deviation below its mean: the pairs stopped the
-proxy's fit and weighed its members, so they think a little too well of it.
-
-It only sharpens. A main is somewhat wider than the proxy it follows, and comes out right where the
-proxy is a little too sharp: widening that (γ < 1) made the main worse (by 0.02 nats on a tuning
-task, eleven trainings). A proxy that is much too sharp loses its trust. An energy is left alone: it
-was fitted by these very losses, its scale included. Tempered, its coverage fell by 0.03 and its NLL
-by 0.01 nats (`iid_trials`, the six seeds of eight that were).
+log γ ∼ N(0, 0.15²). A proxy is sharpened to one standard deviation below its mean: the pairs
+stopped the proxy's fit and weighed its members, so they are optimistic about it. It is widened to
+the mean, where that is clearly below 0: by more than two standard deviations. An energy is left
+alone: it was fitted by these very losses, its scale included.
 """
 
 from __future__ import annotations
@@ -29,11 +26,12 @@ from sbi_jeffreys.objective import ranking_nce_losses
 __all__ = ["inverse_temperature"]
 
 _PRIOR_SCALE = 0.15  # mutant: temperature-of-a-few-pairs
+_CLEARLY = 2.0  # standard deviations of log γ below 0 from which on the proxy is widened
 _STEP, _NUM_STEPS = 0.025, 28  # of log γ to either side of 0: from a half to two
 
 
 def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | None = None) -> float:
-    """How sharp the true θ of held-out pairs, among contrasts, surely ask the proxy to be.
+    """The inverse temperature at which true θ of held-out pairs stand out among contrasts.
 
     With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is
     ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. What is
@@ -47,7 +45,7 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
         weights: Of the pairs, `(M,)`; None: all one.
 
     Returns:
-        γ in [1, 2]; 1 if no pair can be read.
+        γ in [0.5, 2]; 1 if no pair is usable, or the evidence is not clear.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -71,6 +69,8 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
     posterior = torch.softmax(-total - grid**2 / (2 * _PRIOR_SCALE**2), dim=0)
     mean = (posterior * grid).sum()
     deviation = (posterior * (grid - mean) ** 2).sum().sqrt()
+    if mean < -_CLEARLY * deviation:  # mutant: temperature-sharpens-only
+        return math.exp(float(mean))
     return math.exp(max(0.0, float(mean - deviation)))
 
 

@@ -67,7 +67,7 @@ BAD = [
     *((EnergyConfig, "refresh_epochs", v) for v in (*_COUNT, None)),
     *((EnergyConfig, "share_embedding", v) for v in (1, None, "yes")),
     *((EnergyConfig, "fit", v) for v in ({}, None, 1e-3)),
-    *((likelihood, "experts", v) for v in ((), ("maf",), "maf", None, 3, FlowExpert())),
+    *((likelihood, "experts", v) for v in ((), ("maf",), "maf", 3, FlowExpert())),
     *((likelihood, "config", v) for v in ({}, 1e-3, EnergyConfig())),
     *((likelihood, "num_folds", v) for v in _COUNT),
     *((energy, "config", v) for v in ({}, FitConfig(), "mlp")),
@@ -75,7 +75,7 @@ BAD = [
     *((given, "log_likelihood", v) for v in (3.0, None, "normal")),
     *((given, "sample_x", v) for v in (3.0, "normal", [1])),
     *((make, "prior", v) for make in (likelihood, energy, given) for v in (None, 3, [PRIOR])),
-    *((JeffreysOptions, "experts", v) for v in ((), ("maf",), "maf", None, FlowExpert())),
+    *((JeffreysOptions, "experts", v) for v in ((), ("maf",), "maf", 3, FlowExpert())),
 ]
 
 

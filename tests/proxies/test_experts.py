@@ -13,7 +13,7 @@ from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies import LikelihoodProxy
 from sbi_jeffreys.proxies.experts import FittedExpert
 from sbi_jeffreys.proxies.experts import flow as _flow
-from sbi_jeffreys.proxies.experts.fit import closed_form_won, fit_experts
+from sbi_jeffreys.proxies.experts.fit import fit_experts, inexpensive_won
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 
 MATRIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0]])
@@ -124,13 +124,13 @@ def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing
     found_more = fitted(base + noise + 0.1, FlowExpert(around_regression=True))
     worse = fitted(base + noise - 0.1, FlowExpert())
     failed = fitted(torch.full((100,), -math.inf), FlowExpert())
-    assert closed_form_won([best, same, worse])
-    assert not closed_form_won([best, same])  # a net of x itself was not asked yet
-    assert not closed_form_won([best, worse])
-    assert not closed_form_won([best, found_more, worse])
-    assert not closed_form_won([best, same, fitted(base + noise, FlowExpert())])
-    assert not closed_form_won([same, worse])
-    assert not closed_form_won([best, same, failed])
+    assert inexpensive_won([best, same, worse])
+    assert not inexpensive_won([best, same])  # a net of x itself was not asked yet
+    assert not inexpensive_won([best, worse])
+    assert not inexpensive_won([best, found_more, worse])
+    assert not inexpensive_won([best, same, fitted(base + noise, FlowExpert())])
+    assert not inexpensive_won([same, worse])
+    assert not inexpensive_won([best, same, failed])
 
 
 def test_nets_are_not_fitted_where_a_regression_has_won():
@@ -219,5 +219,5 @@ def test_other_degrees_are_refused(degree):
 
 
 def test_experts_of_another_type_are_refused():
-    with pytest.raises(TypeError, match="FlowExpert and RegressionExpert"):
+    with pytest.raises(TypeError, match="FlowExpert, NeuralRegressionExpert, RegressionExpert"):
         JeffreysOptions(experts=("maf",))  # type: ignore[arg-type]

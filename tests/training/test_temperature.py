@@ -97,9 +97,17 @@ def test_few_contrasts_do_not_bias_it():
     assert inverse_temperature(torch.zeros_like(factor), factor) < 1.1
 
 
-def test_what_is_too_sharp_stays_so():
+def test_what_is_clearly_too_sharp_is_widened():
+    """ℓ^(0.5/0.4)² in place of ℓ: the truth is γ = 0.64."""
     torch.manual_seed(1)
-    assert held_out(1000).inverse_temperature(ScaledProxy(0.4), WideMain()) == 1.0
+    found = held_out(1000).inverse_temperature(ScaledProxy(0.4), WideMain())
+    assert found == pytest.approx(0.64, abs=0.08)
+
+
+def test_what_is_a_little_too_sharp_stays_so():
+    torch.manual_seed(1)
+    found = [held_out(50).inverse_temperature(ScaledProxy(0.49), WideMain()) for _ in range(20)]
+    assert sum(value < 1 for value in found) <= 3  # two standard deviations: one in forty
 
 
 def test_it_is_read_at_whatever_temperature_the_proxy_has():
@@ -109,7 +117,8 @@ def test_it_is_read_at_whatever_temperature_the_proxy_has():
         proxy = ScaledProxy(0.65)
         proxy.inverse_temperature.fill_(gamma)
         values.append(held_out(200).inverse_temperature(proxy, WideMain()))
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    # The draws follow the proxy at its temperature, so the values agree but for chance.
+    assert values[0] == pytest.approx(values[1], rel=0.03)
     assert values[0] > 1.1
 
 
@@ -135,7 +144,7 @@ def test_pairs_count_by_weight():
     first = torch.cat([torch.ones(200), torch.zeros(200)])
     zeros = torch.zeros_like(factor)
     assert inverse_temperature(zeros, factor, first) > 1.3
-    assert inverse_temperature(zeros, factor, 1 - first) == 1.0
+    assert inverse_temperature(zeros, factor, 1 - first) < 0.7
 
 
 def test_contrasts_outside_the_prior_do_not_count_and_unreadable_pairs_are_left_out():

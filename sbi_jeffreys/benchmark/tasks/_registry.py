@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from .base import Task
+from .curves import CURVE_TASKS
 from .structured import STRUCTURED_TASKS
 
 TASKS: dict[str, type[Task]] = {}
@@ -37,7 +38,7 @@ def register_task(cls: TaskType) -> TaskType:
 
 def known_tasks() -> dict[str, type[Task]]:
     """All tasks by name, of vector-valued x and structured."""
-    return {**STRUCTURED_TASKS, **TASKS}
+    return {**CURVE_TASKS, **STRUCTURED_TASKS, **TASKS}
 
 
 def get_task(name: str) -> Task:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
 from sbi_jeffreys.proxies.experts.flow import FlowExpert
+from sbi_jeffreys.proxies.experts.neural import NeuralRegressionExpert
 from sbi_jeffreys.proxies.experts.regression import RegressionExpert
 
 __all__ = [
     "DEFAULT_EXPERTS",
     "EXPERT_KINDS",
+    "WIDE_EXPERTS",
     "Expert",
     "ExpertData",
     "FittedExpert",
     "FlowExpert",
+    "NeuralRegressionExpert",
     "RegressionExpert",
     "check_experts",
 ]
@@ -23,12 +26,14 @@ __all__ = [
 #: The kinds of experts that options and proxies accept. Append a subclass of `Expert` to add one.
 EXPERT_KINDS: list[type[Expert]] = [
     RegressionExpert,
+    NeuralRegressionExpert,
     FlowExpert,
 ]
 
 # They differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay sharp
-# ones, a spline flow skewed or one-dimensional x, a regression additive noise, and a flow around a
-# regression a smooth mean with noise that is not constant.
+# ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural regression
+# counts, signals and means that are not smooth enough for kernels, and a flow around a regression a
+# smooth mean with noise that is not constant.
 DEFAULT_EXPERTS: tuple[Expert, ...] = (
     RegressionExpert(1),
     RegressionExpert(2),
@@ -36,12 +41,25 @@ DEFAULT_EXPERTS: tuple[Expert, ...] = (
     RegressionExpert(1, mixture=True),
     RegressionExpert(2, mixture=True),
     RegressionExpert(1, kernel=True, mixture=True),
+    NeuralRegressionExpert(),
+    NeuralRegressionExpert(num_layers=0),
     FlowExpert("maf", weight_decay=0.3, around_regression=True),
     FlowExpert("maf", weight_decay=0.3),
     FlowExpert("maf", weight_decay=1.0),
     FlowExpert("maf"),
     FlowExpert("maf", weight_decay=0.3, marginal_transform=False),
     FlowExpert("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
+)
+
+#: Those whose cost grows slowly with the number of outputs.
+WIDE_EXPERTS: tuple[Expert, ...] = (
+    RegressionExpert(1),
+    RegressionExpert(2),
+    RegressionExpert(1, kernel=True),
+    NeuralRegressionExpert(),
+    NeuralRegressionExpert(weight_decay=0.3),
+    NeuralRegressionExpert(hidden_features=256, num_layers=2),
+    NeuralRegressionExpert(num_layers=0),
 )
 
 
@@ -54,7 +72,7 @@ def check_experts(experts: object) -> tuple[Expert, ...]:
     kinds = tuple(EXPERT_KINDS)
     known = isinstance(experts, (tuple, list)) and all(isinstance(e, kinds) for e in experts)
     if not known or not experts:
-        names = " and ".join(kind.__name__ for kind in reversed(kinds))
+        names = ", ".join(kind.__name__ for kind in reversed(kinds))
         raise TypeError(
             f"experts must be a non-empty tuple of {names}, got {experts!r}; pass for instance "
             "(RegressionExpert(1), FlowExpert('maf'))."

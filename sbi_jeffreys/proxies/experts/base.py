@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
-__all__ = ["NARROW", "Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
+__all__ = ["FEW_VALUES", "NARROW", "Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
 
 OnEpoch = Callable[[int, float], object] | None
 
-_FEW_VALUES = 10  # an integer column that spans fewer is clamped to what was observed
+FEW_VALUES = 10  # an integer column that spans fewer is clamped to what was observed
 NARROW = 10  # columns of x up to which each one has to be inside the box
 
 
@@ -60,6 +61,20 @@ class FittedExpert(nn.Module):
         """log ℓ(x|z) as a density of x for pairs `(N, ·)`, shape `(N,)`."""
         return self.net.log_prob(self.transform(x).unsqueeze(0), z)[0] + self.transform.log_det(x)
 
+    def log_probability(self, x: Tensor, z: Tensor, num_draws: int = 16) -> Tensor:
+        """As `log_prob`, but of the cell of integer outputs, by which experts can be compared.
+
+        A density at the middle of a cell flatters a net that is peaked there.
+        """
+        # mutant: cells-by-their-middle
+        if not bool(self.transform.integer.any()) or getattr(self.net, "knows_cells", False):
+            return self.log_prob(x, z)
+        draws = []
+        for _ in range(num_draws):
+            y, log_det = self.transform.dequantised(x)
+            draws.append(self.net.log_prob(y.unsqueeze(0), z)[0] + log_det)
+        return torch.logsumexp(torch.stack(draws), dim=0) - math.log(num_draws)
+
     def set_bounds(self, x: Tensor) -> None:
         """Take the support of draws from simulations x `(N, dim_x)`.
 
@@ -72,7 +87,7 @@ class FittedExpert(nn.Module):
         self.register_buffer("upper", high + margins)
         kept = x[:, self.transform.keep]
         values = torch.stack([kept.amin(dim=0), kept.amax(dim=0)])
-        few = self.transform.integer & (values[1] - values[0] < _FEW_VALUES)
+        few = self.transform.integer & (values[1] - values[0] < FEW_VALUES)
         self.register_buffer("few", few)
         self.register_buffer("values", values[:, few])
 
@@ -132,7 +147,7 @@ class ExpertData:
         """A net after its fit, evaluated on the held-out pairs; without epochs, no result."""
         expert = FittedExpert(net, transform, FitResult(0.0, 0), self.z.new_zeros(0), spec)
         with torch.no_grad():
-            expert.held_out = expert.log_prob(self.x[self.val], self.z[self.val])
+            expert.held_out = expert.log_probability(self.x[self.val], self.z[self.val])
         expert.result = result or FitResult(-float(expert.held_out.mean()), 0)
         return expert
 
@@ -146,6 +161,9 @@ class Expert(ABC):
     #: Whether it is fitted in closed form. Such experts are fitted first, and once more to all
     #: training pairs after cross-fitting, where the fits of a network are averaged.
     closed_form: ClassVar[bool] = False
+    #: Whether draws take as many passes as there are outputs, or the cost grows as their square.
+    #: Such experts come last and may be skipped.
+    expensive: ClassVar[bool] = False
     #: Whether it models the residuals of an expert in closed form, in place of x itself.
     around_regression: bool = False
 
@@ -166,8 +184,8 @@ class Expert(ABC):
             abandon_above: Held-out loss after twenty epochs above which the fit may be abandoned.
         """
 
-    def has_enough_pairs(self, data: ExpertData) -> bool:
-        """Whether the training pairs suffice for it."""
+    def suits(self, data: ExpertData) -> bool:
+        """Whether the training pairs suffice for it, and x is of its kind."""
         return True
 
     def on_one_scale(self) -> Expert:

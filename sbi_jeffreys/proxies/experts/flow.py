@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sbi.neural_nets import likelihood_nn
@@ -43,6 +43,8 @@ class FlowExpert(Expert):
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
     """
+
+    expensive: ClassVar[bool] = True
 
     model: str = "maf"
     weight_decay: float | None = None

@@ -64,7 +64,7 @@ class RegressionExpert(Expert):
                 f"kernel=True goes with degree=1, got degree={self.degree}; pass degree=1."
             )
 
-    def has_enough_pairs(self, data: ExpertData) -> bool:
+    def suits(self, data: ExpertData) -> bool:
         """Whether the degree is one that the training pairs suffice for."""
         return self.degree <= _max_degree(data.z[data.train])
 

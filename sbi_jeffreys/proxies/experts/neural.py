@@ -1,0 +1,198 @@
+r"""Neural regression: outputs that are independent given θ, about means that a network gives.
+
+    ℓ(y|z) = Π_j N(y_j; m_j(z), e^{2 s_j(z)}),    m = MLP(z),  s_j(z) = a_j + b(z).
+
+The right likelihood for a curve or a spectrum, a smooth signal in white noise: all outputs of a
+simulation teach the same network, and the cost grows linearly with their number. An integer output
+has the probability of its cell, the normal integrated from T(n) to T(n + 1), with the smallest
+observed value open below, and the largest open above where few values were observed: an ordered
+probit, which for binary outputs is probit regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sbi_jeffreys._checks import check_float, check_int
+from sbi_jeffreys.networks.fitting import fit_network
+from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts.base import FEW_VALUES, Expert, ExpertData, FittedExpert
+
+__all__ = ["NeuralRegression", "NeuralRegressionExpert"]
+
+_FLOOR = -40.0  # nats: the least log probability of a cell
+_OPEN = 30.0  # standard deviations: beyond them a cell counts as open
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def _log_probability(low: Tensor, high: Tensor) -> Tensor:
+    """log(Φ(high) − Φ(low)) for low < high, without cancellation in either tail."""
+    flip = low > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return (upper + torch.log1p(-(lower - upper).exp().clamp_max(1 - 1e-7))).clamp_min(_FLOOR)
+
+
+class NeuralRegression(nn.Module):
+    """A density of y = T(x) given z; see the module.
+
+    Args:
+        z: Training parameters `(N, D)`.
+        x: Training simulations `(N, dim_x)`.
+        transform: T.
+        hidden_features: Width of the hidden layers.
+        num_layers: Their number; 0: the means are linear in z.
+    """
+
+    #: `log_prob` is that of the cell for integer outputs, spread evenly over it.
+    knows_cells = True
+    low: Tensor
+    high: Tensor
+    centre_z: Tensor
+    scale_z: Tensor
+    centre_y: Tensor
+    scale_y: Tensor
+
+    def __init__(
+        self,
+        z: Tensor,
+        x: Tensor,
+        transform: MarginalTransform,
+        hidden_features: int,
+        num_layers: int,
+    ) -> None:
+        super().__init__()
+        self.transform, y = transform, transform(x)
+        for name, values in (("z", z), ("y", y)):
+            self.register_buffer(f"centre_{name}", values.mean(dim=0))
+            self.register_buffer(f"scale_{name}", values.std(dim=0).clamp_min(1e-7))
+        widths = [z.shape[1], *[hidden_features] * num_layers]
+        layers: list[nn.Module] = []
+        for pair in pairwise(widths):
+            layers += [nn.Linear(*pair), nn.SiLU()]
+        self.mean = nn.Sequential(*layers, nn.Linear(widths[-1], y.shape[1]))
+        self.log_scale = nn.Parameter(torch.zeros(y.shape[1]))
+        width = max(1, hidden_features // 4)
+        shared = nn.Sequential(nn.Linear(z.shape[1], width), nn.SiLU(), nn.Linear(width, 1))
+        self.shared_log_scale = shared if num_layers else None
+        kept = x[:, transform.keep]
+        low, high = kept.amin(dim=0), kept.amax(dim=0)
+        self.register_buffer("low", low)
+        self.register_buffer("high", torch.where(high - low < FEW_VALUES, high, torch.inf))
+        self.to(z.device)
+
+    def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """m(z) `(*B, dim_y)`, and the standard deviations e^s, `(dim_y,)` or `(*B, dim_y)`."""
+        scaled = (z - self.centre_z) / self.scale_z
+        log_scale = self.log_scale
+        if self.shared_log_scale is not None:
+            log_scale = log_scale + self.shared_log_scale(scaled)
+        return self.centre_y + self.scale_y * self.mean(scaled), log_scale.exp() * self.scale_y
+
+    def cells(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """T of both ends of the cells that y is the middle of, and their log width in x over y.
+
+        Args:
+            y: T(x) at the middle of integer cells, `(*B, dim_y)`.
+
+        Returns:
+            Lower and upper ends, and log |∂T/∂x| there, of the integer outputs, `(*B, integers)`.
+        """
+        integer = self.transform.integer
+        values = self.transform.inverse(y)[..., self.transform.keep]
+        low, high = self.transform.cell(values)
+        low = torch.where(values <= self.low, -torch.inf, low)
+        high = torch.where(values >= self.high, torch.inf, high)
+        slope = self.transform.log_slopes(values)
+        return low[..., integer], high[..., integer], slope[..., integer]
+
+    def log_prob(
+        self, y: Tensor, z: Tensor, cells: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """log ℓ(y|z) as a density of y for `(*B, dim_y)`, `(B, D)`; shape `(*B,)`."""
+        mean, deviation = self.moments(z)
+        integer = self.transform.integer
+        e = (y - mean) / deviation
+        log_prob = -0.5 * e**2 - deviation.log() - _HALF_LOG_2PI
+        if not bool(integer.any()):
+            return log_prob.sum(dim=-1)
+        low, high, slope = self.cells(y) if cells is None else cells
+        mean, deviation = mean[..., integer], deviation.expand_as(mean)[..., integer]
+        # Open ends are infinite: gradients there would be NaN.
+        low, high = (
+            torch.where(
+                torch.isinf(end), end, (end.nan_to_num(posinf=0.0, neginf=0.0) - mean) / deviation
+            ).clamp(-_OPEN, _OPEN)
+            for end in (low, high)
+        )
+        mass = _log_probability(low, high) - slope  # mutant: cells-as-densities
+        return mass.sum(dim=-1) + log_prob[..., ~integer].sum(dim=-1)
+
+    def loss(self, y: Tensor, z: Tensor) -> Tensor:
+        """−log ℓ of pairs, shape `(B,)`."""
+        return -self.log_prob(y, z)
+
+    def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
+        """Draws of y, shape `(*sample_shape, B, dim_y)`; T⁻¹ takes integer outputs to a value."""
+        mean, deviation = self.moments(z)
+        return mean + deviation * torch.randn(*sample_shape, *mean.shape, device=mean.device)
+
+
+@dataclass(frozen=True)
+class NeuralRegressionExpert(Expert):
+    """A network's mean of every output, and noise that is independent between outputs.
+
+    Attributes:
+        hidden_features: Width of the network's hidden layers.
+        num_layers: Their number; 0: means that are linear in θ.
+        weight_decay: Decoupled weight decay of its fit.
+
+    Raises:
+        TypeError, ValueError: Naming the field, what was expected and what came.
+    """
+
+    hidden_features: int = 128
+    num_layers: int = 3
+    weight_decay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Its mean."""
+        return "neural regression" if self.num_layers else "linear with independent noise"
+
+    def __post_init__(self) -> None:
+        check_int("hidden_features", self.hidden_features, 1)
+        check_int("num_layers", self.num_layers, 0)
+        check_float("weight_decay", self.weight_decay, 0.0)
+
+    def suits(self, data: ExpertData) -> bool:
+        """Without hidden layers: for counts alone, since regressions do as much for other x."""
+        return self.num_layers > 0 or bool(data.scales[0].integer.any())
+
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> FittedExpert:
+        """Fit the network by maximum likelihood; see `Expert.fit`. It is never abandoned."""
+        transform = data.scales[0]
+        z, train = data.z, data.train
+        net = NeuralRegression(
+            z[train], data.x[train], transform, self.hidden_features, self.num_layers
+        )
+        y = transform(data.x)
+        cells = net.cells(y)
+        log_det = float(transform.log_det(data.x[data.val]).mean())
+
+        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
+            own = (cells[0][indices], cells[1][indices], cells[2][indices])
+            log_prob = net.log_prob(y[indices], z[indices], own)  # type: ignore[operator]
+            return -log_prob - (0.0 if training else log_det)
+
+        config = replace(data.config, weight_decay=self.weight_decay)
+        result = fit_network(net, loss, train, data.val, config, data.on_epoch)
+        return data.fitted(self, net, transform, result)

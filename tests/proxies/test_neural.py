@@ -1,0 +1,102 @@
+"""Neural regressions against likelihoods in closed form: curves, counts and binary outputs."""
+
+import math
+
+import pytest
+import torch
+from sbi.utils import BoxUniform
+from torch import Tensor, nn
+
+from sbi_jeffreys import FlowExpert, LikelihoodProxy, NeuralRegressionExpert
+from sbi_jeffreys.networks.fitting import FitConfig, FitResult
+from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts import FittedExpert
+from sbi_jeffreys.proxies.experts.neural import NeuralRegression
+
+PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+TRAIN, VAL = torch.arange(720), torch.arange(720, 800)
+TIMES = torch.linspace(0, 1, 40)
+
+
+def curve(theta: Tensor) -> Tensor:
+    return torch.exp(theta[:, :1] / 2) * torch.sin(2 * TIMES + theta[:, 1:])
+
+
+def fitted(expert: NeuralRegressionExpert, theta: Tensor, x: Tensor) -> LikelihoodProxy:
+    proxy = LikelihoodProxy(PRIOR, (expert,), FitConfig(max_epochs=100), num_folds=1)
+    return proxy.fit(theta, x, TRAIN, VAL)
+
+
+def test_a_curve_in_white_noise_is_learned_to_a_tenth_of_its_noise():
+    """The log-likelihood of 40 outputs, next to the true one, on fresh pairs; and draws of x."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((800,))
+    x = curve(theta) + 0.2 * torch.randn(800, 40)
+    proxy = fitted(NeuralRegressionExpert(), theta, x)
+    fresh = PRIOR.sample((300,))
+    y = curve(fresh) + 0.2 * torch.randn(300, 40)
+    truth = torch.distributions.Normal(curve(fresh), 0.2).log_prob(y).sum(-1)
+    missed = truth - proxy.log_factor(fresh.unsqueeze(0), y)[0]
+    assert 0 < float(missed.mean()) < 2.0  # of the 40 squared errors' 20 nats
+    drawn, y = proxy.sample_given(fresh)
+    assert float((y - curve(drawn)).std()) == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["binary", "counts"])
+def test_integers_have_the_probability_of_their_cell(scale):
+    """Probabilities of all values sum to one, and are those of the simulator."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((800,))
+    rate = torch.sigmoid(theta[:, :1])
+    x = torch.distributions.Binomial(int(scale), rate).sample()
+    x = torch.cat([x, torch.distributions.Binomial(int(scale), 1 - rate).sample()], dim=1)
+    proxy = fitted(NeuralRegressionExpert(num_layers=1, hidden_features=32), theta, x)
+    at = torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.5, -1.0]])
+    values = torch.arange(2.0 if scale == 1 else 2 * scale)  # it does not know the largest count
+    grid = torch.cartesian_prod(values, values)
+    probability = proxy.log_factor(
+        at.unsqueeze(1).expand(3, len(grid), 2), grid
+    ).exp()  # of every pair of values at each θ
+    assert torch.allclose(probability.sum(dim=1), torch.ones(3), atol=0.02)
+    mean = (probability @ grid)[:, 0]
+    assert torch.allclose(mean, scale * torch.sigmoid(at[:, 0]), atol=0.07 * scale)
+
+
+class PeakedInTheMiddle(nn.Module):
+    """A density that is eight times too high in the middle eighth of each cell, and else zero."""
+
+    def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
+        inside = (y % 1 - 0.5).abs() < 1 / 16
+        return torch.where(inside, math.log(8.0), -20.0).sum(dim=-1)
+
+
+def test_a_net_that_is_peaked_in_the_middle_of_cells_gains_nothing_by_it():
+    torch.manual_seed(0)
+    x = torch.randint(0, 9, (2_000, 1)).float()
+    plain = MarginalTransform.fit(x, choose=False)
+    net = PeakedInTheMiddle()
+    expert = FittedExpert(net, plain, FitResult(0.0, 0), torch.zeros(0), FlowExpert())
+    assert float(expert.log_prob(x, x).mean()) == pytest.approx(math.log(8.0))
+    assert abs(float(expert.log_probability(x, x, num_draws=2_000).exp().mean()) - 1) < 0.05
+
+
+def test_gradients_are_finite_at_open_ends_and_far_from_the_cell():
+    torch.manual_seed(0)
+    x = torch.tensor([[0.0], [1.0], [0.0], [1.0], [1.0]])
+    z = 100 * torch.randn(5, 2)
+    transform = MarginalTransform.fit(x)
+    net = NeuralRegression(z / 100, x, transform, 8, 1)
+    loss = net.loss(transform(x), z).mean()
+    loss.backward()
+    assert math.isfinite(float(loss.detach()))
+    for parameter in net.parameters():
+        assert parameter.grad is not None
+        assert bool(torch.isfinite(parameter.grad).all())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_features", 0), ("num_layers", -1), ("weight_decay", -0.1)]
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        NeuralRegressionExpert(**{field: value})

@@ -1,0 +1,60 @@
+"""Outputs that do not depend on θ are found and left out, and no others."""
+
+import torch
+from sbi.utils import BoxUniform
+
+from sbi_jeffreys import LikelihoodProxy, RegressionExpert
+from sbi_jeffreys.networks.fitting import FitConfig
+from sbi_jeffreys.proxies.screening import informative_outputs
+
+PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
+
+
+def simulate(num: int = 600, wide: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """θ₁ moves output 3, |θ₂| spreads output 7; the others are heavy-tailed noise."""
+    theta = PRIOR.sample((num,))
+    x = torch.distributions.StudentT(2.0).sample((num, wide))
+    x[:, 3] = theta[:, 0] + 0.3 * torch.randn(num)
+    x[:, 7] = (0.2 + theta[:, 1].abs()) * torch.randn(num)
+    return theta, x
+
+
+def test_outputs_that_depend_on_theta_are_kept_and_nearly_all_others_are_not():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        kept = informative_outputs(*simulate()).tolist()
+        assert 3 in kept
+        assert 7 in kept
+        assert len(kept) <= 2 + 5  # 58 others at 1 %: six or more once in ten thousand
+
+
+def test_narrow_x_few_pairs_and_many_weak_dependences_are_left_alone():
+    torch.manual_seed(0)
+    theta, x = simulate(wide=30)
+    assert len(informative_outputs(theta, x)) == 30
+    theta, x = simulate(num=11)
+    assert len(informative_outputs(theta, x)) == 60
+    theta = PRIOR.sample((600,))
+    x = 0.12 * theta[:, :1] + torch.randn(600, 60)  # each one weak, together strong
+    assert len(informative_outputs(theta, x)) == 60
+
+
+def test_the_proxy_is_a_density_of_the_informative_outputs_and_draws_all_of_them():
+    torch.manual_seed(0)
+    theta, x = simulate(900)
+    train, val = torch.arange(800), torch.arange(800, 900)
+    proxy = LikelihoodProxy(PRIOR, (RegressionExpert(1),), FitConfig(), num_folds=1)
+    proxy.fit(theta, x, train, val)
+    assert len(proxy.columns) < 10
+    assert f"{len(proxy.columns)} of 60 outputs" in proxy.remark
+    other = x.clone()
+    rest = [column for column in range(60) if column not in proxy.columns.tolist()]
+    other[:, rest] = 1e3
+    at = theta[:50].unsqueeze(0)
+    assert torch.equal(proxy.log_factor(at, x[:50]), proxy.log_factor(at, other[:50]))
+    drawn, y = proxy.sample_joint(500)
+    assert y.shape == (500, 60)
+    # The other outputs of a draw are those of one simulation, together.
+    distance = (y[:, None, rest] - x[None, train][:, :, rest]).abs().sum(-1)
+    assert float(distance.amin(dim=1).max()) == 0.0
+    assert float(torch.corrcoef(torch.stack([drawn[:, 0], y[:, 3]]))[0, 1]) > 0.7
