@@ -26,8 +26,8 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
 
     Each column's normal scores, and their absolute values, are regressed on a quadratic of the
     normal scores of θ (a line where pairs are few); an F-test at 1 % decides. The others are left
-    out only where they are at least half of the columns, and where their p-values together are those
-    of noise (Fisher's test at 0.1 %): many weak dependences together may say much.
+    out only where they are at least half of the columns, and where their p-values together are
+    those of noise (Fisher's test at 0.1 %): many weak dependences together may say much.
 
     Args:
         theta: Training parameters `(N, D)`.
@@ -52,7 +52,7 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
     p = 1 - (1 - torch.minimum(p_location, p_scale)) ** 2  # of the smaller one of two
     kept = p < _LEVEL
     rest = (p[~kept] - _LEVEL) / (1 - _LEVEL)
-    looks_like_noise = len(rest) > 0 and combine_pvalues(rest.numpy()).pvalue > _NOISE
+    looks_like_noise = len(rest) > 0 and float(combine_pvalues(rest.numpy())[1]) > _NOISE
     few = 0 < int(kept.sum()) <= len(every) // 2
     return every[kept.to(x.device)] if few and looks_like_noise else every
 
