@@ -9,7 +9,7 @@ ranks of an output, or their distance from the middle?
 from __future__ import annotations
 
 import torch
-from scipy.stats import combine_pvalues
+from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 from torch import Tensor
 
@@ -52,7 +52,8 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
     p = 1 - (1 - torch.minimum(p_location, p_scale)) ** 2  # of the smaller one of two
     kept = p < _LEVEL
     rest = (p[~kept] - _LEVEL) / (1 - _LEVEL)
-    looks_like_noise = len(rest) > 0 and float(combine_pvalues(rest.numpy())[1]) > _NOISE
+    fisher = -2 * float(rest.clamp_min(1e-300).log().sum())
+    looks_like_noise = float(chi2.sf(fisher, 2 * max(1, len(rest)))) > _NOISE
     few = 0 < int(kept.sum()) <= len(every) // 2
     return every[kept.to(x.device)] if few and looks_like_noise else every
 
