@@ -50,9 +50,9 @@ def noise(like: Tensor, columns: int) -> Tensor:
 
 
 def heavy_tails(theta: Tensor) -> Tensor:
-    return theta @ torch.tensor([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]]) + 0.1 * torch.distributions.Cauchy(
-        0.0, 1.0
-    ).sample((len(theta), 3))
+    return theta @ torch.tensor(
+        [[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]]
+    ) + 0.1 * torch.distributions.Cauchy(0.0, 1.0).sample((len(theta), 3))
 
 
 def counts(theta: Tensor) -> Tensor:
@@ -189,7 +189,8 @@ def evaluate(estimator, simulator: Simulator) -> dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
-    done = {tuple(json.loads(line)["cell"]) for line in out.open()} if out.exists() else set()
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {tuple(json.loads(line)["cell"]) for line in lines}
     for seed in range(arguments.seeds):
         for num in arguments.simulations:
             for name, simulator in SIMULATORS.items():
@@ -214,14 +215,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    cells = [json.loads(line) for line in Path(arguments.out).open()]
+    cells = [json.loads(line) for line in Path(arguments.out).read_text().splitlines()]
     found = {tuple(cell["cell"]): cell for cell in cells}
     groups: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (name, num, seed, method), cell in found.items():
         base = found.get((name, num, seed, "npe"))
         if method != "npe" and base is not None and "nll" in cell and "nll" in base:
             groups[num, name][method].append((cell, base))
-    print("| simulations | simulator | seeds | NPE | plain − NPE | ours − NPE | worst seed |", end="")
+    print(
+        "| simulations | simulator | seeds | NPE | plain − NPE | ours − NPE | worst seed |", end=""
+    )
     print(" coverage 50 / 90 %: NPE | ours |\n|" + "---|" * 9)
     for (num, name), methods in sorted(groups.items()):
         words = {}

@@ -76,9 +76,7 @@ MUTANTS = (
         "tests/training/test_symmetric.py",
     ),
     Mutant("non-finite-steps", "if True:", "tests/training/test_symmetric.py"),
-    Mutant(
-        "g-reweighted-off", "return -log_p.sum(dim=0).mean()", "tests/training/test_symmetric.py"
-    ),
+    Mutant("g-reweighted-off", "return -log_p.mean()", "tests/test_objective.py -k reweighted"),
     Mutant(
         "slack-off",
         "proposed = self.multipliers + self.step_size * self.price * g",
@@ -293,6 +291,16 @@ MUTANTS = (
     ),
     Mutant("cells-by-their-middle", "if True:", "tests/proxies/test_neural.py"),
     Mutant("distractors-kept", "if False:", "tests/proxies/test_screening.py"),
+    Mutant(
+        "collapsed-weights-trusted",
+        "share = torch.ones(len(torch.cat(effective)))",
+        "tests/training/test_pool.py",
+    ),
+    Mutant(
+        "one-energy-of-several",
+        "return factors[0]",
+        "tests/proxies/test_energy.py -k several",
+    ),
     Mutant("pool-never-renewed", "if False:", "tests/training/test_loss.py"),
     Mutant(
         "training-pairs-overfitted",

@@ -20,7 +20,8 @@ from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, _sbi
 from sbi_jeffreys.benchmark._running import NoTracker
 from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
 from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS
-from sbi_jeffreys.training.loss import PERIOD, Pool, RealBatch, SymmetricLoss, weigh
+from sbi_jeffreys.training.loss import PERIOD, RealBatch, SymmetricLoss, weigh
+from sbi_jeffreys.training.pool import Pool
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.training import Training
 

@@ -54,7 +54,8 @@ class EnergyProxy(Proxy):
         effective_sample_size: Kish's, as a fraction of the draws in (0, 1], of the mixture proposal
             under the fitted energy, mean over held-out x; NaN before `fit`. Near 0 the estimate of
             the partition function, and the held-out value of the proxy, are unreliable.
-        result: Held-out loss and epochs of the last fit, or None.
+        result: Held-out loss and epochs of the best network of the last fit, or None.
+        nets: The networks, best first, whose outputs are averaged.
 
     Raises:
         TypeError: If `config` is not an `EnergyConfig` or `embedding_net` not a module.
@@ -77,7 +78,7 @@ class EnergyProxy(Proxy):
         self.config = EnergyConfig() if config is None else config
         self.effective_sample_size = float("nan")
         self.result: FitResult | None = None
-        self.net: EnergyNet | None = None
+        self.nets = nn.ModuleList()
         # In a tuple, which nn.Module does not register as a part of this module.
         self._template = (deepcopy(embedding_net),)
         self._proposal: ConditionalDensityEstimator | None
@@ -109,14 +110,19 @@ class EnergyProxy(Proxy):
         return {**self.__dict__, "_proposal": None}
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
-        """f_ψ(θ, s(x)), x embedded once per call; see `Proxy.log_factor`."""
-        net = self._fitted()
-        return net(theta, net.summarise(x))
+        """f_ψ(θ, s(x)), the mean over the networks; see `Proxy.log_factor`."""
+        factors = [net(theta, net.summarise(x)) for net in self._fitted()]
+        return torch.stack(factors).mean(dim=0)  # mutant: one-energy-of-several
 
-    def _fitted(self) -> EnergyNet:
-        if self.net is None:
+    def _fitted(self) -> list[EnergyNet]:
+        if len(self.nets) == 0:
             raise RuntimeError("This EnergyProxy is not fitted: call set_proposal(main), then fit.")
-        return self.net
+        return [net for net in self.nets if isinstance(net, EnergyNet)]
+
+    @property
+    def net(self) -> EnergyNet | None:
+        """The network with the best held-out loss; None before `fit`."""
+        return self._fitted()[0] if len(self.nets) else None
 
     def fit(
         self,
@@ -142,13 +148,19 @@ class EnergyProxy(Proxy):
         with torch.no_grad():
             summary = torch.cat([embedding(part).flatten(1) for part in x.split(_CHUNK)])
         _check_summaries(summary, x)
-        self.net = EnergyNet(embedding, theta[train_indices], summary[train_indices], self.config)
         config = self.config.fit.at_most(max_epochs, patience)
         num_held_out = max(16, min(256, _MAX_EVALUATIONS // len(val_indices)))
         held_out = self.draw(theta[val_indices], x[val_indices], num_held_out, main)
         cached = summary if self.config.share_embedding else None
         loss = _Loss(self, main, theta, x, cached, held_out)
-        self.result = fit_network(self.net, loss, train_indices, val_indices, config, on_epoch)
+        fits: list[tuple[FitResult, EnergyNet]] = []
+        for _ in range(self.config.num_nets):
+            parts = theta[train_indices], summary[train_indices]
+            net = EnergyNet(deepcopy(embedding), *parts, self.config)
+            result = fit_network(net, loss, train_indices, val_indices, config, on_epoch)
+            fits.append((result, net))
+        fits.sort(key=lambda fit: fit[0].held_out)
+        self.result, self.nets = fits[0][0], nn.ModuleList([net for _, net in fits])
         self.requires_grad_(False)
         self._measure(held_out, x[val_indices])
         return self

@@ -26,6 +26,8 @@ class EnergyConfig:
     Attributes:
         classifier: sbi's `classifier_nn` model for f_ψ: "mlp" (with layer norm) or "resnet".
         hidden_features: Width of f_ψ.
+        num_nets: Networks that are fitted one after the other, from different initial weights, and
+            averaged.
         share_embedding: Whether s is the main's embedding net as it is, copied and fixed (every x
             is embedded once for the whole fit), or a copy that is trained further with the energy.
         num_contrasts: Contrasts K per pair and step.
@@ -35,6 +37,7 @@ class EnergyConfig:
 
     classifier: Literal["mlp", "resnet"] = "mlp"
     hidden_features: int = 64
+    num_nets: int = 3
     share_embedding: bool = False
     num_contrasts: int = 32
     refresh_epochs: int = 10
@@ -47,6 +50,7 @@ class EnergyConfig:
     def __post_init__(self) -> None:
         check_choice("classifier", self.classifier, _CLASSIFIERS)
         check_int("hidden_features", self.hidden_features, 1)
+        check_int("num_nets", self.num_nets, 1)
         check_bool("share_embedding", self.share_embedding)
         check_int("num_contrasts", self.num_contrasts, 4)
         check_int("refresh_epochs", self.refresh_epochs, 1)

@@ -75,10 +75,12 @@ class AdaptedDraws:
     """Draws of the last proposal at B observations, after the pairs' own θ, as log weights.
 
     Attributes:
+        theta: The draws, `(1 + K, B, D)`.
         offset: log p(θ) − log m(θ|x), m the proposal; −∞ outside the prior, `(1 + K, B)`.
         factor: f_ψ(θ, x), without temperature; 0 outside the prior, `(1 + K, B)`.
     """
 
+    theta: Tensor
     offset: Tensor
     factor: Tensor
 
@@ -88,7 +90,7 @@ class AdaptedDraws:
         log_q, log_prior = proxy.log_potential(theta, x), proxy.log_prior(theta)
         inside = torch.isfinite(log_prior)
         factor = (log_q - log_prior.nan_to_num(neginf=0.0)) / proxy.inverse_temperature
-        return cls(log_prior - log_m, torch.where(inside, factor, 0.0))
+        return cls(theta, log_prior - log_m, torch.where(inside, factor, 0.0))
 
     def log_weights(self, inverse_temperature: Tensor | float) -> Tensor:
         """log q̃ − log m at an inverse temperature, `(1 + K, B)`."""
@@ -96,6 +98,7 @@ class AdaptedDraws:
 
     def replace(self, rows: Tensor, other: AdaptedDraws) -> None:
         """Take the observations at `rows` from other draws."""
+        self.theta[:, rows] = other.theta
         self.offset[:, rows], self.factor[:, rows] = other.offset, other.factor
 
 

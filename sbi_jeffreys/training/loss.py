@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +19,12 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import (
     forward_term,
     reverse_vargrad_loss,
-    reweighted_forward_term,
 )
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.training.pool import Pool
 
-__all__ = ["PERIOD", "Pool", "RealBatch", "StageLoss", "SymmetricLoss", "weigh"]
+__all__ = ["PERIOD", "RealBatch", "StageLoss", "SymmetricLoss", "weigh"]
 
 #: Training simulations of one step: θ, x and kernel weights, or, where the round's loss is not the
 #: negative log density, sbi's losses themselves.
@@ -37,29 +36,6 @@ PERIOD = 4  # steps between two turns of R, and of F
 _REAL_WEIGHT = 0.1  # w_F at full trust: the weight of training simulations beside proxy pairs
 _AVERAGE = 0.9  # of F over its last turns
 _SEEN = 2  # times that each pair of a renewable pool is drawn, on average
-_WAKE_SAMPLES = 16  # θ per x where G comes from reweighted samples of the main
-
-
-@dataclass
-class Pool:
-    """Observations that G and R are evaluated at.
-
-    Attributes:
-        theta: Parameters drawn with them from the proxy's joint, `(N, D)`; None: there are none,
-            and G reweights the main's own samples.
-        x: Shape `(N, *x_shape)`.
-        weights: How often each is drawn, in proportion, `(N,)`.
-        renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
-    """
-
-    theta: Tensor | None
-    x: Tensor
-    weights: Tensor
-    renewable: bool = False
-
-    def draw(self, num: int) -> Tensor:
-        """Rows of `num` draws with replacement."""
-        return torch.multinomial(self.weights, num, replacement=True)
 
 
 def weigh(
@@ -147,8 +123,8 @@ class SymmetricLoss:
         real = next_real() if turn == 1 else None
         with_reverse = turn == 0
         pairs = real if isinstance(real, tuple) else None
-        if self.pool.theta is None:
-            terms = self._reweighted_terms(with_reverse)
+        if self.pool.grouped:
+            terms = self._grouped_terms(with_reverse)
             if pairs is not None:
                 theta, x, weights = pairs
                 log_p = self.main.log_prob(theta.unsqueeze(0), x)[0]
@@ -158,14 +134,13 @@ class SymmetricLoss:
         if isinstance(real, Tensor):
             terms["forward"] = real.mean()
         elif "forward" in terms:
-            self._note_forward(float(terms["forward"]))
+            self._note_forward(float(terms["forward"].detach()))
         return terms
 
     def _pool_terms(
         self, real: tuple[Tensor, Tensor, Tensor] | None, with_reverse: bool
     ) -> dict[str, Tensor]:
         """G on pairs of the pool, and F or R where asked for, by one pass through the main."""
-        assert self.pool.theta is not None
         num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
         rows = self.pool.draw(max(num_pairs, num_x))
         theta, x = [self.pool.theta[rows[:num_pairs]]], [self.pool.x[rows[:num_pairs]]]
@@ -187,16 +162,21 @@ class SymmetricLoss:
             terms["reverse"] = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
         return terms
 
-    def _reweighted_terms(self, with_reverse: bool) -> dict[str, Tensor]:
-        """G and R from the main's samples alone, for proxies that have no samples of x."""
+    def _grouped_terms(self, with_reverse: bool) -> dict[str, Tensor]:
+        """G and R at observations with several θ̃ each, every observation embedded once."""
         num_pairs, num_x = self.options.proxy_batch_size, self.options.reverse_batch_size
-        x = self.pool.x[self.pool.draw(max(num_pairs, num_x))[:num_x]]
-        theta_k, log_q = self._samples(x, max(_WAKE_SAMPLES, self.options.reverse_samples))
-        with embedded_once(self.main, x):
-            log_p = self.main.log_prob(theta_k, x)
-        terms = {"generated": reweighted_forward_term(log_p, log_q)}
+        rows = self.pool.draw(num_x)
+        x, num = self.pool.x[rows], max(1, num_pairs // num_x)
+        theta, log_q = self.pool.theta_at(rows, num), None
         if with_reverse:
-            terms["reverse"] = reverse_vargrad_loss(log_p, log_q, self.options.reverse_barrier)
+            theta_k, log_q = self._samples(x, self.options.reverse_samples)
+            theta = torch.cat([theta, theta_k])
+        with embedded_once(self.main, x):
+            log_p = self.main.log_prob(theta, x)
+        terms = {"generated": forward_term(log_p[:num])}
+        if log_q is not None:
+            barrier = self.options.reverse_barrier
+            terms["reverse"] = reverse_vargrad_loss(log_p[num:], log_q, barrier)
         return terms
 
     @torch.no_grad()

@@ -6,18 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
-from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
+from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, LikelihoodProxy, Proxy, build_proxy
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.loss import Pool
 from sbi_jeffreys.training.multipliers import trust
+from sbi_jeffreys.training.pool import Pool, draw_pool, resampled_pool, tempering_weights
 from sbi_jeffreys.training.report import ProxyStatus
 
 __all__ = ["Budget", "Prepared", "Simulations", "prepare"]
@@ -161,23 +160,38 @@ def prepare(
     )
     if t < options.min_trust:  # mutant: bad-proxy-followed
         return found
-    # mutant: pool-of-the-default-alone
-    num_draws = options.draws_for(budget.num_steps, simulations.x[0].numel())
-    theta_pool, x_pool = draw_pool(proxy, simulations, held_out.atomic, num_draws)
-    if len(x_pool) < max(1, _MIN_POOL * num_draws) and proxy.can_sample:
-        return replace(found, status=ProxyStatus.IMPLAUSIBLE)
-    weights = kernel(x_pool)
-    if not bool(weights.sum() > 0):
+    return _with_pool(found, proxy, main, simulations, kernel, options, budget)
+
+
+def _with_pool(
+    found: Prepared,
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    simulations: Simulations,
+    kernel: Callable[[Tensor], Tensor],
+    options: JeffreysOptions,
+    budget: Budget,
+) -> Prepared:
+    """What was found, with the pool of a proxy that is trusted, or why there is none."""
+    train, first_round = simulations.train, simulations.round_ == 0
+    theta, x = simulations.theta[train], simulations.x[train]
+    if proxy.can_sample:
+        # mutant: pool-of-the-default-alone
+        num_draws = options.draws_for(budget.num_steps, x[0].numel())
+        theta, x = draw_pool(proxy, theta, first_round, num_draws)
+        if len(x) < max(1, _MIN_POOL * num_draws):
+            return replace(found, status=ProxyStatus.IMPLAUSIBLE)
+    if proxy.can_sample and not found.atomic:
+        # mutant: tempered-pool-not-used
+        pool = Pool(theta, x, tempering_weights(proxy, theta, x))
+        cheap = isinstance(proxy, LikelihoodProxy) and proxy.draws_cheaply
+        pool.renewable = first_round and cheap and bool((kernel(x) == 1).all())
+        pool.renewable &= bool((pool.weights == 1).all())
+    else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
+        pool = resampled_pool(proxy, main, theta, x)
+    pool.weights = pool.weights * kernel(pool.x)
+    if not bool(pool.weights.sum() > 0):
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)
-    # mutant: tempered-pool-not-used
-    weights = weights * tempering_weights(proxy, theta_pool, x_pool)
-    renewable = (
-        isinstance(proxy, LikelihoodProxy)
-        and proxy.draws_cheaply
-        and simulations.round_ == 0
-        and bool((weights == 1).all())
-    )
-    pool = Pool(theta_pool, x_pool, weights, renewable)
     return replace(found, status=ProxyStatus.USED, pool=pool)
 
 
@@ -202,47 +216,3 @@ def _share_left(proxy: Proxy, theta: Tensor, x: Tensor, gamma: float) -> float:
     """Effective share of pairs of the proxy's joint under the weights of a temperature."""
     log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
     return float(effective_sample_size(log_weights)) / len(x)
-
-
-def draw_pool(
-    proxy: Proxy, simulations: Simulations, atomic: bool, num_draws: int
-) -> tuple[Tensor | None, Tensor]:
-    """Observations for G and R, with their θ where those follow the prior's posterior.
-
-    Args:
-        proxy: A fitted proxy.
-        simulations: Data and split.
-        atomic: Whether the rounds' θ come from a proposal that the loss corrects for.
-        num_draws: Size of the pool.
-
-    Returns:
-        θ `(N, D)` or None (G is then reweighted from the main's samples), and x `(N, *x_shape)`.
-    """
-    if not proxy.can_sample:
-        return None, simulations.x[simulations.train]
-    if simulations.round_ == 0:
-        return proxy.sample_joint(num_draws)
-    # Later rounds: observations where the rounds simulate, at θ of the training simulations.
-    rows = simulations.train[torch.randint(len(simulations.train), (num_draws,))]
-    theta, x = proxy.sample_given(simulations.theta[rows])
-    return (None if atomic else theta), x
-
-
-@torch.no_grad()
-def tempering_weights(proxy: Proxy, theta: Tensor | None, x: Tensor) -> Tensor:
-    """Weights in proportion to ℓ_ψ^{γ−1}: under them, θ given x follows q_{ψ,γ} in the pool.
-
-    Args:
-        proxy: The proxy, at its temperature.
-        theta: Of the pool, or None where there are none to weigh.
-        x: Of the pool.
-
-    Returns:
-        Shape `(N,)`, mean one; ones at γ = 1.
-    """
-    gamma = proxy.inverse_temperature
-    if theta is None or gamma == 1 or len(x) == 0:
-        return torch.ones(len(x), device=x.device)
-    # mutant: pool-not-tempered
-    log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
-    return len(x) * truncated_log_weights(log_weights).exp()

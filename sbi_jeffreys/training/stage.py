@@ -69,7 +69,7 @@ class SymmetricStage:
         self.loss: StageLoss = loss
         self._symmetric_loss = loss  # also where an ablation replaces `loss`
         self.options, self.num_steps, self.clip_max_norm = options, num_steps, clip_max_norm
-        by_default = _FACTOR if self.pool.theta is not None else _FACTOR_WITHOUT_PAIRS
+        by_default = _FACTOR_WITHOUT_PAIRS if self.pool.grouped else _FACTOR
         self.peak_learning_rate = learning_rate * (options.learning_rate_factor or by_default)
         self.entropy, self.npe_nll = entropy, npe_nll
         self.multipliers = ResilientMultipliers(

@@ -96,7 +96,7 @@ def test_losses_of_later_rounds(kwargs):
 
 def test_first_round_loss_on_request_in_later_rounds():
     inference = second_round(trained(), force_first_round_loss=True)
-    assert inference._training.stage.pool.theta is not None
+    assert not inference._training.stage.pool.grouped
 
 
 def test_retrain_from_scratch_builds_a_new_net_and_proxy():

@@ -155,6 +155,19 @@ def test_images_with_the_mains_embedding_or_one_of_its_own(share: bool):
     assert same == share
 
 
+def test_several_networks_are_averaged_and_the_best_comes_first():
+    prior, theta, x = gaussian_pairs(800)
+    main = WideMain(x)
+    one = fitted(prior, theta[:700], x[:700], main, num_nets=1)
+    assert len(one.nets) == 1
+    several = fitted(prior, theta[:700], x[:700], main, num_nets=3)
+    at = theta[:20].unsqueeze(0)
+    factors = torch.stack([net(at, net.summarise(x[:20])) for net in several.nets])  # type: ignore
+    assert torch.allclose(several.log_factor(at, x[:20]), factors.mean(0))
+    assert float((factors[0] - factors[1]).abs().max()) > 1e-3
+    assert several.net is several.nets[0]
+
+
 def test_padded_trials_with_a_permutation_invariant_net():
     prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
     theta = prior.sample((1_200,))

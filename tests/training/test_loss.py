@@ -4,7 +4,8 @@ import torch
 
 from sbi_jeffreys import JeffreysOptions
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.training.loss import Pool, SymmetricLoss, weigh
+from sbi_jeffreys.training.loss import SymmetricLoss, weigh
+from sbi_jeffreys.training.pool import Pool
 
 OPTIONS = JeffreysOptions(proxy_batch_size=10, reverse_batch_size=5, reverse_samples=2)
 

@@ -13,12 +13,13 @@ from contract_tools import TINY
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from sbi_jeffreys import GivenProxy, NPE_Jeffreys
+from sbi_jeffreys import GivenProxy, JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import EnergyProxy, LikelihoodProxy
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.preparation import Simulations, draw_pool, tempering_weights
+from sbi_jeffreys.training.pool import draw_pool, tempering_weights
+from sbi_jeffreys.training.preparation import _temper
 from sbi_jeffreys.training.temperature import inverse_temperature
 
 NOISE, DIM = 0.5, 2
@@ -186,10 +187,7 @@ def test_pairs_of_the_pool_follow_the_tempered_proxy(gamma: float, round_: int):
     num, scale = 40_000, 0.65
     proxy = ScaledProxy(scale)
     proxy.inverse_temperature.fill_(gamma)
-    indices = torch.arange(num)
-    simulations = Simulations(*pairs(num), indices, indices[:1], round_)
-    theta, x = draw_pool(proxy, simulations, atomic=False, num_draws=num)
-    assert theta is not None
+    theta, x = draw_pool(proxy, pairs(num)[0], first_round=round_ == 0, num_draws=num)
     weights = tempering_weights(proxy, theta, x)
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-4)
     rows = torch.multinomial(weights, num, replacement=True)
@@ -202,10 +200,16 @@ def test_pairs_of_the_pool_follow_the_tempered_proxy(gamma: float, round_: int):
     assert float((theta - slope * x).var()) == pytest.approx(variance, rel=0.05)
 
 
-def test_observations_without_theta_are_not_weighed():
-    proxy = ScaledProxy(0.65)
-    proxy.inverse_temperature.fill_(1.5)
-    assert torch.equal(tempering_weights(proxy, None, torch.zeros(5, DIM)), torch.ones(5))
+def test_a_temperature_that_no_pool_can_be_weighted_by_is_not_used(monkeypatch):
+    """γ = 0.1 of a likelihood as sharp as this leaves 1 % of the pool effective."""
+    proxy = ScaledProxy(0.02)
+    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 0.1)
+    torch.manual_seed(0)
+    _temper(proxy, WideMain(), held_out(50), JeffreysOptions())  # type: ignore[arg-type]
+    theta, x = proxy.sample_joint(4_000)
+    weights = tempering_weights(proxy, theta, x)
+    assert 0.1 < float(proxy.inverse_temperature) < 1
+    assert float(weights.sum() ** 2 / (weights**2).sum()) > 0.4 * len(x)
 
 
 def trained(proxy: Proxy, **changes) -> NPE_Jeffreys:

@@ -1,0 +1,75 @@
+"""θ̃ resampled at given observations follow the proxy, and say where they do not."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal
+
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.normaliser import adapted_draws
+from sbi_jeffreys.training.pool import resampled_pool
+
+NOISE = 0.3
+
+
+class Exact(Proxy):
+    """x = θ + noise; at x > 10 the likelihood is a spike in θ that no proposal finds."""
+
+    def __init__(self) -> None:
+        super().__init__(MultivariateNormal(torch.zeros(1), torch.eye(1)))
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        normal = Normal(theta, NOISE).log_prob(x)[..., 0]
+        spike = -1e6 * (theta[..., 0] - 0.1234567) ** 2
+        return torch.where(x[:, 0] > 10, spike, normal)
+
+
+class Main(torch.nn.Module):
+    """N(0.5, 1.5²) whatever x is."""
+
+    embedding_net = None
+
+    def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
+        return Normal(0.5, 1.5).log_prob(theta)[..., 0]
+
+    def sample(self, shape: torch.Size, x: Tensor) -> Tensor:
+        return 0.5 + 1.5 * torch.randn(*shape, len(x), 1)
+
+
+def test_resampled_theta_follow_the_proxys_posterior():
+    """N(x / 1.09, 0.09 / 1.09) at each of 200 x, 64 θ̃ each."""
+    torch.manual_seed(0)
+    theta = torch.randn(200, 1)
+    x = theta + NOISE * torch.randn(200, 1)
+    pool = resampled_pool(Exact(), Main(), theta, x)  # type: ignore[arg-type]
+    assert pool.grouped
+    assert pool.theta.shape == (64, 200, 1)
+    centred = pool.theta - x / (1 + NOISE**2)
+    assert float(centred.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(centred.std()) == pytest.approx(NOISE / (1 + NOISE**2) ** 0.5, rel=0.05)
+    assert float(pool.weights.min()) == 1.0
+    rows = pool.draw(7)
+    assert pool.theta_at(rows, 3).shape == (3, 7, 1)
+
+
+def test_an_observation_whose_weights_collapse_is_drawn_less_often(monkeypatch):
+    torch.manual_seed(0)
+    once = functools.partial(adapted_draws, max_rounds=0)
+    monkeypatch.setattr("sbi_jeffreys.training.pool.adapted_draws", once)
+    theta, x = torch.zeros(4, 1), torch.tensor([[0.0], [0.5], [11.0], [12.0]])
+    pool = resampled_pool(Exact(), Main(), theta, x)  # type: ignore[arg-type]
+    assert float(pool.weights[:2].min()) == 1.0
+    assert float(pool.weights[2:].max()) < 1.0
+
+
+def test_an_observation_without_any_mass_is_never_drawn():
+    class Nowhere(Exact):
+        def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+            return torch.where(x[:, 0] > 10, -torch.inf, super().log_factor(theta, x))
+
+    torch.manual_seed(0)
+    x = torch.tensor([[0.0], [11.0]])
+    pool = resampled_pool(Nowhere(), Main(), torch.zeros(2, 1), x)  # type: ignore[arg-type]
+    assert pool.weights.tolist() == [1.0, 0.0]
