@@ -217,7 +217,7 @@ class MainBuilder:
         if embedding is not None:
             settings |= {"embedding_net": embedding, "z_score_x": "none"}
         elif self.embedding_net is not None:
-            settings["embedding_net"] = deepcopy(self.embedding_net)
+            settings["embedding_net"] = _with_parameter(deepcopy(self.embedding_net))
         return posterior_nn(self.model, **settings)
 
     def _embeds(self) -> bool:
@@ -228,6 +228,13 @@ class MainBuilder:
         embeds = net is not None and not isinstance(net, nn.Identity)
         # mutant: z-score-of-config-overridden
         return embeds or own_setting(self.model, "z_score_condition") is not None
+
+
+def _with_parameter(net: nn.Module) -> nn.Module:
+    """The net, with a fixed parameter if it has none: sbi asks its first one for the device."""
+    if not any(True for _ in net.parameters()):
+        net.register_parameter("fixed", nn.Parameter(torch.zeros(1), requires_grad=False))
+    return net
 
 
 def main_builder(

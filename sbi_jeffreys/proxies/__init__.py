@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sbi.utils import within_support
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
@@ -22,6 +22,7 @@ from sbi_jeffreys.proxies.experts import (
 )
 from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
+from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 
 if TYPE_CHECKING:
     from sbi_jeffreys.options import JeffreysOptions
@@ -61,6 +62,12 @@ def build_proxy(
     if isinstance(options.proxy, Proxy):
         _compare_priors(options.proxy.prior, prior)  # mutant: priors-not-compared
         return options.proxy, f"given: {type(options.proxy).__name__}"
+    summary = main.embedding_net
+    if options.proxy == "auto" and summary is not None and _is_fixed(summary):
+        proxy = SummaryLikelihoodProxy(
+            prior, summary, options.experts, options.proxy_fit, options.proxy_folds
+        )
+        return proxy, "likelihood: the main's embedding net is fixed"
     obstacle = _no_density(x)
     if obstacle == _CONSTANT:
         return None, "x is constant: it carries no information on theta"
@@ -127,6 +134,15 @@ def _embeds(main: ConditionalDensityEstimator) -> bool:
     """Whether the main has a trainable embedding net of x."""
     net = main.embedding_net
     return net is not None and any(p.requires_grad for p in net.parameters())
+
+
+def _is_fixed(net: nn.Module | None) -> bool:
+    """Whether there is an embedding net of the user's without trainable parameters.
+
+    sbi's own standardisation and our marginal transforms have buffers, and no parameters.
+    """
+    parameters = [] if net is None else list(net.parameters())
+    return len(parameters) > 0 and not any(p.requires_grad for p in parameters)
 
 
 def hand_back_embedding(proxy: Proxy, main: ConditionalDensityEstimator) -> None:

@@ -51,7 +51,7 @@ __all__ = ["DrawCount", "LikelihoodProxy", "stacking_weights"]
 #: gain, and the smaller the cost.
 _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
-_MIN_WEIGHT = 0.01  # experts of a smaller weight are dropped
+_MIN_WEIGHT = 0.02  # experts of a smaller weight are dropped
 _ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
 # mutant: missing-draws-not-replaced
 _ROUNDS = 5  # in which draws are replaced that were not plausible

@@ -143,8 +143,10 @@ class GaussianRegression(nn.Module):
             z: Shape `(*B, dim_z)`.
             mean: In place of m(z): rows of `leave_one_out` for the pairs of the fit.
         """
-        residuals = (y - (self.mean(z) if mean is None else mean)).unsqueeze(-1)
-        return torch.linalg.solve_triangular(self.cholesky, residuals, upper=False).squeeze(-1)
+        residuals = y - (self.mean(z) if mean is None else mean)
+        columns = residuals.reshape(-1, residuals.shape[-1]).T  # one solve, not one per pair
+        white = torch.linalg.solve_triangular(self.cholesky, columns, upper=False)
+        return white.T.reshape(residuals.shape)
 
     def colour(self, e: Tensor, z: Tensor) -> Tensor:
         """The inverse of `whiten`: y = m(z) + L e."""
