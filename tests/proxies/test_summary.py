@@ -34,7 +34,9 @@ def test_its_likelihood_is_that_of_the_summaries():
     proxy.fit(theta, x, torch.arange(500), torch.arange(500, 600))
     std = 3 / 250**0.5
     truth = torch.distributions.Normal(theta, std).log_prob(Halves()(x)).sum(-1)
-    assert torch.allclose(proxy.log_factor(theta.unsqueeze(0), x)[0], truth, atol=0.5)
+    missed = truth - proxy.log_factor(theta.unsqueeze(0), x)[0]
+    assert abs(float(missed.mean())) < 0.1
+    assert float(missed.std()) < 0.2
     assert not proxy.can_sample
     for draw in (lambda: proxy.sample_joint(3), lambda: proxy.sample_given(theta)):
         with pytest.raises(NotImplementedError, match="no draws of x"):
@@ -48,8 +50,10 @@ def test_training_uses_it_and_says_so():
     torch.manual_seed(0)
     theta, x = simulate(200)
     builder = MainBuilder("maf", embedding_net=Halves())
-    inference = NPE_Jeffreys(PRIOR, density_estimator=builder, options=TINY)
-    inference.append_simulations(theta, x).train(max_num_epochs=5, show_progress_bars=False)
+    inference = NPE_Jeffreys(
+        PRIOR, density_estimator=builder, options=TINY, show_progress_bars=False
+    )
+    inference.append_simulations(theta, x).train(max_num_epochs=5)
     assert isinstance(inference.proxy, SummaryLikelihoodProxy)
     assert "summaries" in inference.training_report.proxy
     assert inference._training.stage.pool.grouped
