@@ -218,10 +218,7 @@ class NPE_Jeffreys(SavedTrainer):
         )
 
     def build_corrected_posterior(
-        self,
-        num_candidates: int = 20_000,
-        device: str | None = None,
-        power: float | None = None,
+        self, num_candidates: int = 20_000, device: str | None = None, power: float | None = None
     ) -> CorrectedPosterior:
         """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
 

@@ -176,10 +176,7 @@ def fit_network(
     with flattened(net) as weights, flattened(ema) as averages:
         kept = [p.detach().clone() for p in averages]
         optimizer = AdamW(
-            weights,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=can_fuse(net),
+            weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=can_fuse(net)
         )
         try:
             while epoch < config.max_epochs and since < patience:

@@ -13,24 +13,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
-from sbi_jeffreys._checks import (
-    check_bool,
-    check_callable,
-    check_float,
-    check_instance,
-    check_int,
-)
+from sbi_jeffreys._checks import check_bool, check_callable, check_float, check_instance, check_int
 from sbi_jeffreys.networks.builders import MainBuilder
 from sbi_jeffreys.networks.configs import check_trainable, is_config
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.simulations import check_matrix
 
-__all__ = [
-    "TrainArguments",
-    "check_constructor",
-    "check_resumable",
-    "lost_builder",
-]
+__all__ = ["TrainArguments", "check_constructor", "check_resumable", "lost_builder"]
 
 _TRACKER_METHODS = ("log_metric", "flush")  # of sbi's protocol, what training calls
 _WRITER_METHODS = ("add_scalar", "flush")

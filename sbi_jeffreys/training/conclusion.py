@@ -30,9 +30,7 @@ _CLEARLY = 2.0  # standard errors
 
 
 def make_report(
-    prepared: Prepared | None,
-    symmetric: SymmetricTraining | None,
-    seconds: Sequence[float],
+    prepared: Prepared | None, symmetric: SymmetricTraining | None, seconds: Sequence[float]
 ) -> TrainingReport:
     """The report of a training.
 

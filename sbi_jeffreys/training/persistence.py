@@ -26,14 +26,7 @@ from torch.optim import Optimizer
 
 from sbi_jeffreys._checks import JeffreysWarning
 
-__all__ = [
-    "FORMAT_VERSION",
-    "is_picklable",
-    "load",
-    "load_tensors",
-    "place_step_counters",
-    "save",
-]
+__all__ = ["FORMAT_VERSION", "is_picklable", "load", "load_tensors", "place_step_counters", "save"]
 
 FORMAT_VERSION = 2
 _FORMAT = "sbi_jeffreys inference"
