@@ -1,3 +1,4 @@
+# ruff: noqa: F401 - the rest of the package imports these names from here
 """The only door to what is not public in sbi: names to import, and attributes to read or set.
 
 Round one of training needs nothing of this but the trainer's network. What later rounds need (the
@@ -29,33 +30,6 @@ from sbi.sbi_types import Tracker
 from sbi.utils.sbiutils import ImproperEmpirical
 from torch import Tensor
 from torch.distributions import Distribution
-
-__all__ = [
-    "NPE",
-    "BasePotential",
-    "ConditionalDensityEstimator",
-    "DensityConfigBase",
-    "ImportanceSamplingPosteriorParameters",
-    "ImproperEmpirical",
-    "MCMCPosteriorParameters",
-    "PosteriorParameters",
-    "RejectionPosteriorParameters",
-    "Tracker",
-    "describe_round",
-    "device_of",
-    "latest_round",
-    "losses",
-    "model_builders",
-    "network_of",
-    "prior_of",
-    "restore_best_weights",
-    "set_builder",
-    "set_device",
-    "set_network",
-    "set_tracker",
-    "silent_prior",
-    "tracker_of",
-]
 
 # The typed configs whose models a trainer fits descend from this class; None in sbi 0.27, which
 # has no typed configs.
