@@ -188,6 +188,12 @@ def check_sample_shape(sample_shape: Any) -> torch.Size:
     return torch.Size(sample_shape)
 
 
+def check_not_empty(name: str, values: Any, entry: str, remedy: str) -> None:
+    """Require at least one entry of a tensor, list or dict."""
+    if len(values) == 0:
+        raise ValueError(f"{name} must have at least one {entry}, got none; {remedy}.")
+
+
 def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> Any:
     """Require the methods of a prior."""
     missing = [method for method in methods if not callable(getattr(prior, method, None))]

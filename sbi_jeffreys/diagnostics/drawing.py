@@ -28,12 +28,7 @@ def axes_for(
     each: str = "",
     shared: bool = False,
 ) -> np.ndarray:
-    """The axes given, flat, after a check; those of a new figure of so many inches if None.
-
-    Raises:
-        TypeError: If something else than Axes is among them.
-        ValueError: If there are more or fewer than rows times columns, "one per …" of `each`.
-    """
+    """The axes given, flat and checked; if None, those of a new figure of `size` inches."""
     import matplotlib.pyplot as plt  # here, because importing it chooses a backend
     from matplotlib.axes import Axes
 
@@ -90,11 +85,7 @@ def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) 
 
 
 def _numbers(summary: Mapping[str, Any], key: str) -> np.ndarray:
-    """The values of a key of the summary; none where it is missing.
-
-    Raises:
-        TypeError: If they are no numbers.
-    """
+    """The values of a key of the summary, which must be numbers; none if the key is missing."""
     values = summary.get(key, ())
     try:
         return np.asarray([float(value) for value in values])
@@ -130,7 +121,7 @@ def bars(
     label: str,
     hatch: str,
 ) -> None:
-    """Bars with error bars; a value that is not known leaves a gap."""
+    """Bars with error bars; a value that is not known (NaN) leaves a gap."""
     heights, errors = np.asarray(values, dtype=float).T
     style: dict[str, Any] = {"color": colour, "edgecolor": "white", "hatch": hatch, "capsize": 4}
     axis.bar(places, np.nan_to_num(heights), 0.38, yerr=errors, label=label, **style)
@@ -147,7 +138,7 @@ def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: st
 
 
 def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
-    """The same limits everywhere, set by the bulk, so that a far draw does not shrink the rest."""
+    """Give all axes the same limits, set by the bulk: a far draw does not shrink the rest."""
     everything = np.concatenate(drawn)
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.12 * np.maximum(high - low, 1e-12)
@@ -159,11 +150,7 @@ def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
 def pairs(
     drawn: Mapping[str, np.ndarray], truth: np.ndarray | None, names: Sequence[str]
 ) -> np.ndarray:
-    """sbi's pairplot, with the reference first and in grey.
-
-    Two methods have one triangle each, above and below the diagonal; more methods share the upper
-    one.
-    """
+    """sbi's pairplot over the reference in grey; two methods have a triangle each."""
     from matplotlib import rc_context
     from matplotlib.lines import Line2D
     from sbi.analysis import pairplot
