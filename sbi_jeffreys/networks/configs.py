@@ -1,4 +1,4 @@
-"""Typed configs of sbi's networks, which sbi has after 0.27: which of them can be the main."""
+"""Typed configs of sbi's networks, which sbi has after 0.27, and which of them can be the main."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ __all__ = ["check_trainable", "is_config", "own_setting"]
 def is_config(model: Any) -> bool:
     """Whether `model` is a typed config of a density that is trained (`NSFConfig()`, …).
 
-    Where sbi has no such configs, as in 0.27, what looks like one is taken for one.
+    Where sbi has no such configs, as in 0.27, any dataclass with a method `build` counts as one.
     """
-    if not _looks_like_one(model) or callable(model):
-        return False
-    return DensityConfigBase is None or isinstance(model, DensityConfigBase)
+    known = DensityConfigBase is None or isinstance(model, DensityConfigBase)
+    return known and _looks_like_one(model) and not callable(model)
 
 
 def own_setting(config: Any, name: str) -> Any:
-    """What the user set a field of a config to; None where it has its default, or is missing."""
+    """The user's value of a config's field; None if it is the default or there is no such field."""
     default = next((f.default for f in dataclasses.fields(config) if f.name == name), None)
     value = getattr(config, name, default)
     return None if value == default else value
 
 
 def check_trainable(name: str, model: Any) -> None:
-    """Refuse a model that cannot be the main before sbi notices it in training.
+    """Refuse TabPFN, the class of a config, and a config of another family than densities.
 
     Args:
         name: The argument's name.
-        model: What was passed for it. What is neither a config nor "tabpfn" is not judged here.
+        model: What was passed for it; anything that is neither a config nor "tabpfn" is accepted.
 
     Raises:
-        TypeError: For a config of another family, such as that of a classifier, for the class of a
-            config in place of an instance, and for TabPFN, which is not trained.
+        TypeError: If the model cannot be the main.
     """
     remedy = _remedy(model)
     if remedy is not None:  # mutant: any-config-accepted
