@@ -105,14 +105,6 @@ def logarithmic_if_wide(axis: Axes) -> None:
         axis.set_yscale("log")
 
 
-def mark_if_empty(axis: Axes, epochs: int) -> None:
-    """Write that there was no symmetric stage (`num_steps=0`, or no proxy) if there was none."""
-    if not epochs:
-        axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
-        axis.set_xticks([])
-        axis.set_yticks([])
-
-
 def bars(
     axis: Axes,
     places: np.ndarray,
@@ -128,13 +120,6 @@ def bars(
     text: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
     for place in places[np.isnan(heights)]:
         axis.annotate("not\nknown", (place, 0), (0, 3), **text)
-
-
-def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
-    """One method's draws `(N, 2)` over the reference's."""
-    if truth is not None:
-        axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
-    axis.scatter(*values.T, s=4, color=colour, linewidths=0, alpha=0.7)
 
 
 def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
@@ -193,12 +178,16 @@ def method_style(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
 
 
-def whole_epochs(axis: Axes, epochs: int) -> None:
-    """Ticks at whole numbers, since epochs are counted from 1."""
+def epoch_axis(axis: Axes, epochs: int) -> None:
+    """Ticks at whole epochs, which are counted from 1; a note if there was no symmetric stage."""
     from matplotlib.ticker import MaxNLocator
 
-    if epochs <= _FEW:
-        axis.set_xlim(0.5, max(epochs, 1) + 0.5)
+    axis.set_xlabel("epoch of the symmetric stage")
+    if not epochs:
+        axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
+        axis.set(xlim=(0.5, 1.5), xticks=[], yticks=[])
+    elif epochs <= _FEW:
+        axis.set_xlim(0.5, epochs + 0.5)
         axis.set_xticks(range(1, epochs + 1))
     else:
         axis.set_xlim(0, epochs + 0.5)

@@ -72,10 +72,8 @@ def plot_training(
     drawing.priorities_panel(priorities, summary)
     epochs = len(summary.get("held_out_forward", []))
     for axis in drawn:
-        axis.set_xlabel("epoch of the symmetric stage")
-        drawing.whole_epochs(axis, epochs)
+        drawing.epoch_axis(axis, epochs)
         legend(axis)
-        drawing.mark_if_empty(axis, epochs)
     return drawn
 
 
@@ -225,7 +223,9 @@ def plot_posteriors(
     shape, size = (1, len(drawn)), (3.6 * len(drawn), 3.8)
     flat = axes_for("axes", axes, shape, size, "one per method", shared=True)
     for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
-        drawing.scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
+        if truth is not None:
+            axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
+        axis.scatter(*values.T, s=4, color=COLOURS[k % len(COLOURS)], linewidths=0, alpha=0.7)
         axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
     drawing.share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
     if truth is not None:

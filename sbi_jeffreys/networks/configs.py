@@ -38,7 +38,8 @@ def check_trainable(name: str, model: Any) -> None:
     """
     remedy = _remedy(model)
     if remedy is not None:  # mutant: any-config-accepted
-        got = repr(model) if isinstance(model, str) else _class_name(model)
+        kind = getattr(model, "__name__", type(model).__name__)
+        got = repr(model) if isinstance(model, str) else kind
         raise TypeError(
             f"{name} must be a model that is trained, such as the configs of sbi's "
             f"DensityConfigBase, got {got}; {remedy}."
@@ -55,16 +56,12 @@ def _remedy(model: Any) -> str | None:
         return f"this is the class and not an instance, write {model.__name__}()"
     if callable(model):  # a builder of the user's own
         return None
-    if _class_name(model) == "TabPFNConfig":
+    if type(model).__name__ == "TabPFNConfig":
         return _NO_TABPFN
     return "this config belongs to another kind of inference, pass for instance NSFConfig()"
 
 
 _NO_TABPFN = "TabPFN has no loss to train with. Use NPE_PFN instead"
-
-
-def _class_name(model: Any) -> str:
-    return model.__name__ if isinstance(model, type) else type(model).__name__
 
 
 def _looks_like_one(model: Any) -> bool:

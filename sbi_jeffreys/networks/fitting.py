@@ -138,11 +138,6 @@ def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
     average(tuple(ema), tuple(weights), step)
 
 
-def _annealed(epoch: int, max_epochs: int) -> float:
-    """Cosine decay of the learning rate to a hundredth, in [0.01, 1]."""
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
-
-
 def fit_network(
     net: nn.Module,
     loss: Loss,
@@ -177,8 +172,9 @@ def fit_network(
         try:
             while epoch < config.max_epochs and since < patience:
                 net.train()
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)
+                cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.max_epochs))
+                for group in optimizer.param_groups:  # decays to a hundredth
+                    group["lr"] = config.learning_rate * (0.01 + 0.99 * cosine)
                 order = train_indices[torch.randperm(len(train_indices))]
                 for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
                     _step(weights, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)
