@@ -302,7 +302,7 @@ _TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)
 
 
 def register() -> None:
-    """Let `sbi.inference.infer` know the method "npe_jeffreys"; calling it again changes nothing.
+    """Make the method "npe_jeffreys" available to `sbi.inference.infer`.
 
     `infer` looks methods up as upper-case attributes of `sbi.inference`. An import should not set
     attributes of another package, hence this explicit call.

@@ -76,9 +76,15 @@ def evaluate(
         if found.corrected is not None:
             raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
+    weights = [batch.log_weights for batch in draws if batch.log_weights is not None]
+    joined = PairDraws(
+        torch.cat([batch.theta for batch in draws], dim=1),
+        torch.cat([batch.log_prob for batch in draws], dim=1),
+        torch.cat([batch.log_prob_true for batch in draws]),
+        torch.cat(weights, dim=1) if weights else None,
+    )
     reverse, sizes = ([batch[k] for batch in against] for k in range(2))
-    joined = (torch.cat(reverse), torch.cat(sizes)) if against else None
-    return _joined(draws), joined
+    return joined, (torch.cat(reverse), torch.cat(sizes)) if against else None
 
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
@@ -149,14 +155,3 @@ def _reweighted(
     log_weights = target - raw.log_prob
     log_z = log_normaliser(target, raw.log_prob)
     return PairDraws(raw.theta, target - log_z, target_true - log_z, log_weights)
-
-
-def _joined(batches: Sequence[PairDraws]) -> PairDraws:
-    """The pairs of all batches, side by side."""
-    weights = [batch.log_weights for batch in batches if batch.log_weights is not None]
-    return PairDraws(
-        torch.cat([batch.theta for batch in batches], dim=1),
-        torch.cat([batch.log_prob for batch in batches], dim=1),
-        torch.cat([batch.log_prob_true for batch in batches]),
-        torch.cat(weights, dim=1) if weights else None,
-    )

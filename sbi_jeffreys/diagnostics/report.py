@@ -44,7 +44,7 @@ Subject: TypeAlias = NPE | DirectPosterior | EnsemblePosterior
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """Diagnostics of a posterior on N held-out pairs. `str(report)` is the whole of it in words.
+    """Diagnostics of a posterior on N held-out pairs; `str(report)` has them in words.
 
     Attributes:
         num_pairs: N.
@@ -56,12 +56,12 @@ class HeldOutReport:
             `CorrectedPosterior` it is that of the main that is corrected.
         reverse_error: Its standard error over observations.
         effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
-            observations. It is 1 where main and proxy agree *where the main has mass*: a mode that
-            the main misses does not lower it.
+            observations; 1 if main and proxy agree *where the main has mass*, even if the main
+            misses a mode.
         coverage: Expected coverage of the HPD regions.
         marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
         leakage: Mass of the raw density estimator outside the prior, in [0, 1].
-        findings: What is wrong, each a value with its kind and numbers; empty if nothing is.
+        findings: Faults of the posterior, each with its kind and numbers; empty if there are none.
     """
 
     num_pairs: int

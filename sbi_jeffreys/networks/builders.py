@@ -94,7 +94,7 @@ class MainBuilder:
     """Builds the main model p_φ(θ|x), with an embedding net where x needs one; picklable.
 
     For `NPE_Jeffreys`, in place of sbi's `posterior_nn(...)`, which has no access to the prior: the
-    trainer hands its prior to the builder, so that θ is modelled in unconstrained space and no
+    trainer passes its prior to the builder, so that θ is modelled in unconstrained space and no
     mass leaks out of the prior's support. A mixture density network ("mdn") models θ as it is,
     since sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
 

@@ -34,7 +34,7 @@ def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
 def embedded_once(main: ConditionalDensityEstimator, x: Tensor) -> Iterator[None]:
     """Inside, the main embeds `x` once per call, however many θ per observation come with it.
 
-    A forward hook hands the net the B distinct observations and repeats their summaries, which
+    A forward hook passes the B distinct observations to the net and repeats their summaries, which
     carry gradients as usual. A condition that is not `x` repeated as a whole is embedded as always.
     Dropout in the net is drawn once per observation instead of once per pair.
     """

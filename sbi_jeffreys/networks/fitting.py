@@ -121,7 +121,7 @@ def can_fuse(net: nn.Module) -> bool:
 
 
 def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
-    """One gradient step; a non-finite loss or gradient skips it instead of ruining the weights."""
+    """One gradient step, which is skipped if the loss or the gradient is not finite."""
     if not bool(torch.isfinite(loss)):
         return
     optimizer.zero_grad(set_to_none=False)  # in place: gradients may be views, see `flattened`

@@ -97,7 +97,7 @@ def _constants(spline: Spline, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 class _RationalQuadratic(torch.autograd.Function):
-    """The spline as one differentiable function; second derivatives are left to nflows."""
+    """The spline as one differentiable function; nflows computes second derivatives."""
 
     @staticmethod
     def forward(

@@ -84,7 +84,7 @@ class ProxyPotential(BasePotential):
 
 
 class _MainProposal:
-    """The main at the potential's observation, which is where sbi sets it, as a proposal."""
+    """The main as a proposal at the potential's x_o, since sbi sets x_o on the potential alone."""
 
     def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
         self.main, self.potential = main, potential

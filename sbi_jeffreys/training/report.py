@@ -18,7 +18,7 @@ __all__ = ["REFUSED", "Estimate", "Kept", "Problem", "ProxyStatus", "StageStatus
 
 
 class ProxyStatus(Enum):
-    """What became of the proxy."""
+    """Whether the proxy was used, and if not, why."""
 
     NOT_FITTED = "not fitted, because the symmetric stage has no steps"
     ABSENT = "there is no proxy for these simulations"
@@ -100,10 +100,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The outcome of one call of `train`; `str(report)` is the whole of it in words.
+    """The outcome of one call of `train`; `str(report)` has it in words.
 
     Attributes:
-        proxy_status: What became of the proxy.
+        proxy_status: Whether the proxy was used, and if not, why.
         proxy: Which proxy was chosen, and why, in words.
         experts: Names and mixture weights of a likelihood proxy's experts.
         trust: t in [0, 1], how far the proxy was followed.
@@ -165,7 +165,13 @@ class TrainingReport:
 
     def __str__(self) -> str:
         """Two to four lines, and one for each problem."""
-        lines = [self._proxy_words(), self._held_out_words(), self._stage_words()]
+        plain, proxy, stage = self.seconds
+        lines = [
+            self._proxy_words(),
+            self._held_out_words(),
+            f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; plain "
+            f"NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s.",
+        ]
         lines += [self.describe(problem) for problem in self.problems]
         return "\n".join(line for line in lines if line)
 
@@ -201,13 +207,6 @@ class TrainingReport:
         return (
             f" Its 50 and 90 % regions hold {half:.0f} and {most:.0f} % of {num} parameters "
             f"(by chance {low[0]:.0f}–{high[0]:.0f} and {low[1]:.0f}–{high[1]:.0f})."
-        )
-
-    def _stage_words(self) -> str:
-        plain, proxy, stage = self.seconds
-        cost = f"plain NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s"
-        return (
-            f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; {cost}."
         )
 
 
