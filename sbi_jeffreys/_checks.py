@@ -1,7 +1,7 @@
 """Checks of arguments: every error names the argument, what was expected, what came, the remedy.
 
-A wrong kind of object is a `TypeError`, a value out of range a `ValueError`. Configs, posteriors,
-reports and figures all check with these few functions, so that their messages read alike.
+Every check returns the value that it accepts. A wrong kind of object is a `TypeError`, a value out
+of range a `ValueError`. A `remedy` says what to write instead, without a full stop.
 """
 
 from __future__ import annotations
@@ -13,21 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "JeffreysWarning",
-    "check_bool",
-    "check_callable",
-    "check_choice",
-    "check_float",
-    "check_instance",
-    "check_int",
-    "check_observation",
-    "check_observations",
-    "check_prior",
-    "check_rows",
-    "check_sample_shape",
-    "check_tensor",
-]
+
+class JeffreysWarning(UserWarning):
+    """A result is not what the method promises; the message says why and what to do.
+
+    The one warning class of the package: `warnings.simplefilter("error", JeffreysWarning)` turns
+    all of its warnings into errors, `"ignore"` silences them.
+    """
 
 
 def _kind(value: Any) -> str:
@@ -36,26 +28,8 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} ({short})"
 
 
-def _remedy(remedy: str) -> str:
-    return f"; {remedy}." if remedy else "."
-
-
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """Require an integer in [minimum, maximum]; a bool or a float is none.
-
-    Args:
-        name: The argument's name, as the user wrote it.
-        value: What was passed.
-        minimum: Smallest value allowed.
-        maximum: Largest value allowed; None: no bound.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is out of range.
-    """
+    """Require an integer in [minimum, maximum]; a bool or a float is refused."""
     bounds = f"≥ {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int {bounds}, got {_kind(value)}; pass a whole number.")
@@ -73,61 +47,30 @@ def check_float(
     high_open: bool = False,
     remedy: str = "",
 ) -> float:
-    """Require a finite number in an interval whose ends may be excluded.
-
-    Args:
-        name: The argument's name.
-        value: What was passed.
-        low: Lower end.
-        high: Upper end; a finite value is required even where this is infinite.
-        low_open: Whether the lower end is excluded.
-        high_open: Whether the upper end is excluded.
-        remedy: What to write instead, without a full stop.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is NaN, infinite or out of range.
-    """
+    """Require a finite number in an interval, whose ends may be excluded."""
     left = "(" if low_open or math.isinf(low) else "["
     right = ")" if high_open or math.isinf(high) else "]"
     interval = f"{left}{low:g}, {high:g}{right}"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be a number in {interval}, got {_kind(value)}"
-            + _remedy(remedy or "pass a float")
-        )
-    inside = (value > low if low_open else value >= low) and (
-        value < high if high_open else value <= high
-    )
-    if not inside or not math.isfinite(value):
-        raise ValueError(
-            f"{name} must be a finite number in {interval}, got {value}"
-            + _remedy(remedy or "choose one in this range")
-        )
+        got = f"{_kind(value)}; {remedy or 'pass a float'}."
+        raise TypeError(f"{name} must be a number in {interval}, got {got}")
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below and math.isfinite(value)):
+        got = f"{value}; {remedy or 'choose one in this range'}."
+        raise ValueError(f"{name} must be a finite number in {interval}, got {got}")
     return value
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """Require True or False.
-
-    Raises:
-        TypeError: If it is anything else, 0, 1 and strings included.
-    """
+    """Require True or False; 0 and 1 are refused."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {_kind(value)}; pass True or False.")
     return value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Require one of a few strings.
-
-    Raises:
-        TypeError: If it is no string.
-        ValueError: If it is another one.
-    """
+    """Require one of a few strings."""
     listed = ", ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {listed}, got {_kind(value)}; pass such a string.")
@@ -137,37 +80,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def check_instance(name: str, value: Any, kinds: type | tuple[type, ...], remedy: str = "") -> Any:
-    """Require an object of a class, or of one of several.
-
-    Args:
-        name: The argument's name.
-        value: What was passed.
-        kinds: The class or classes.
-        remedy: What to write instead, without a full stop.
-
-    Raises:
-        TypeError: If it is of another class.
-    """
+    """Require an object of a class, or of one of several."""
     if not isinstance(value, kinds):
         classes = kinds if isinstance(kinds, tuple) else (kinds,)
         listed = " or ".join(cls.__name__ for cls in classes)
-        raise TypeError(
-            f"{name} must be of type {listed}, got {_kind(value)}"
-            + _remedy(remedy or f"pass a {classes[0].__name__}")
-        )
+        remedy = remedy or f"pass a {classes[0].__name__}"
+        raise TypeError(f"{name} must be of type {listed}, got {_kind(value)}; {remedy}.")
     return value
 
 
-def check_callable(name: str, value: Any, what: str, remedy: str = "") -> Any:
-    """Require something that can be called; `what` says as what ("a function of theta and x").
-
-    Raises:
-        TypeError: If it cannot.
-    """
+def check_callable(name: str, value: Any, what: str, remedy: str = "pass a function") -> Any:
+    """Require something that can be called; `what` says as what ("a function of x")."""
     if not callable(value):
-        raise TypeError(
-            f"{name} must be {what}, got {_kind(value)}" + _remedy(remedy or "pass a function")
-        )
+        raise TypeError(f"{name} must be {what}, got {_kind(value)}; {remedy}.")
     return value
 
 
@@ -178,54 +103,33 @@ def check_tensor(
     finite: bool = False,
     remedy: str = "",
 ) -> Tensor:
-    """Require a tensor of floating-point numbers of a shape.
+    """Require a tensor of floating-point numbers, of a shape if one is given.
 
-    Args:
-        name: The argument's name.
-        value: What was passed.
-        shape: Sizes; a string stands for any size and names it ("N", "D"). None: any shape.
-        finite: Whether NaN and ±∞ are refused.
-        remedy: What to write instead, without a full stop.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        TypeError: If it is no tensor, or one of integers, booleans or complex numbers.
-        ValueError: If its shape is another, or something in it is not finite.
+    A string in `shape` stands for any size and names it ("N", "D").
     """
     expected = "" if shape is None else f" of shape ({', '.join(map(str, shape))})"
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} must be a torch tensor{expected}, got {_kind(value)}"
-            + _remedy(remedy or f"pass torch.as_tensor({name}, dtype=torch.float32)")
-        )
+        remedy = remedy or f"pass torch.as_tensor({name}, dtype=torch.float32)"
+        raise TypeError(f"{name} must be a torch tensor{expected}, got {_kind(value)}; {remedy}.")
     if not value.is_floating_point():
-        raise TypeError(
-            f"{name} must be a tensor of floating-point numbers, got dtype {value.dtype}"
-            + _remedy(remedy or f"pass {name}.float()")
-        )
-    if shape is not None:
-        sizes = tuple(value.shape)
-        fits = len(sizes) == len(shape) and all(
-            isinstance(want, str) or want == size for want, size in zip(shape, sizes)
-        )
-        if not fits:
-            raise ValueError(
-                f"{name} must be a tensor{expected}, got shape {sizes}"
-                + _remedy(remedy or "reshape it")
-            )
-    if finite and not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).sum())
-        raise ValueError(
-            f"{name} must be finite, got NaN or inf in {bad} of {value.numel()} entries"
-            + _remedy(remedy or "drop or mask them")
-        )
+        got = f"{value.dtype}; {remedy or f'pass {name}.float()'}."
+        raise TypeError(f"{name} must be a tensor of floating-point numbers, got dtype {got}")
+    sizes = tuple(value.shape)
+    if shape is not None and not (
+        len(sizes) == len(shape)
+        and all(isinstance(want, str) or want == size for want, size in zip(shape, sizes))
+    ):
+        got = f"{sizes}; {remedy or 'reshape it'}."
+        raise ValueError(f"{name} must be a tensor{expected}, got shape {got}")
+    bad = int((~torch.isfinite(value)).sum()) if finite else 0
+    if bad:
+        got = f"in {bad} of {value.numel()} entries; {remedy or 'drop or mask them'}."
+        raise ValueError(f"{name} must be finite, got NaN or inf {got}")
     return value
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    """A float32 tensor of what is a tensor, an array, or nested lists of numbers."""
+    """A float32 tensor of a tensor, an array, or nested lists of numbers."""
     try:
         return torch.as_tensor(value).to(torch.float32)
     except (TypeError, ValueError, RuntimeError):
@@ -238,11 +142,7 @@ def _numbers(name: str, value: Any) -> Tensor:
 def check_rows(
     name: str, value: Any, shape: Sequence[int | str], finite: bool = False, remedy: str = ""
 ) -> Tensor:
-    """Require numbers of a shape, whose first dimension may be missing; see `check_tensor`.
-
-    Returns:
-        A float32 tensor of that shape, one row for what came without a first dimension.
-    """
+    """Require numbers of a shape whose first dimension may be missing: that is one row."""
     values = _numbers(name, value)
     if tuple(values.shape) == tuple(shape[1:]):
         values = values.unsqueeze(0)
@@ -259,9 +159,9 @@ def check_observations(x: Any, shape: Sequence[int]) -> Tensor:
 
 
 def check_observation(x: Any, shape: Sequence[int]) -> Tensor:
-    """Require one finite observation, with or without dimensions of one; returns `(1, *shape)`.
+    """Require one finite observation, with or without dimensions of size one.
 
-    None stands for a default that was not set.
+    None stands for a default that was not set. Returns `(1, *shape)`.
     """
     if x is None:
         raise ValueError(
@@ -278,12 +178,7 @@ def check_observation(x: Any, shape: Sequence[int]) -> Tensor:
 
 
 def check_sample_shape(sample_shape: Any) -> torch.Size:
-    """Require a tuple of positive ints; the empty tuple is one draw.
-
-    Raises:
-        TypeError: If it is no sequence of ints.
-        ValueError: If a size is not positive.
-    """
+    """Require a tuple or list of positive ints; the empty one is one draw."""
     remedy = "pass (1000,) for 1,000 draws"
     for size in check_instance("sample_shape", sample_shape, (tuple, list), remedy):
         if not isinstance(size, int) or isinstance(size, bool):
@@ -293,12 +188,14 @@ def check_sample_shape(sample_shape: Any) -> torch.Size:
     return torch.Size(sample_shape)
 
 
-def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> Any:
-    """Require the methods of a prior.
+def check_not_empty(name: str, values: Any, entry: str, remedy: str) -> None:
+    """Require at least one entry of a tensor, list or dict."""
+    if len(values) == 0:
+        raise ValueError(f"{name} must have at least one {entry}, got none; {remedy}.")
 
-    Raises:
-        TypeError: If one of them is missing.
-    """
+
+def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> Any:
+    """Require the methods of a prior."""
     missing = [method for method in methods if not callable(getattr(prior, method, None))]
     if missing:
         raise TypeError(
@@ -306,11 +203,3 @@ def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> 
             f"{' and '.join(missing)}; pass a torch distribution or what process_prior returns."
         )
     return prior
-
-
-class JeffreysWarning(UserWarning):
-    """A result is not what the method promises; the message says why and what to do.
-
-    The one warning class of the package: `warnings.simplefilter("error", JeffreysWarning)` turns
-    all of its warnings into errors, `"ignore"` silences them.
-    """

@@ -1,8 +1,8 @@
-"""The only door to what is not public in sbi: names to import, and attributes to read or set.
+# ruff: noqa: F401 - the rest of the package imports these names from here
+"""The only module that uses what is not public in sbi: names, and attributes to read or set.
 
-Round one of training needs nothing of this but the trainer's network. What later rounds need (the
-losses of a batch), what resuming and pickling need, and what reports need of somebody else's
-trainer or posterior is reached through the functions below. When sbi changes, this file changes.
+Later rounds need sbi's losses of a batch; resuming, pickling and reports need attributes of a
+trainer or posterior. When sbi changes, this file changes.
 """
 
 from __future__ import annotations
@@ -30,41 +30,13 @@ from sbi.utils.sbiutils import ImproperEmpirical
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = [
-    "NPE",
-    "BasePotential",
-    "ConditionalDensityEstimator",
-    "DensityConfigBase",
-    "ImportanceSamplingPosteriorParameters",
-    "ImproperEmpirical",
-    "MCMCPosteriorParameters",
-    "PosteriorParameters",
-    "RejectionPosteriorParameters",
-    "Tracker",
-    "describe_round",
-    "device_of",
-    "latest_round",
-    "losses",
-    "model_builders",
-    "network_of",
-    "prior_of",
-    "restore_best_weights",
-    "set_builder",
-    "set_device",
-    "set_network",
-    "set_tracker",
-    "silent_prior",
-    "tracker_of",
-]
-
-# The typed configs whose models a trainer fits descend from this class; None in sbi 0.27, which
-# has no typed configs.
+# Base class of the typed configs whose models a trainer fits; None in sbi 0.27, which has none.
 DensityConfigBase: type | None = getattr(neural_nets, "DensityConfigBase", None)
 
 
 @contextmanager
 def silent_prior() -> Iterator[None]:
-    """Drop what a prior prints when drawn from or evaluated, as sbi's RestrictedPrior does."""
+    """Suppress what a prior such as sbi's RestrictedPrior prints in `sample` and `log_prob`."""
     with redirect_stdout(io.StringIO()):
         yield
 
@@ -75,7 +47,7 @@ def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:
 
 
 def set_network(trainer: NPE, network: ConditionalDensityEstimator) -> None:
-    """Give the trainer a trained network."""
+    """Replace the trainer's network."""
     trainer._neural_net = network
 
 
@@ -90,22 +62,22 @@ def device_of(owner: Any) -> torch.device:
 
 
 def set_device(trainer: NPE, device: str) -> None:
-    """Let the trainer go on with another device."""
+    """Replace the trainer's device."""
     trainer._device = device
 
 
 def tracker_of(trainer: NPE) -> Tracker:
-    """Where the trainer logs its traces."""
+    """The tracker to which the trainer logs its traces."""
     return trainer._tracker
 
 
 def set_tracker(trainer: NPE, tracker: Tracker) -> None:
-    """Let the trainer log somewhere else."""
+    """Replace the trainer's tracker."""
     trainer._tracker = tracker
 
 
 def set_builder(trainer: NPE, builder: Any) -> None:
-    """Give back the builder that sbi drops when a trainer is pickled."""
+    """Replace the trainer's builder, which sbi drops when a trainer is pickled."""
     trainer._build_neural_net = builder
 
 
@@ -134,14 +106,7 @@ def losses(
     kernel: Callable[[Tensor], Tensor],
     force_first_round_loss: bool,
 ) -> Tensor:
-    """sbi's losses of a batch in the trainer's present round, `(B,)`: its proposal corrected for.
-
-    Args:
-        trainer: The trainer.
-        batch: θ, x and prior masks, as the trainer's loaders give them.
-        kernel: Calibration kernel.
-        force_first_round_loss: As in `train`.
-    """
+    """sbi's losses `(B,)` of a batch (θ, x and prior masks), corrected for the latest proposal."""
     arguments = LossArgsNPE(
         proposal=trainer._proposal_roundwise[-1],
         calibration_kernel=kernel,

@@ -1,15 +1,15 @@
 r"""`NPE_Jeffreys`: neural posterior estimation with the symmetric Jeffreys divergence.
 
-Training in five sentences. Plain NPE is trained first, by sbi's own `train()`; it gives the first
-main p_φ(θ|x) and the held-out loss that no result may fall behind. A proxy q_ψ(θ|x) is then fitted
-to the same simulations, by default p(θ) times a mixture of likelihoods of x, and its loss on
-held-out simulations says how far it can be trusted. In the symmetric stage the main is trained on,
-to minimise its reverse divergence R to the proxy subject to the constraint that its held-out loss
-is as low as the lowest that main or proxy ever reached; gradients of that constraint come from the
+Training in five sentences. Plain NPE is trained first, by sbi's own `train()`, which gives the
+first main p_φ(θ|x) and an upper bound on the held-out loss of any result. A proxy q_ψ(θ|x) is then
+fitted to the same simulations, by default p(θ) times a mixture of likelihoods of x, and the proxy's
+loss on held-out simulations determines how far it is trusted. In the symmetric stage the main
+minimises its reverse divergence R to the proxy, subject to the constraint that its held-out loss is
+as low as the lowest of main and proxy so far; gradients of that constraint come from the
 simulations (F) and from pairs that the proxy generates (G). The multiplier λ, which weighs
-constraint against R, adapts after every epoch, and the constraint has a slack at a price, so that a
-requirement that cannot be met gives way. At the end the main has the last, annealed weights if they
-satisfy the constraint, otherwise the best ones on held-out simulations, plain NPE's included.
+constraint against R, adapts after every epoch, and the constraint has a slack at a price, for a
+constraint that cannot be met. At the end the main has the last, annealed weights if they satisfy
+the constraint, otherwise the best ones on held-out simulations, plain NPE's included.
 
 Source: Ben-Dov & Chamon, *Adaptive Symmetrization of the KL Divergence*, arXiv 2511.11159. The
 mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multipliers`.
@@ -55,13 +55,13 @@ class NPE_Jeffreys(SavedTrainer):
     Args:
         prior: Prior distribution, as sbi takes it. None: the empirical prior of the simulations.
         density_estimator: The main model p_φ(θ|x): a name ("nsf", "maf", …), a `MainBuilder` where
-            x needs an embedding net, or one of sbi's typed configs: these are built in the prior's
-            unconstrained space. Any other builder, such as sbi's `posterior_nn(...)`, is used as it
-            is. None: "nsf".
+            x needs an embedding net, or one of sbi's typed configs, all of which are built in the
+            prior's unconstrained space. Any other builder, such as sbi's `posterior_nn(...)`, is
+            used as it is. None: "nsf".
         device: Training device.
         logging_level: As in sbi.
         summary_writer: Deprecated by sbi; use `tracker`.
-        tracker: Where traces are logged; TensorBoard by default, as in sbi.
+        tracker: Tracker to which traces are logged; TensorBoard by default, as in sbi.
         show_progress_bars: Whether training shows progress and prints its report.
         options: Everything about the symmetric objective.
 
@@ -167,9 +167,9 @@ class NPE_Jeffreys(SavedTrainer):
     ) -> ConditionalDensityEstimator:
         """Train plain NPE by sbi's `train`, then the symmetric stage; the arguments are sbi's.
 
-        Resuming continues where training stopped, on the same random stream: a symmetric stage
-        under way, or, where there is none, plain NPE. `max_num_epochs` bounds plain NPE, each
-        network of the proxy, and the epochs of the symmetric stage, one by one.
+        Resuming continues a symmetric stage that was begun, otherwise plain NPE, on the same random
+        stream. `max_num_epochs` bounds the epochs of plain NPE, of each network of the proxy, and
+        of the symmetric stage, each separately.
 
         Returns the main p_φ(θ|x), in evaluation mode.
 
@@ -196,7 +196,7 @@ class NPE_Jeffreys(SavedTrainer):
         resume_training: bool = False,
         dataloader_kwargs: dict[str, Any] | None = None,
     ) -> tuple[DataLoader, DataLoader]:
-        """sbi's loaders of training and held-out simulations, after a check of those.
+        """sbi's loaders of training and held-out simulations, after a check of the simulations.
 
         Raises:
             ValueError: If the simulations cannot be split or lie outside the prior.
@@ -218,21 +218,19 @@ class NPE_Jeffreys(SavedTrainer):
         )
 
     def build_corrected_posterior(
-        self,
-        num_candidates: int = 20_000,
-        device: str | None = None,
-        power: float | None = None,
+        self, num_candidates: int = 20_000, device: str | None = None, power: float | None = None
     ) -> CorrectedPosterior:
         """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
 
-        Not the default: it is as good as the proxy at the observation, which the effective sample
-        size (`CorrectedPosterior.effective_sample_size`) and `training_report` tell.
+        Not the default, because its accuracy depends on the proxy at the observation. See
+        `CorrectedPosterior.effective_sample_size` and `training_report`.
 
         Args:
             num_candidates: Draws of the main that are weighted per observation.
             device: Device of the posterior; the trainer's if None.
-            power: β in (0, 1], how far to go from the main to the proxy. None: what scores best on
-                held-out simulations; 1 after later rounds, which draw those from a proposal.
+            power: β in (0, 1], how far to go from the main to the proxy. None: the power with the
+                best score on held-out simulations; 1 after later rounds, which draw those from a
+                proposal.
 
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.
@@ -260,7 +258,7 @@ class NPE_Jeffreys(SavedTrainer):
         )
 
     def _pooling_power(self) -> float:
-        """β from the held-out simulations, which a later round draws from a proposal."""
+        """The best β on held-out simulations; 1 after later rounds, whose θ follow a proposal."""
         if _sbi.latest_round(self) > 0:  # mutant: power-of-later-rounds
             return 1.0
         device = _sbi.device_of(self)
@@ -273,7 +271,7 @@ class NPE_Jeffreys(SavedTrainer):
         posterior_parameters: PosteriorParameters | None = None,
         device: str | None = None,
     ) -> ProxyPosterior:
-        """The proxy's own posterior q_ψ(θ|x), sampled by sbi: a second opinion beside the main's.
+        """The proxy's own posterior q_ψ(θ|x), sampled by sbi, for comparison with the main's.
 
         Args:
             sample_with: "importance" (the main is the proposal), "mcmc", or "rejection" (from the
@@ -304,10 +302,10 @@ _TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)
 
 
 def register() -> None:
-    """Let `sbi.inference.infer` know the method "npe_jeffreys"; calling it again changes nothing.
+    """Make the method "npe_jeffreys" available to `sbi.inference.infer`.
 
-    `infer` looks methods up as upper-case attributes of `sbi.inference`. Setting one on somebody
-    else's package is not what an import may do, hence this explicit call.
+    `infer` looks methods up as upper-case attributes of `sbi.inference`. An import should not set
+    attributes of another package, hence this explicit call.
 
     Example:
         >>> import sbi.inference

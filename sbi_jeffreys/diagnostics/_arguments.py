@@ -1,13 +1,17 @@
-"""Checks of what figures are given."""
+"""Checks of the arguments of figures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sbi_jeffreys._checks import check_float, check_instance, check_int, check_tensor
-
-__all__ = ["by_name", "c2st_scores", "check_dims", "check_labels", "check_samples"]
+from sbi_jeffreys._checks import (
+    check_float,
+    check_instance,
+    check_int,
+    check_not_empty,
+    check_tensor,
+)
 
 
 def by_name(name: str, given: Any, kinds: tuple[type, ...], single: str) -> dict[str, Any]:
@@ -16,7 +20,7 @@ def by_name(name: str, given: Any, kinds: tuple[type, ...], single: str) -> dict
     check_instance(name, given, (*kinds, Mapping), f"pass a {listed}, or a dict of several by name")
     if not isinstance(given, Mapping):
         return {single: given}
-    _check_not_empty(name, given, f"pass a {listed}")
+    check_not_empty(name, given, "entry", f"pass a {listed}")
     for key, value in given.items():
         check_instance(f"the keys of {name}", key, str, "name every method by a string")
         check_instance(f"{name}[{key!r}]", value, kinds)
@@ -24,7 +28,7 @@ def by_name(name: str, given: Any, kinds: tuple[type, ...], single: str) -> dict
 
 
 def c2st_scores(rows: Any) -> dict[str, dict[float, list[float]]]:
-    """C2ST by method and budget."""
+    """The C2ST values of rows, by method and number of simulations."""
     check_instance("rows", rows, Iterable, "pass a list of dicts")
     scores: dict[str, dict[float, list[float]]] = {}
     for k, row in enumerate(rows):
@@ -38,16 +42,17 @@ def c2st_scores(rows: Any) -> dict[str, dict[float, list[float]]]:
         budget = check_float(f"rows[{k}]['simulations']", row["simulations"], 0.0, low_open=True)
         score = check_float(f"rows[{k}]['c2st']", row["c2st"], 0.0, 1.0)
         scores.setdefault(str(row["method"]), {}).setdefault(budget, []).append(score)
-    _check_not_empty("rows", scores, "pass dicts of method, simulations, c2st")
+    check_not_empty("rows", scores, "entry", "pass dicts of method, simulations, c2st")
     return scores
 
 
 def check_samples(samples: Any, reference: Any) -> int:
-    """Require finite samples of one dimension; returns that dimension."""
+    """Require finite samples of the same number of parameters, which is returned."""
     check_instance("samples", samples, Mapping, "pass a dict of samples by the method's name")
-    _check_not_empty("samples", samples, "pass {'NPE': samples}")
+    check_not_empty("samples", samples, "entry", "pass {'NPE': samples}")
     sets = {f"samples[{name!r}]": values for name, values in samples.items()}
-    sets |= {} if reference is None else {"reference": reference}
+    if reference is not None:
+        sets["reference"] = reference
     width: int | str = "D"
     for name, values in sets.items():
         check_tensor(name, values, ("N", width), finite=True)
@@ -83,8 +88,3 @@ def check_labels(labels: Any, kept: Sequence[int]) -> list[str]:
             "name the parameters in dims."
         )
     return list(labels)
-
-
-def _check_not_empty(name: str, values: Mapping[Any, Any], remedy: str) -> None:
-    if not values:
-        raise ValueError(f"{name} must have at least one entry, got none; {remedy}.")

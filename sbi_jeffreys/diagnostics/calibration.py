@@ -5,7 +5,8 @@ and the θ_k are exchangeable, so the rank of θ* under *any* statistic is unifo
 used here:
 
 - the density: the share of draws denser than θ* is the mass of the smallest HPD region that holds
-  θ*, so its distribution function is the expected coverage (Hermans et al. 2022, arXiv 2110.06581);
+  θ*, so the distribution function of that share is the expected coverage (Hermans et al. 2022,
+  arXiv 2110.06581);
 - the coordinates, one by one (simulation-based calibration; Talts et al. 2018, arXiv 1804.06788),
   which show in which parameter, and in which direction, something is wrong.
 
@@ -24,7 +25,14 @@ from scipy.stats import binom
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_bool, check_float, check_instance, check_prior, check_tensor
+from sbi_jeffreys._checks import (
+    check_bool,
+    check_float,
+    check_instance,
+    check_not_empty,
+    check_prior,
+    check_tensor,
+)
 from sbi_jeffreys.networks.transforms import inside_support
 
 __all__ = [
@@ -40,7 +48,6 @@ __all__ = [
     "marginal_ranks",
 ]
 
-LEVELS = (0.5, 0.9, 0.95)
 _BAND = 0.99  # pointwise probability of the band around a coverage curve
 
 
@@ -66,7 +73,6 @@ class PairDraws:
     normalised: bool = True
 
     def __post_init__(self) -> None:
-        """Check the types and shapes."""
         check_tensor("theta", self.theta, ("S", "B", "D"))
         num, batch = self.theta.shape[:2]
         check_tensor("log_prob", self.log_prob, (num, batch))
@@ -92,9 +98,10 @@ class CoverageCurve:
     Attributes:
         levels: Nominal levels in (0, 1), `(L,)`.
         values: Share of pairs whose θ* is in the HPD region of that level, `(L,)`.
-        lower: Lower end of where an exact posterior's values lie with 99 %, level by level, `(L,)`.
-        upper: Upper end of it, `(L,)`.
-        num_pairs: How many pairs the values are shares of.
+        lower: Lower end of the interval in which the value of an exact posterior lies with 99 %
+            probability, level by level, `(L,)`.
+        upper: Upper end of that interval, `(L,)`.
+        num_pairs: Number of pairs.
     """
 
     levels: Tensor
@@ -157,11 +164,9 @@ def hpd_ranks(draws: PairDraws, inside: Tensor, randomised: bool = True) -> Tens
     Returns:
         `(B,)`; ∞ for pairs without a single draw inside, which no region covers.
     """
-    _check_draws(draws, inside)
+    weights, true = _weights(draws, inside), draws.log_prob_true
     check_bool("randomised", randomised)
-    true = draws.log_prob_true
-    below, ties = draws.log_prob > true, draws.log_prob == true
-    return _ranks(below, ties, _weights(draws, inside), inside, randomised)
+    return _ranks(draws.log_prob > true, draws.log_prob == true, weights, inside, randomised)
 
 
 def marginal_ranks(draws: PairDraws, theta_true: Tensor, inside: Tensor) -> Tensor:
@@ -172,22 +177,16 @@ def marginal_ranks(draws: PairDraws, theta_true: Tensor, inside: Tensor) -> Tens
         theta_true: θ*, `(B, D)`.
         inside: Whether the draws lie in the prior's support, `(S, B)`.
     """
-    _check_draws(draws, inside)
-    check_tensor("theta_true", theta_true, draws.theta.shape[1:])
     weights = _weights(draws, inside)
+    check_tensor("theta_true", theta_true, draws.theta.shape[1:])
     pairs = zip(draws.theta.unbind(-1), theta_true.unbind(-1))
     columns = [_ranks(drawn < t, drawn == t, weights, inside, True) for drawn, t in pairs]
     return torch.stack(columns, dim=1)
 
 
-def _check_draws(draws: PairDraws, inside: Tensor) -> None:
-    check_instance("draws", draws, PairDraws)
-    _check_mask(inside, tuple(draws.log_prob.shape))
-
-
 def _check_pairs(name: str, values: Tensor) -> None:
-    if len(check_tensor(name, values, ("B",))) == 0:
-        raise ValueError(f"{name} must have at least one pair, got none; pass some pairs.")
+    """Require one value for each of at least one pair."""
+    check_not_empty(name, check_tensor(name, values, ("B",)), "pair", "pass some pairs")
 
 
 def _check_mask(inside: Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -207,13 +206,14 @@ def _check_levels(levels: Sequence[float]) -> list[float]:
     """Require levels in (0, 1), at least one."""
     values = levels.tolist() if isinstance(levels, Tensor) else levels
     check_instance("levels", values, (list, tuple), "pass a list of numbers in (0, 1)")
-    if not values:
-        raise ValueError("levels must have at least one level, got none; pass (0.5, 0.9), say.")
+    check_not_empty("levels", values, "level", "pass (0.5, 0.9), say")
     return [check_float("levels", v, 0.0, 1.0, low_open=True, high_open=True) for v in values]
 
 
 def _weights(draws: PairDraws, inside: Tensor) -> Tensor:
-    """Weights `(S, B)` of the draws, 0 outside the prior."""
+    """Weights `(S, B)` of the draws, 0 outside the prior, after a check of both arguments."""
+    check_instance("draws", draws, PairDraws)
+    _check_mask(inside, tuple(draws.log_prob.shape))
     weights = inside.double()
     if draws.log_weights is None:
         return weights
@@ -234,12 +234,12 @@ def _ranks(below: Tensor, ties: Tensor, weights: Tensor, inside: Tensor, random:
 
 
 def expected_coverage(
-    draws: PairDraws, inside: Tensor, levels: Sequence[float] = LEVELS
+    draws: PairDraws, inside: Tensor, levels: Sequence[float] = (0.5, 0.9, 0.95)
 ) -> tuple[Coverage, ...]:
     """How often θ* falls into the HPD region of each level.
 
-    θ* is in the region of level α where at most α of the posterior's mass is denser than θ*, which
-    the rank of θ* by density estimates, not randomised.
+    θ* is in the region of level α if at most α of the posterior's mass is denser than θ*. The rank
+    of θ* by density, not randomised, estimates that mass.
 
     Args:
         draws: Draws and densities at B pairs.

@@ -28,12 +28,7 @@ def axes_for(
     each: str = "",
     shared: bool = False,
 ) -> np.ndarray:
-    """The axes given, flat, after a check; those of a new figure of so many inches if None.
-
-    Raises:
-        TypeError: If something else than Axes is among them.
-        ValueError: If there are more or fewer than rows times columns, "one per …" of `each`.
-    """
+    """The axes given, flat and checked; if None, those of a new figure of `size` inches."""
     import matplotlib.pyplot as plt  # here, because importing it chooses a backend
     from matplotlib.axes import Axes
 
@@ -90,11 +85,7 @@ def trace(axis: Axes, summary: Mapping[str, Any], key: str, label: str, k: int) 
 
 
 def _numbers(summary: Mapping[str, Any], key: str) -> np.ndarray:
-    """The values of a key of the summary; none where it is missing.
-
-    Raises:
-        TypeError: If they are no numbers.
-    """
+    """The values of a key of the summary, which must be numbers; none if the key is missing."""
     values = summary.get(key, ())
     try:
         return np.asarray([float(value) for value in values])
@@ -114,14 +105,6 @@ def logarithmic_if_wide(axis: Axes) -> None:
         axis.set_yscale("log")
 
 
-def mark_if_empty(axis: Axes, epochs: int) -> None:
-    """Write that there was no symmetric stage (`num_steps=0`, or no proxy) if there was none."""
-    if not epochs:
-        axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
-        axis.set_xticks([])
-        axis.set_yticks([])
-
-
 def bars(
     axis: Axes,
     places: np.ndarray,
@@ -130,7 +113,7 @@ def bars(
     label: str,
     hatch: str,
 ) -> None:
-    """Bars with error bars; a value that is not known leaves a gap."""
+    """Bars with error bars; a value that is not known (NaN) leaves a gap."""
     heights, errors = np.asarray(values, dtype=float).T
     style: dict[str, Any] = {"color": colour, "edgecolor": "white", "hatch": hatch, "capsize": 4}
     axis.bar(places, np.nan_to_num(heights), 0.38, yerr=errors, label=label, **style)
@@ -139,15 +122,8 @@ def bars(
         axis.annotate("not\nknown", (place, 0), (0, 3), **text)
 
 
-def scatter(axis: Axes, values: np.ndarray, truth: np.ndarray | None, colour: str) -> None:
-    """One method's draws `(N, 2)` over the reference's."""
-    if truth is not None:
-        axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
-    axis.scatter(*values.T, s=4, color=colour, linewidths=0, alpha=0.7)
-
-
 def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
-    """The same limits everywhere, set by the bulk, so that a far draw does not shrink the rest."""
+    """Give all axes the same limits, set by the bulk: a far draw does not shrink the rest."""
     everything = np.concatenate(drawn)
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.12 * np.maximum(high - low, 1e-12)
@@ -159,11 +135,7 @@ def share_limits(axes: np.ndarray, drawn: Sequence[np.ndarray]) -> None:
 def pairs(
     drawn: Mapping[str, np.ndarray], truth: np.ndarray | None, names: Sequence[str]
 ) -> np.ndarray:
-    """sbi's pairplot, with the reference first and in grey.
-
-    Two methods have one triangle each, above and below the diagonal; more methods share the upper
-    one.
-    """
+    """sbi's pairplot over the reference in grey; two methods have a triangle each."""
     from matplotlib import rc_context
     from matplotlib.lines import Line2D
     from sbi.analysis import pairplot
@@ -206,12 +178,16 @@ def method_style(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
 
 
-def whole_epochs(axis: Axes, epochs: int) -> None:
-    """Ticks at whole numbers, since epochs are counted from 1."""
+def epoch_axis(axis: Axes, epochs: int) -> None:
+    """Ticks at whole epochs, which are counted from 1; a note if there was no symmetric stage."""
     from matplotlib.ticker import MaxNLocator
 
-    if epochs <= _FEW:
-        axis.set_xlim(0.5, max(epochs, 1) + 0.5)
+    axis.set_xlabel("epoch of the symmetric stage")
+    if not epochs:
+        axis.text(0.5, 0.5, "no symmetric stage", ha="center", transform=axis.transAxes)
+        axis.set(xlim=(0.5, 1.5), xticks=[], yticks=[])
+    elif epochs <= _FEW:
+        axis.set_xlim(0.5, epochs + 0.5)
         axis.set_xticks(range(1, epochs + 1))
     else:
         axis.set_xlim(0, epochs + 0.5)

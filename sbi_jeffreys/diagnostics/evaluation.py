@@ -31,7 +31,7 @@ _MAX_REVERSE_PAIRS = 200
 
 @dataclass(frozen=True)
 class _Subject:
-    """The density estimators behind a posterior, their weights, and what belongs to them."""
+    """The density estimators of a posterior, their weights, and what is evaluated with them."""
 
     mains: Sequence[ConditionalDensityEstimator]
     weights: Tensor
@@ -51,11 +51,10 @@ def evaluate(
 ) -> tuple[PairDraws, tuple[Tensor, Tensor] | None]:
     """Draw from a posterior and evaluate its density at pairs, batch by batch.
 
-    The arguments are those of `held_out_report`, as are the errors about them.
-
-    Returns:
-        The draws with densities; and by observation, `(M,)` with M ≤ N, the reverse KL to the proxy
-        in nats and the effective sample size in [0, 1] of draws reweighted to it, if there is one.
+    The arguments, and the errors about them, are those of `held_out_report`. Beside the draws, the
+    result has two values for each of the first M ≤ N observations, `(M,)`: the reverse KL to the
+    proxy in nats, and the effective sample size in [0, 1] of draws reweighted to the proxy. They
+    are None without a proxy.
     """
     found = _subject(subject, proxy)
     main = found.mains[0]
@@ -77,13 +76,19 @@ def evaluate(
         if found.corrected is not None:
             raw = _reweighted(found.corrected, raw, theta[rows], x[rows])
         draws.append(raw)
+    weights = [batch.log_weights for batch in draws if batch.log_weights is not None]
+    joined = PairDraws(
+        torch.cat([batch.theta for batch in draws], dim=1),
+        torch.cat([batch.log_prob for batch in draws], dim=1),
+        torch.cat([batch.log_prob_true for batch in draws]),
+        torch.cat(weights, dim=1) if weights else None,
+    )
     reverse, sizes = ([batch[k] for batch in against] for k in range(2))
-    joined = (torch.cat(reverse), torch.cat(sizes)) if against else None
-    return _joined(draws), joined
+    return joined, (torch.cat(reverse), torch.cat(sizes)) if against else None
 
 
 def _subject(given: Any, proxy: Proxy | None) -> _Subject:
-    """Unwrap a trainer or posterior."""
+    """The parts of a trainer or posterior that are evaluated."""
     weights = torch.ones(1)
     if isinstance(given, NPE):
         network = network_of(given)
@@ -130,7 +135,7 @@ def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDr
 def _against_proxy(
     prior: Distribution, draws: PairDraws, log_q: Tensor, log_z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL(p̄_φ‖q_ψ), p̄_φ the main cut to the prior as sbi samples it, and the sample size."""
+    """KL(p̄_φ‖q_ψ), with p̄_φ the main truncated to the prior, and the effective sample size."""
     inside = inside_prior(prior, draws.theta) & torch.isfinite(log_q)
     log_share = inside.double().mean(0).log().to(log_q)  # −∞ where nothing is inside
     kept = inside.double().sum(0).to(log_q)
@@ -150,14 +155,3 @@ def _reweighted(
     log_weights = target - raw.log_prob
     log_z = log_normaliser(target, raw.log_prob)
     return PairDraws(raw.theta, target - log_z, target_true - log_z, log_weights)
-
-
-def _joined(batches: Sequence[PairDraws]) -> PairDraws:
-    """Batches of pairs, side by side."""
-    weights = [batch.log_weights for batch in batches if batch.log_weights is not None]
-    return PairDraws(
-        torch.cat([batch.theta for batch in batches], dim=1),
-        torch.cat([batch.log_prob for batch in batches], dim=1),
-        torch.cat([batch.log_prob_true for batch in batches]),
-        torch.cat(weights, dim=1) if weights else None,
-    )

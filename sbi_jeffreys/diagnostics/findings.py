@@ -1,4 +1,4 @@
-"""What a held-out report can find, as values; the sentences are made from them."""
+"""What a held-out report can find, as values from which the sentences are made."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Finding:
 
     @property
     def parameters(self) -> tuple[int, ...]:
-        """Indices of the single parameters that it is about; empty if it is about all of θ."""
+        """Indices of the single parameters concerned; empty if the finding is about all of θ."""
         return tuple(m.parameter for m in self.measurements if m.parameter is not None)
 
     def __str__(self) -> str:

@@ -42,10 +42,9 @@ def plot_training(
 ) -> np.ndarray:
     """Traces of the symmetric stage, by epoch.
 
-    Four panels, because the quantities have different scales: the forward terms in training; the
-    forward term on held-out simulations with the entropy estimate Ĥ that it is constrained by; the
-    reverse terms; multiplier λ and slack ε. A summary without a symmetric stage, such as sbi's NPE
-    has it, gives empty panels that say so.
+    The panels show the forward terms in training; the forward term on held-out simulations with the
+    entropy estimate Ĥ that bounds it; the reverse terms; and multiplier λ with slack ε. Without a
+    symmetric stage, as in the summary of sbi's NPE, the panels are empty and say so.
 
     Args:
         summary: `NPE_Jeffreys.summary` after training, or of a loaded object.
@@ -55,7 +54,7 @@ def plot_training(
         The four axes, shape `(4,)`.
 
     Raises:
-        TypeError: If the summary is no mapping, or a trace in it is not of numbers.
+        TypeError: If the summary is no mapping, or a trace in it does not consist of numbers.
         ValueError: If the number of axes is not four.
     """
     check_instance("summary", summary, Mapping, "pass inference.summary")
@@ -73,19 +72,16 @@ def plot_training(
     drawing.priorities_panel(priorities, summary)
     epochs = len(summary.get("held_out_forward", []))
     for axis in drawn:
-        axis.set_xlabel("epoch of the symmetric stage")
-        drawing.whole_epochs(axis, epochs)
+        drawing.epoch_axis(axis, epochs)
         legend(axis)
-        drawing.mark_if_empty(axis, epochs)
     return drawn
 
 
 def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
     """Expected coverage of the HPD regions over their nominal level.
 
-    A curve below the diagonal is overconfident, one above it conservative. The band is where an
-    exact posterior's coverage lies with 99 % probability, point by point, given the number of
-    pairs.
+    A posterior with a curve below the diagonal is overconfident, with one above it conservative. In
+    the band lies the coverage of an exact posterior with 99 % probability, point by point.
 
     Args:
         curves: A report or curve, or several by the name of their method.
@@ -118,10 +114,9 @@ def plot_divergences(
 ) -> Axes:
     """Forward NLL above the best method's, and reverse KL, with standard errors.
 
-    The forward term is known only up to the entropy of π, so its bars start at the best of the
-    methods: their heights are differences of KL(π‖p_φ), comparable with the reverse KL in nats. All
-    reports must be on the same held-out pairs. The error bars are those of each method by itself,
-    not of the differences.
+    The forward term is known only up to the entropy of π, so its bars start at the best method:
+    their heights are differences of KL(π‖p_φ), in nats like the reverse KL. All reports must be on
+    the same held-out pairs. An error bar is that of one method, not of a difference.
 
     Args:
         reports: A report, or several by the name of their method.
@@ -211,7 +206,7 @@ def plot_posteriors(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If shapes, dims, labels or axes do not fit to one another.
+        ValueError: If shapes, dims, labels or axes do not fit each other.
     """
     kept = _arguments.check_dims(dims, _arguments.check_samples(samples, reference))
     names = _arguments.check_labels(labels, kept)
@@ -228,7 +223,9 @@ def plot_posteriors(
     shape, size = (1, len(drawn)), (3.6 * len(drawn), 3.8)
     flat = axes_for("axes", axes, shape, size, "one per method", shared=True)
     for k, (axis, (name, values)) in enumerate(zip(flat, drawn.items())):
-        drawing.scatter(axis, values, truth, COLOURS[k % len(COLOURS)])
+        if truth is not None:
+            axis.scatter(*truth.T, s=8, color="#BBBBBB", linewidths=0, label="reference")
+        axis.scatter(*values.T, s=4, color=COLOURS[k % len(COLOURS)], linewidths=0, alpha=0.7)
         axis.set(title=name, xlabel=names[0], ylabel=names[1] if k == 0 else "")
     drawing.share_limits(flat, [*drawn.values(), *([] if truth is None else [truth])])
     if truth is not None:

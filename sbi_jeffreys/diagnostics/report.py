@@ -1,11 +1,11 @@
-r"""What to report about a trained posterior, from simulations it has not seen.
+r"""What to report about a trained posterior, from simulations that it was not trained on.
 
     report = held_out_report(inference, theta, x)
     print(report)
 
-Each finding is a test, and together the tests raise a false alarm on an exact posterior in one
-report of a hundred. "Healthy" means healthy as far as so many pairs can show, and the report states
-how far that is. `sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
+Each finding is a failed test. Together the tests raise a false alarm on an exact posterior in one
+report of a hundred. "Healthy" means that the pairs show no fault, and the report states how small a
+fault they would have shown. `sbi_jeffreys.diagnostics.verdicts` says what ranks cannot show.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ Subject: TypeAlias = NPE | DirectPosterior | EnsemblePosterior
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """Diagnostics of a posterior on N held-out pairs. `str(report)` is the whole of it in words.
+    """Diagnostics of a posterior on N held-out pairs; `str(report)` has them in words.
 
     Attributes:
         num_pairs: N.
         num_samples: Draws of the posterior per pair, S.
         forward: E[−log p_φ(θ*|x)] in nats: KL(π‖p_φ) up to the entropy of π, which is unknown.
         forward_error: Its standard error.
-        reverse: KL(p_φ‖q_ψ) to the proxy, in nats, of the main cut to the prior's support, where
-            the proxy has mass; None without a proxy. It tells about π only as much as the proxy
-            is right. For a `CorrectedPosterior` it is that of the main that is corrected.
+        reverse: KL(p_φ‖q_ψ) to the proxy in nats, of the main truncated to the prior's support;
+            None without a proxy. It is as informative about π as the proxy is accurate. For a
+            `CorrectedPosterior` it is that of the main that is corrected.
         reverse_error: Its standard error over observations.
         effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
-            observations. It is 1 where main and proxy agree *where the main has mass*: a mode that
-            the main misses does not lower it.
+            observations; 1 if main and proxy agree *where the main has mass*, even if the main
+            misses a mode.
         coverage: Expected coverage of the HPD regions.
         marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
         leakage: Mass of the raw density estimator outside the prior, in [0, 1].
-        findings: What is wrong, each a value with its kind and numbers; empty if nothing is.
+        findings: Faults of the posterior, each with its kind and numbers; empty if there are none.
     """
 
     num_pairs: int
@@ -83,7 +83,7 @@ class HeldOutReport:
 
     @property
     def verdict(self) -> list[str]:
-        """The findings as sentences; without findings, one on what so many pairs can show."""
+        """The findings as sentences; without findings, one sentence on what the pairs can show."""
         if self.findings:
             return [str(finding) for finding in self.findings]
         num_parameters, with_proxy = self.marginal_ranks.shape[1], self.reverse is not None

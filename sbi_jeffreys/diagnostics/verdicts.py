@@ -1,4 +1,4 @@
-r"""Tests on ranks, and what their failures are called.
+r"""Tests on ranks, and the findings that follow where they fail.
 
 Every threshold follows from the number of pairs N: under the exact posterior ranks are independent
 uniforms, so a coverage is binomial, the mean of N ranks has standard deviation √(1/12N), and the
@@ -6,8 +6,8 @@ mean of their distance |u − ½| has √(1/48N). All tests of a report share on
 probability of 1 % (Bonferroni).
 
 Ranks cannot show everything: a posterior that ignores part of x (at the extreme, the prior itself)
-is calibrated and passes. The reverse KL through a proxy shows it, and so does a forward NLL that is
-worse than that of another method on the same pairs.
+is calibrated and passes. The reverse KL to a proxy shows such a fault, and so does a forward NLL
+that is worse than that of another method on the same pairs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["FAMILYWISE", "healthy_words", "judge"]
 #: Probability that a report on an exact posterior finds anything.
 FAMILYWISE = 0.01
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
-# An exact posterior leaks nothing, so this bound does not follow from N: it is where leaked mass
-# starts to matter, as rejected draws and as a density that integrates to less than one inside.
+# An exact posterior leaks nothing, so this bound does not follow from N. Above it, rejected draws
+# and a density that integrates to less than one inside the prior start to matter.
 _TOLERATED_LEAKAGE = 0.05
 # Main and proxy are two fits and never agree exactly. One nat is a factor e in density.
 _LOW_SAMPLE_SIZE = 0.1
@@ -42,7 +42,7 @@ def judge(
     num_samples: int,
     against_proxy: tuple[float, float, float] | None = None,
 ) -> tuple[Finding, ...]:
-    """What is wrong with a posterior; nothing if no test fails.
+    """What is wrong with a posterior; empty if no test fails.
 
     Args:
         ranks: Ranks of the true parameters by density, 0 the densest, `(N,)`; ∞ where there was
@@ -165,7 +165,7 @@ def _of_parameters(
 
 
 def _disagreement(reverse: float, error: float, size: float, alpha: float) -> list[Finding]:
-    """Main and proxy far from each other: one of them is wrong."""
+    """A finding if main and proxy are far from each other, so that one of them is wrong."""
     lower_end = reverse - NormalDist().inv_cdf(1 - alpha) * error
     if lower_end <= _LARGE_DIVERGENCE and size >= _LOW_SAMPLE_SIZE:
         return []

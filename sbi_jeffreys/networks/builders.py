@@ -1,7 +1,7 @@
-"""Building the main model: an sbi density estimator in the space in which it learns best.
+"""Building the main model: an sbi density estimator over transformed parameters and data.
 
-θ goes to the prior's unconstrained space and a vector x through marginal transforms. Both are exact
-bijections: the posterior stays what it is, and mass outside a box or below zero is impossible.
+θ is mapped to the prior's unconstrained space and a vector x through marginal transforms. Both maps
+are exact bijections: the posterior is unchanged, and no mass lies outside a box or below zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
 
 class _Standardised(nn.Module):
-    """Marginal transform of x followed by z-scoring: the condition that the main sees."""
+    """Marginal transform of x followed by z-scoring, as the main's embedding net."""
 
     def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Standardised(nn.Module):
 class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
     """p(θ|x) of an estimator p(u|x) over u = T(θ), T the prior's map to unconstrained space.
 
-    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support. Its methods are those
+    log p(θ|x) = log p(u|x) + log |det ∂u/∂θ|; −∞ outside the prior's support. The methods are those
     of sbi's base class.
 
     Args:
@@ -93,10 +93,10 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
 class MainBuilder:
     """Builds the main model p_φ(θ|x), with an embedding net where x needs one; picklable.
 
-    Give it to `NPE_Jeffreys` in place of sbi's `posterior_nn(...)`, which does not know the prior:
-    the trainer hands its prior to the builder, so that θ is modelled in unconstrained space and no
-    mass leaks out of the prior's support. A mixture density network ("mdn") models θ as it is:
-    sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
+    For `NPE_Jeffreys`, in place of sbi's `posterior_nn(...)`, which has no access to the prior: the
+    trainer passes its prior to the builder, so that θ is modelled in unconstrained space and no
+    mass leaks out of the prior's support. A mixture density network ("mdn") models θ as it is,
+    since sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
 
     Args:
         model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …; in any case),
@@ -133,20 +133,19 @@ class MainBuilder:
         check_bool("marginal_transforms", marginal_transforms)
         check_trainable("model", model)
         beside = ["embedding_net"] * (embedding_net is not None) + list(settings)
-        if is_config(model):
-            if beside:
-                raise ValueError(
-                    f"model is a {type(model).__name__}, which has settings of its own, but got "
-                    f"{', '.join(beside)} beside it; set them in the config."
-                )
-        elif not isinstance(model, str):
+        if isinstance(model, str):
+            model = check_choice("density_estimator", model.lower(), tuple(model_builders))
+        elif not is_config(model):
             raise TypeError(
                 f"model must be a name such as 'nsf' or one of sbi's model configs, got "
                 f"{type(model).__name__}; pass any other builder to NPE_Jeffreys itself."
             )
-        else:
-            check_choice("density_estimator", model.lower(), tuple(model_builders))
-        self.model = model.lower() if isinstance(model, str) else model
+        elif beside:
+            raise ValueError(
+                f"model is a {type(model).__name__}, which has settings of its own, but got "
+                f"{', '.join(beside)} beside it; set them in the config."
+            )
+        self.model = model
         self.embedding_net, self.settings = embedding_net, settings
         self.marginal_transforms = marginal_transforms
         self.prior: Distribution | None = None
@@ -158,10 +157,13 @@ class MainBuilder:
         return twin
 
     def avoiding_edge(self, theta: Tensor) -> MainBuilder:
-        """This builder, or, where parameters lie on the edge of the support, one that models θ.
+        """This builder, or one that models θ as it is if parameters lie on the support's edge.
 
         In unconstrained space the edge is at infinity, and a single pair there would dominate the
-        loss. θ are all simulated parameters, `(N, D)`.
+        loss.
+
+        Args:
+            theta: All simulated parameters, `(N, D)`.
 
         Warns:
             JeffreysWarning: If θ is modelled as it is for that reason.
@@ -183,13 +185,12 @@ class MainBuilder:
         """The map to the space in which θ is modelled; None for θ as it is, as in a mixture."""
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         is_mixture = name.lower() in ("mdn", "mdnconfig")
-        # sbi can transform θ by itself; doing it twice would be a wrong density.
+        # sbi can transform θ by itself; a second transform would make the density wrong.
         z_score = self.settings.get("z_score_theta", getattr(self.model, "z_score_input", None))
         by_sbi = z_score == "transform_to_unconstrained"  # mutant: theta-transformed-twice
-        own_space = is_mixture or by_sbi
-        return (
-            PriorTransform.fit(self.prior) if self.marginal_transforms and not own_space else None
-        )
+        if is_mixture or by_sbi or not self.marginal_transforms:
+            return None
+        return PriorTransform.fit(self.prior)
 
     def __call__(self, theta: Tensor, x: Tensor) -> ConditionalDensityEstimator:
         """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
@@ -206,7 +207,7 @@ class MainBuilder:
             with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
                 transform = MarginalTransform.fit(x)
                 embedding = None if transform.is_identity else _Standardised(transform, x)
-        # Copies: a second network does not start from the first one's trained embedding.
+        # Copies, so that a second network does not start from the first one's trained embedding.
         if not isinstance(self.model, str):
             config = deepcopy(self.model)
             if embedding is not None:
@@ -221,7 +222,7 @@ class MainBuilder:
         return posterior_nn(self.model, **settings)
 
     def _embeds(self) -> bool:
-        """Whether the user chose how x enters: by an embedding net or by a z-scoring of x."""
+        """Whether the user chose an embedding net or a z-scoring of x."""
         if isinstance(self.model, str):
             return self.embedding_net is not None or "z_score_x" in self.settings
         net = getattr(self.model, "embedding_net", None)
@@ -240,10 +241,10 @@ def _with_parameter(net: nn.Module) -> nn.Module:
 def main_builder(
     given: Any, prior: Distribution | None, marginal_transforms: bool
 ) -> Callable[..., Any]:
-    """What builds the main: a `MainBuilder` for a name, a config or None, the user's own as it is.
+    """The builder of the main: a `MainBuilder` for a name, a config or None, otherwise `given`.
 
     Warns:
-        JeffreysWarning: If a builder of the user's own does not know the bounds of the prior.
+        JeffreysWarning: If the prior is bounded and θ is not modelled in unconstrained space.
     """
     if given is None or isinstance(given, str) or is_config(given):
         name = "nsf" if given is None else given

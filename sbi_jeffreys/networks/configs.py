@@ -1,4 +1,4 @@
-"""Typed configs of sbi's networks, which sbi has after 0.27: which of them can be the main."""
+"""Typed configs of sbi's networks, which sbi has after 0.27, and which of them can be the main."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ __all__ = ["check_trainable", "is_config", "own_setting"]
 def is_config(model: Any) -> bool:
     """Whether `model` is a typed config of a density that is trained (`NSFConfig()`, …).
 
-    Where sbi has no such configs, as in 0.27, what looks like one is taken for one.
+    Where sbi has no such configs, as in 0.27, any dataclass with a method `build` counts as one.
     """
-    if not _looks_like_one(model) or callable(model):
-        return False
-    return DensityConfigBase is None or isinstance(model, DensityConfigBase)
+    known = DensityConfigBase is None or isinstance(model, DensityConfigBase)
+    return known and _looks_like_one(model) and not callable(model)
 
 
 def own_setting(config: Any, name: str) -> Any:
-    """What the user set a field of a config to; None where it has its default, or is missing."""
+    """The user's value of a config's field; None if it is the default or there is no such field."""
     default = next((f.default for f in dataclasses.fields(config) if f.name == name), None)
     value = getattr(config, name, default)
     return None if value == default else value
 
 
 def check_trainable(name: str, model: Any) -> None:
-    """Refuse a model that cannot be the main before sbi notices it in training.
+    """Refuse TabPFN, the class of a config, and a config of another family than densities.
 
     Args:
         name: The argument's name.
-        model: What was passed for it. What is neither a config nor "tabpfn" is not judged here.
+        model: What was passed for it; anything that is neither a config nor "tabpfn" is accepted.
 
     Raises:
-        TypeError: For a config of another family, such as that of a classifier, for the class of a
-            config in place of an instance, and for TabPFN, which is not trained.
+        TypeError: If the model cannot be the main.
     """
     remedy = _remedy(model)
     if remedy is not None:  # mutant: any-config-accepted
-        got = repr(model) if isinstance(model, str) else _class_name(model)
+        kind = getattr(model, "__name__", type(model).__name__)
+        got = repr(model) if isinstance(model, str) else kind
         raise TypeError(
             f"{name} must be a model that is trained, such as the configs of sbi's "
             f"DensityConfigBase, got {got}; {remedy}."
@@ -57,16 +56,12 @@ def _remedy(model: Any) -> str | None:
         return f"this is the class and not an instance, write {model.__name__}()"
     if callable(model):  # a builder of the user's own
         return None
-    if _class_name(model) == "TabPFNConfig":
+    if type(model).__name__ == "TabPFNConfig":
         return _NO_TABPFN
     return "this config belongs to another kind of inference, pass for instance NSFConfig()"
 
 
 _NO_TABPFN = "TabPFN has no loss to train with. Use NPE_PFN instead"
-
-
-def _class_name(model: Any) -> str:
-    return model.__name__ if isinstance(model, type) else type(model).__name__
 
 
 def _looks_like_one(model: Any) -> bool:

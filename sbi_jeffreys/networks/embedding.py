@@ -1,8 +1,8 @@
 """Embedding nets of the main model: running them once per observation, and copying them.
 
 sbi's `log_prob(theta, x)` with K parameters per observation expands x to K copies *before* its
-embedding net. With a convolutional net on images that is most of the cost of every term that takes
-several θ per x. What is here changes no value, only how often the net runs.
+embedding net. With a convolutional net on images, that is most of the cost of every term with
+several θ per x. `embedded_once` changes no value, only how often the net runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["embedded_once", "summary_net"]
 def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
     """A copy of the main's embedding net, z-scoring included, or a flattening one.
 
-    It maps x `(B, *x_shape)` to summaries `(B, ·)`. A copy, because the main's own net changes in
-    the symmetric stage, and an energy fitted on its summaries would change with it.
+    The net maps x `(B, *x_shape)` to summaries `(B, ·)`. It is a copy because the symmetric stage
+    changes the main's own net, and with it would change an energy fitted on its summaries.
     """
     net = main.embedding_net
     return nn.Flatten() if net is None else deepcopy(net)
@@ -34,10 +34,9 @@ def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
 def embedded_once(main: ConditionalDensityEstimator, x: Tensor) -> Iterator[None]:
     """Inside, the main embeds `x` once per call, however many θ per observation come with it.
 
-    A forward hook hands the net the B distinct observations and repeats their summaries, which
+    A forward hook passes the B distinct observations to the net and repeats their summaries, which
     carry gradients as usual. A condition that is not `x` repeated as a whole is embedded as always.
-    For deterministic nets (dropout is then drawn once per observation instead of once per pair).
-    Without an embedding net nothing happens.
+    Dropout in the net is drawn once per observation instead of once per pair.
     """
     net = main.embedding_net
     if net is None:
@@ -68,9 +67,7 @@ def embedded_once(main: ConditionalDensityEstimator, x: Tensor) -> Iterator[None
 
 def _same(condition: Tensor, x: Tensor) -> bool:
     """Whether the first and last rows of a condition are x, NaN equal to NaN (missing trials)."""
-    if condition.shape[1:] != x.shape[1:]:
-        return False
-    for a in (condition[: len(x)], condition[-len(x) :]):
-        if not bool(((a == x) | (torch.isnan(a) & torch.isnan(x))).all()):
-            return False
-    return True
+    ends = (condition[: len(x)], condition[-len(x) :])
+    return condition.shape[1:] == x.shape[1:] and all(
+        bool(((end == x) | (torch.isnan(end) & torch.isnan(x))).all()) for end in ends
+    )

@@ -1,8 +1,8 @@
 """Fits of small networks on few data: one loop for every proxy.
 
 sbi's trainers choose their own data split and optimiser. A proxy needs the *main's* split, because
-its held-out value decides how far it is trusted, and it profits, on few simulations, from two
-things that sbi's loop does not do: an exponential moving average of the weights, which also allows
+the proxy's held-out loss decides how far it is trusted. On few simulations, two things that sbi's
+loop does not have improve the fit: an exponential moving average of the weights, which also allows
 larger steps, and decoupled weight decay.
 """
 
@@ -24,11 +24,11 @@ from sbi_jeffreys.networks.flat import flattened
 
 __all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
 
-# A fit is abandoned after so many epochs if it is behind its rival by more than so many nats, and
-# by more than this share of what the rival gained later: slow fits may be behind at first.
+# A fit is abandoned after so many epochs if its loss exceeds that of an earlier fit by more than so
+# many nats, and by more than this share of what the earlier fit gained after these epochs.
 _RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
 
-_LEAST_PATIENCE = 10  # epochs, however many steps they have
+_LEAST_PATIENCE = 10  # epochs
 
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]
 _Weights = list[nn.Parameter]
@@ -46,7 +46,7 @@ class FitConfig:
             an epoch has about nine steps where simulations are few.
         patience: Epochs without held-out improvement before stopping.
         patience_steps: Stop sooner, after this many steps and at least ten epochs without
-            improvement, since the held-out loss of averaged weights is smooth; None: not sooner.
+            improvement; None: not sooner.
         max_epochs: Upper bound on epochs, over which the learning rate decays along a cosine.
         ema_decay: Decay of the weights' moving average per step, in [0, 1); warms up from 0.1.
         clip_max_norm: Gradient norm bound, or None.
@@ -77,7 +77,7 @@ class FitConfig:
             check_float("clip_max_norm", self.clip_max_norm, 0.0, low_open=True)
 
     def at_most(self, max_epochs: int | None, patience: int | None) -> FitConfig:
-        """With lower bounds on epochs and patience, where these are lower and not None."""
+        """This config with `max_epochs` and `patience` reduced to these numbers, if not None."""
         return replace(
             self,
             max_epochs=min(self.max_epochs, max_epochs or self.max_epochs),
@@ -116,12 +116,12 @@ class FitResult:
 
 
 def can_fuse(net: nn.Module) -> bool:
-    """Whether Adam's fused kernel takes the parameters: not those of spectral nets, complex."""
+    """Whether Adam's fused kernel takes the parameters: not the complex ones of spectral nets."""
     return all(p.is_floating_point() for p in net.parameters())
 
 
 def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None) -> None:
-    """One gradient step; a non-finite loss or gradient skips it instead of ruining the weights."""
+    """One gradient step, which is skipped if the loss or the gradient is not finite."""
     if not bool(torch.isfinite(loss)):
         return
     optimizer.zero_grad(set_to_none=False)  # in place: gradients may be views, see `flattened`
@@ -133,14 +133,9 @@ def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None)
 
 @torch.no_grad()
 def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
-    """ema ← d·ema + (1 − d)·net, d warming up so that early averages forget the initial weights."""
+    """ema ← d·ema + (1 − d)·net; d warms up, so that the initial weights are soon forgotten."""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average(tuple(ema), tuple(weights), step)
-
-
-def _annealed(epoch: int, max_epochs: int) -> float:
-    """Cosine decay of the learning rate to a hundredth, in [0.01, 1]."""
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
 
 
 def fit_network(
@@ -162,30 +157,24 @@ def fit_network(
         config: Optimiser and stopping.
         on_epoch: Called with the epoch and its held-out loss, for progress bars.
         abandon_above: A fit whose held-out loss after twenty epochs is larger is abandoned; the
-            `abandon_threshold` of a rival.
-
-    Returns:
-        The held-out loss of the weights kept and the epochs run.
+            `abandon_threshold` of an earlier fit.
     """
-    ema, best = deepcopy(net), math.inf
+    ema, best, early = deepcopy(net), math.inf, math.inf
     epoch = since = step = 0
-    early = math.inf
     batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
     batch_size = min(batch_size, len(train_indices))
     patience = config.epochs_without_gain(len(train_indices) // batch_size)
     with flattened(net) as weights, flattened(ema) as averages:
         kept = [p.detach().clone() for p in averages]
         optimizer = AdamW(
-            weights,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=can_fuse(net),
+            weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=can_fuse(net)
         )
         try:
             while epoch < config.max_epochs and since < patience:
                 net.train()
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * _annealed(epoch, config.max_epochs)
+                cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.max_epochs))
+                for group in optimizer.param_groups:  # decays to a hundredth
+                    group["lr"] = config.learning_rate * (0.01 + 0.99 * cosine)
                 order = train_indices[torch.randperm(len(train_indices))]
                 for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
                     _step(weights, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)

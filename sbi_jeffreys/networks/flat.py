@@ -1,8 +1,8 @@
 """The parameters of a small network as one vector.
 
-A flow keeps a few thousand weights in a hundred small tensors, and what is done to each of them per
-step (zeroing gradients, their norm, Adam, a moving average) is mostly overhead. On one vector that
-all of them are views of, the same steps cost next to nothing.
+A flow keeps a few thousand weights in a hundred small tensors. Per step, zeroing their gradients,
+taking the norm, Adam and a moving average are mostly overhead for each tensor. On one vector of
+which all tensors are views, the same operations take very little time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def _trainable(net: nn.Module) -> list[nn.Parameter]:
 
 
 def flat_copy(net: nn.Module) -> nn.Parameter | None:
-    """The trainable parameters as one vector, of its own memory; None where they do not fit in one.
+    """A copy of the trainable parameters as one vector.
 
-    They do where they have one floating-point dtype and device.
+    None if they have several dtypes or devices, or are not floating-point numbers.
     """
     parameters = _trainable(net)
     kinds = {(p.dtype, p.device) for p in parameters}
@@ -34,16 +34,16 @@ def flat_copy(net: nn.Module) -> nn.Parameter | None:
 
 @contextmanager
 def flattened(net: nn.Module, vector: nn.Parameter | None = None) -> Iterator[list[nn.Parameter]]:
-    """What an optimiser has to be given to train `net` inside this context.
+    """The parameters with which an optimiser trains `net` inside this context.
 
-    One vector, with its gradient in place, that the trainable parameters are views of until the
-    context ends; where they do not fit in one, they themselves. Gradients have to be zeroed in
-    place, not dropped: they are views too.
+    The trainable parameters and their gradients are views of one vector until the context ends, so
+    gradients have to be zeroed in place, not dropped. Where `flat_copy` returns None, the
+    parameters are used as they are.
 
     Args:
         net: The network; its parameters keep their identity, and at the end their values.
-        vector: From `flat_copy`, to be used again: an optimiser's state belongs to it. It takes
-            the parameters' values. None: a new one, where possible.
+        vector: From an earlier `flat_copy`, to which an optimiser's state belongs; the parameters'
+            values are copied into it. None: a new one.
 
     Yields:
         The parameters, a single vector where possible.

@@ -1,9 +1,9 @@
 r"""nflows' rational-quadratic spline with its derivative in closed form.
 
-A neural spline flow (Durkan et al. 2019, arXiv 1906.04032), sbi's `nsf`, spends most of a training
-step in its splines: some sixty small operations, each with its own backward. Here the same function
-is one node of the graph, bins first, with its gradient written down: on one thread a gradient step
-of an `nsf` takes half the time.
+A training step of a neural spline flow (Durkan et al. 2019, arXiv 1906.04032), sbi's `nsf`, is
+mostly spent on splines: some sixty small operations, each with its own backward. Here the same
+function is one node of the graph with its gradient in closed form, which halves the time of a
+gradient step on one thread. Tensors have the bins as first dimension.
 
 In bin k, with w, h its width and height, δ = h/w, d₀, d₁ the derivatives at its two knots,
 ξ = (x − x_k)/w and β = d₀ + d₁ − 2δ,
@@ -71,7 +71,7 @@ class Spline:
         return out
 
     def by_nflows(self, inputs: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """The same by nflows."""
+        """The same values, computed by nflows."""
         sizes = [self.num_bins, self.num_bins, self.num_bins - 1]
         widths, heights, derivatives = parameters.split(sizes, dim=-1)
         minima = asdict(self)
@@ -83,9 +83,9 @@ class Spline:
 
 @lru_cache(maxsize=32)
 def _constants(spline: Spline, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Knots = base + sums @ shares; `ranges` (2, 1): what the shares of widths, heights share out.
+    """base `(2, K + 1, 1)`, sums `(2, K + 1, K)`, ranges `(2, 1)`, smallest bins `(2, 1)`.
 
-    Shapes `(2, K + 1, 1)`, `(2, K + 1, K)`, `(2, 1)`, and `smallest` `(2, 1)`.
+    Knots are base + sums @ shares, where shares of widths and heights are scaled by the ranges.
     """
     bins, length = spline.num_bins, 2 * spline.tail_bound
     minima = torch.tensor([[spline.min_bin_width], [spline.min_bin_height]], dtype=torch.float64)
@@ -97,7 +97,7 @@ def _constants(spline: Spline, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 class _RationalQuadratic(torch.autograd.Function):
-    """The spline as one differentiable function; second derivatives are left to nflows."""
+    """The spline as one differentiable function; nflows computes second derivatives."""
 
     @staticmethod
     def forward(
@@ -208,7 +208,7 @@ def _through_softmax(ctx: Any, g_left: Tensor, g_size: Tensor, out: Tensor) -> N
 
 
 class FastSplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
-    """nflows' coupling layer with the spline in closed form."""
+    """nflows' coupling layer with the gradient of the spline in closed form."""
 
     @classmethod
     def like(cls, layer: PiecewiseRationalQuadraticCouplingTransform) -> FastSplineCoupling:
@@ -239,10 +239,10 @@ class FastSplineCoupling(PiecewiseRationalQuadraticCouplingTransform):
 
 
 def with_fast_splines(net: _Net) -> _Net:
-    """`net` itself, with its rational-quadratic coupling layers replaced by faster ones.
+    """Replace the rational-quadratic coupling layers of `net` by faster ones, and return `net`.
 
-    Values and gradients agree to rounding; weights and state dicts stay. Layers of another kind,
-    with other tails or another conditioner than sbi's, are left alone.
+    Values and gradients agree to rounding; weights and state dicts are unchanged. Layers of another
+    kind, with other tails or another conditioner than sbi's, are not replaced.
 
     Example:
         >>> from sbi.neural_nets import posterior_nn

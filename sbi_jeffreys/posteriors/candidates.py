@@ -58,8 +58,8 @@ def draw_candidates(
 ) -> Candidates:
     """Weighted draws of the main, `num` at each of the observations x `(B, *x_shape)`.
 
-    The unnormalised log target `log_potential` is called with θ `(K, B, D)`, x, and log p_φ
-    `(K, B)`. A network call takes at most `batch` draws, of all observations together.
+    `log_potential(theta, x, log_p)` returns the unnormalised log target, `(K, B)`. A network call
+    takes at most `batch` draws, of all observations together.
     """
     step = max(1, batch // len(x))
     starts = tqdm(range(0, num, step), desc="Weighting draws", disable=not show_progress_bars)
@@ -76,10 +76,7 @@ def draw_candidates(
 def resample(candidates: Candidates, num: int) -> Tensor:
     """Draws `(num, B, D)` of the candidates by truncated importance weights.
 
-    Systematic resampling: unbiased like multinomial resampling, with far fewer duplicates.
-
-    Raises:
-        RuntimeError: If at some observation no candidate has a positive weight.
+    Resampling is systematic: unbiased like multinomial resampling, with far fewer duplicates.
     """
     log_weights = truncated_log_weights(candidates.log_weights)
     empty = torch.where(~torch.isfinite(log_weights).any(dim=0))[0].tolist()
@@ -102,7 +99,6 @@ class CandidateCache(dict[Hashable, Candidates]):
     """The candidates of the last few observations; copies and pickles of a cache are empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and copy as an empty cache."""
         return CandidateCache, ()
 
     def get_or_draw(
@@ -110,8 +106,8 @@ class CandidateCache(dict[Hashable, Candidates]):
     ) -> Candidates:
         """The entry of that key, drawn if it is missing; the least recently used are dropped.
 
-        Candidates are drawn from a seed that is a function of the key, and torch's generators go on
-        as if nothing had been drawn: whether an entry was kept changes the time and no value.
+        The seed of the draws is a function of the key, and torch's generators go on as if nothing
+        had been drawn: whether an entry was kept changes the time and no value.
         """
         found = self.pop(key, None)
         if found is None:
@@ -119,12 +115,10 @@ class CandidateCache(dict[Hashable, Candidates]):
             with seeded(int.from_bytes(digest, "big"), device):  # the same in every process
                 found = draw()
         self[key] = found
-        while len(self) > _MAX_ENTRIES or self._numbers() > _MAX_NUMBERS:
-            del self[next(iter(self))]
+        numbers = [c.theta.numel() + c.log_weights.numel() for c in self.values()]
+        while len(numbers) > _MAX_ENTRIES or sum(numbers) > _MAX_NUMBERS:
+            del self[next(iter(self))], numbers[0]
         return found
-
-    def _numbers(self) -> int:
-        return sum(c.theta.numel() + c.log_weights.numel() for c in self.values())
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 r"""Correction at inference: the main's draws, resampled by importance weights (q̃_ψ/p_φ)^β.
 
-The proxy is often closer to the truth than the amortised main that learned from it, and at one
-observation it can be evaluated as often as needed. Drawing many θ_k ∼ p_φ(·|x_o) and resampling
-them by w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β, truncated at w̄ √K (Ionides 2008), closes the
-amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek
-1986): main and proxy learned from the same few simulations but err differently, and β is chosen by
-the pool's score on held-out simulations. β = 1 relies on the proxy alone.
+The proxy is often closer to the truth than the amortised main that was fitted to it, and at one
+observation the proxy can be evaluated as often as needed. Drawing many θ_k ∼ p_φ(·|x_o) and
+resampling them by w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β, truncated at w̄ √K (Ionides 2008), closes
+the amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek
+1986): main and proxy are fitted to the same few simulations but have different errors, and β is
+chosen by the pool's score on held-out simulations. β = 1 relies on the proxy alone.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class CorrectedPosterior(DirectPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
     Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
-    weights are unreliable (see `quality`): there main and proxy disagree.
+    weights are unreliable (see `quality`), because main and proxy disagree there.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
     of several calls at one x share their candidates, and are independent given them. For fresh
-    candidates, set another seed. Changing the networks in place needs `clear_cache()`.
+    candidates, set another seed. After a change of the networks in place, call `clear_cache()`.
 
     Args:
         main: The main model p_φ(θ|x).
@@ -88,7 +88,7 @@ class CorrectedPosterior(DirectPosterior):
         self._cache = CandidateCache()
 
     def __str__(self) -> str:
-        """What it is, in one sentence."""
+        """One sentence about this posterior."""
         return f"{type(self).__name__}: the main's draws, resampled by weights of the proxy."
 
     def to(self, device: str | torch.device) -> None:
@@ -124,15 +124,12 @@ class CorrectedPosterior(DirectPosterior):
         return found.theta[:, 0].clone(), found.log_weights[:, 0].clone()
 
     def log_potential(self, theta: Tensor, x: Tensor, log_p: Tensor) -> Tensor:
-        """log p_φ^{1−β} q̃_ψ^β, the target up to a constant of x; −∞ outside the prior.
+        """log p_φ^{1−β} q̃_ψ^β, `(K, B)`, up to a constant of x; −∞ outside the prior.
 
         Args:
             theta: Parameters `(K, B, D)`.
             x: Observations `(B, *x_shape)`.
             log_p: log p_φ(θ|x), shape `(K, B)`.
-
-        Returns:
-            Shape `(K, B)`.
         """
         log_q = self.proxy.log_potential(theta, x)
         outside = torch.isneginf(log_q)  # there the main may have no density either
@@ -146,8 +143,8 @@ class CorrectedPosterior(DirectPosterior):
 
         Args:
             x: One observation; the default x if None.
-            num_candidates: Draws that it is estimated from; all that `sample` weights if None.
-                From few draws the largest weights are missing, and the estimate is too optimistic.
+            num_candidates: Draws that both are estimated from; as many as `sample` weights if None.
+                Few draws miss the largest weights, and make the estimate too optimistic.
         """
         return self._candidates(num_candidates, self._observation(x)).quality[0]
 

@@ -16,9 +16,9 @@ from sbi_jeffreys.objective import effective_sample_size
 
 __all__ = ["ImportanceQuality", "importance_quality", "pareto_k", "warn_if_unreliable"]
 
-_MIN_DRAWS = 100  # effective draws below which samples are mostly copies of one another
+_MIN_DRAWS = 100  # with fewer effective draws, samples are mostly copies of one another
 _MAX_PARETO_K = 0.7  # above it importance sampling is unreliable at any practical number of draws
-_MIN_TAIL = 5  # weights that a tail is fitted to
+_MIN_TAIL = 5  # fewest weights that a tail is fitted to
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def pareto_k(log_weights: Tensor) -> float:
     positive weights over the next one (Vehtari et al. 2024, arXiv 1507.02646).
 
     Args:
-        log_weights: Log importance weights, unnormalised, `(S,)`; draws of weight zero (−∞) do not
-            change the shape of the tail and are left out.
+        log_weights: Log importance weights, unnormalised, `(S,)`; draws of weight zero (−∞) are
+            dropped, because they do not change the shape of the tail.
 
     Returns:
         k̂; −∞ where the largest weights are all equal, +∞ where fewer than five weights are left to
@@ -83,8 +83,7 @@ def pareto_k(log_weights: Tensor) -> float:
     weights = np.exp(values[-size - 1 :] - values[-1])
     if weights[0] > 1 - 1e-5:  # equal but for rounding
         return -math.inf
-    exceedances = weights[1:] - weights[0]
-    exceedances = exceedances[exceedances > 0]
+    exceedances = weights[weights > weights[0]] - weights[0]
     if len(exceedances) < _MIN_TAIL:
         return math.inf
     try:

@@ -1,4 +1,4 @@
-"""How far to correct: the power β of the pool p_φ^{1−β} q_ψ^β by its score on held-out pairs."""
+"""How far to correct: the power β of the pool p_φ^{1−β} q_ψ^β with the best held-out score."""
 
 from __future__ import annotations
 
@@ -59,9 +59,6 @@ def pooling_power(
         theta: Parameters drawn from the prior, `(M, D)`.
         x: Simulations `(M, *x_shape)`.
         num_samples: Draws of the main per pair.
-
-    Returns:
-        β in (0, 1].
 
     Raises:
         TypeError, ValueError: If an argument is of another type or shape.

@@ -39,10 +39,10 @@ _PARAMETERS: dict[str, type[PosteriorParameters]] = {
 
 
 class ProxyPotential(BasePotential):
-    """log q̃_ψ(θ, x_o) as a potential function of sbi's, which its samplers take; picklable.
+    """log q̃_ψ(θ, x_o) as a potential function for sbi's samplers; picklable.
 
     Several rows of x_o are independent observations of one θ, whose log factors are added under one
-    prior, unless `set_x(x, x_is_iid=False)` pairs them with as many θ.
+    prior, unless `set_x(x, x_is_iid=False)` pairs the rows with as many θ.
 
     Args:
         proxy: A fitted proxy.
@@ -84,10 +84,7 @@ class ProxyPotential(BasePotential):
 
 
 class _MainProposal:
-    """The main at the potential's observation, as a proposal for importance sampling.
-
-    sbi sets the observation on the potential alone, so the proposal takes it from there.
-    """
+    """The main as a proposal at the potential's x_o, since sbi sets x_o on the potential alone."""
 
     def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
         self.main, self.potential = main, potential
@@ -104,7 +101,7 @@ class _MainProposal:
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws of shape `(*sample_shape, D)`; of the prior as long as no observation is set."""
+        """Draws `(*sample_shape, D)` of the main; of the prior if no observation is set yet."""
         shape = torch.Size(sample_shape)
         if self.potential.return_x_o() is None:  # sbi tests its transforms on a few draws
             return self.potential.proxy.prior.sample(shape)
@@ -116,13 +113,12 @@ class _MainProposal:
         return self.main.log_prob(theta.unsqueeze(1), self._x())[:, 0]
 
     def __getattr__(self, name: str) -> Any:
-        # sbi builds its unconstraining transform from these. The main stays inside the prior.
+        # sbi builds its unconstraining transform from these; the main's support is the prior's.
         if name in ("support", "mean", "stddev"):
             return getattr(self.potential.prior, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
 
     def to(self, device: str | torch.device) -> None:
-        """Move the main to a device."""
         self.main.to(device)
 
 
@@ -137,7 +133,8 @@ def proxy_posterior(
 
     Args:
         main: The main model, the proposal of importance sampling.
-        proxy: A fitted proxy; chains start at draws of its prior, as does rejection sampling.
+        proxy: A fitted proxy; MCMC chains start at draws of its prior, which rejection sampling
+            also proposes from.
         sample_with: "mcmc", "importance" or "rejection".
         parameters: sbi's parameters of that posterior; None for its defaults.
         device: Device of the posterior.
@@ -161,8 +158,8 @@ def proxy_posterior(
     potential = ProxyPotential(proxy, main.condition_shape, device)
     kwargs = {"theta_transform": mcmc_transform(prior, device=device), "device": device}
     kwargs |= {k: v for k, v in asdict(parameters).items() if v is not None}
-    if sample_with == "mcmc":
-        return MCMCPosterior(potential, proposal=prior, **kwargs)
-    if sample_with == "rejection":
-        return RejectionPosterior(potential, proposal=prior, **kwargs)
-    return ImportanceSamplingPosterior(potential, proposal=_MainProposal(main, potential), **kwargs)
+    if sample_with == "importance":
+        proposal = _MainProposal(main, potential)
+        return ImportanceSamplingPosterior(potential, proposal=proposal, **kwargs)
+    posterior = MCMCPosterior if sample_with == "mcmc" else RejectionPosterior
+    return posterior(potential, proposal=prior, **kwargs)

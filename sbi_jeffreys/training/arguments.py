@@ -13,27 +13,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
-from sbi_jeffreys._checks import (
-    check_bool,
-    check_callable,
-    check_float,
-    check_instance,
-    check_int,
-)
+from sbi_jeffreys._checks import check_bool, check_callable, check_float, check_instance, check_int
 from sbi_jeffreys.networks.builders import MainBuilder
 from sbi_jeffreys.networks.configs import check_trainable, is_config
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.simulations import check_matrix
 
-__all__ = [
-    "TrainArguments",
-    "check_constructor",
-    "check_resumable",
-    "lost_builder",
-]
+__all__ = ["TrainArguments", "check_constructor", "check_resumable", "lost_builder"]
 
-_TRACKER_METHODS = ("log_metric", "flush")  # of sbi's protocol, what training calls
-_WRITER_METHODS = ("add_scalar", "flush")
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
 
@@ -47,16 +34,10 @@ def check_constructor(
     show_progress_bars: Any,
     options: Any,
 ) -> None:
-    """Check what `NPE_Jeffreys` is made from.
-
-    Raises:
-        TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
-    """
-    if prior is not None and not isinstance(prior, Distribution):
-        raise TypeError(
-            f"prior must be a torch distribution or None, got {type(prior).__name__}; wrap other "
-            "priors with sbi.utils.user_input_checks.process_prior."
-        )
+    """Check the arguments of `NPE_Jeffreys`."""
+    if prior is not None:
+        remedy = "pass None, or wrap other priors with sbi.utils.user_input_checks.process_prior"
+        check_instance("prior", prior, Distribution, remedy)
     check_trainable("density_estimator", density_estimator)
     kinds = density_estimator is None or isinstance(density_estimator, (str, MainBuilder))
     network = isinstance(density_estimator, torch.nn.Module)
@@ -71,8 +52,8 @@ def check_constructor(
         remedy = "write options=JeffreysOptions(num_steps=…, …)"
         check_instance("options", options, JeffreysOptions, remedy)
     check_bool("show_progress_bars", show_progress_bars)
-    _check_methods("tracker", tracker, _TRACKER_METHODS)
-    _check_methods("summary_writer", summary_writer, _WRITER_METHODS)
+    _check_methods("tracker", tracker, "log_metric", "flush")  # those that training calls
+    _check_methods("summary_writer", summary_writer, "add_scalar", "flush")
     if isinstance(logging_level, bool) or not isinstance(logging_level, (int, str)):
         raise TypeError(
             f"logging_level must be an int or one of {_LEVELS}, got "
@@ -86,12 +67,8 @@ def check_constructor(
 
 
 def _check_device(device: Any) -> None:
-    """Refuse what torch does not know as a device."""
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(
-            f"device must be a string such as 'cpu' or 'cuda:0', got {type(device).__name__} "
-            f"({device!r}); pass such a string."
-        )
+    """Require a device that torch knows."""
+    check_instance("device", device, (str, torch.device), "pass a string such as 'cpu' or 'cuda:0'")
     if str(device) == "gpu":  # sbi's word for whatever accelerator there is
         return
     try:
@@ -105,11 +82,7 @@ def _check_device(device: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """The arguments of `train`, each checked. `for_sbi()` hands them to sbi's `train`.
-
-    Raises:
-        TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
-    """
+    """The arguments of `train`, each checked; `for_sbi()` hands them to sbi's `train`."""
 
     num_atoms: int
     training_batch_size: int
@@ -138,9 +111,10 @@ class TrainArguments:
         if self.calibration_kernel is not None:
             what = "a function from x of shape (N, *x_shape) to weights of shape (N,)"
             check_callable("calibration_kernel", self.calibration_kernel, what)
-        for name in _FLAGS:
-            check_bool(name, getattr(self, name))
-        _check_dataloader_kwargs(self.dataloader_kwargs)
+        for flag in (field.name for field in fields(self) if field.type == "bool"):
+            check_bool(flag, getattr(self, flag))
+        if self.dataloader_kwargs is not None:
+            _check_dataloader_kwargs(self.dataloader_kwargs)
         if self.retrain_from_scratch and self.resume_training:
             raise ValueError(
                 "retrain_from_scratch=True contradicts resume_training=True: a new network has no "
@@ -148,25 +122,16 @@ class TrainArguments:
             )
 
     def for_sbi(self) -> dict[str, Any]:
-        """As keywords of sbi's `train`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The arguments as keywords of sbi's `train`."""
+        return dict(vars(self))
 
     def check_trainable(self, theta: Tensor, x: Tensor) -> None:
-        """Check simulations θ and x before plain NPE is trained on them.
-
-        Raises:
-            ValueError: If θ has no columns, or the calibration kernel fails on x.
-        """
+        """Check, before plain NPE is trained, that θ is a matrix and the kernel accepts x."""
         check_matrix(theta)
         self.kernel(x)
 
     def kernel(self, x: Tensor) -> Tensor:
-        """Weights of observations by the calibration kernel, `(N,)`; ones without one.
-
-        Raises:
-            ValueError: If the kernel returns another shape, or weights that are negative or not
-                finite.
-        """
+        """Weights of x by the calibration kernel, `(N,)`, checked; ones without a kernel."""
         if self.calibration_kernel is None:
             return torch.ones(len(x), device=x.device)
         weights = self.calibration_kernel(x)
@@ -184,25 +149,10 @@ class TrainArguments:
         return weights
 
 
-_FLAGS = (
-    "resume_training",
-    "force_first_round_loss",
-    "discard_prior_samples",
-    "use_combined_loss",
-    "retrain_from_scratch",
-    "show_train_summary",
-)
-
-
 def _check_dataloader_kwargs(kwargs: Any) -> None:
-    """Check that the keywords are a DataLoader's."""
-    if kwargs is None:
-        return
-    if not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"dataloader_kwargs must be a dict or None, got {type(kwargs).__name__}; pass "
-            "keywords of torch.utils.data.DataLoader."
-        )
+    """Require keywords of a DataLoader."""
+    remedy = "pass None, or a dict of keywords of torch.utils.data.DataLoader"
+    check_instance("dataloader_kwargs", kwargs, Mapping, remedy)
     known = inspect.signature(DataLoader.__init__).parameters
     unknown = sorted(str(key) for key in kwargs if key not in known)
     if unknown:
@@ -221,17 +171,10 @@ def check_resumable(
     options: JeffreysOptions,
     begun_options: JeffreysOptions | None,
 ) -> None:
-    """Refuse to resume a training that does not exist, or that began with something else.
+    """Refuse to resume a training that did not begin, or began with other simulations or options.
 
-    Args:
-        begun: How many simulations there were when training began; None: it did not begin.
-        available: How many there are now.
-        options: The trainer's options now.
-        begun_options: Those that the symmetric stage began with, if there is one.
-
-    Raises:
-        RuntimeError: If there is nothing to resume.
-        ValueError: If simulations were appended, or options changed, since.
+    `begun` is the number of simulations that training began with, None if it did not begin, and
+    `begun_options` are the options of the symmetric stage, None without one.
     """
     if begun is None:
         raise RuntimeError(
@@ -243,12 +186,8 @@ def check_resumable(
             f"but now there are {available}. Call train() without it (with "
             "force_first_round_loss=True if the new ones come from the prior)."
         )
-    names = [field.name for field in fields(options) if field.name not in _FREE]
-    changed = [
-        name
-        for name in names
-        if begun_options is not None and getattr(options, name) != getattr(begun_options, name)
-    ]
+    began = vars(options) if begun_options is None else vars(begun_options)
+    changed = [n for n, value in vars(options).items() if n not in _FREE and value != began[n]]
     if changed:
         raise ValueError(
             f"options were changed since the symmetric stage began ({', '.join(changed)}); "
@@ -267,7 +206,7 @@ def lost_builder() -> RuntimeError:
     )
 
 
-def _check_methods(name: str, value: Any, methods: tuple[str, ...]) -> None:
+def _check_methods(name: str, value: Any, *methods: str) -> None:
     missing = [m for m in methods if value is not None and not callable(getattr(value, m, None))]
     if missing:
         raise TypeError(

@@ -30,9 +30,7 @@ _CLEARLY = 2.0  # standard errors
 
 
 def make_report(
-    prepared: Prepared | None,
-    symmetric: SymmetricTraining | None,
-    seconds: Sequence[float],
+    prepared: Prepared | None, symmetric: SymmetricTraining | None, seconds: Sequence[float]
 ) -> TrainingReport:
     """The report of a training.
 
@@ -41,49 +39,46 @@ def make_report(
         symmetric: The symmetric stage, where there is one.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
     """
-    status = ProxyStatus.NOT_FITTED if prepared is None else prepared.status
-    proxy = None if prepared is None else prepared.proxy
+    prepared = prepared or Prepared(ProxyStatus.NOT_FITTED, None, "none asked for")
+    proxy, proxy_losses = prepared.proxy, prepared.proxy_losses
     main_losses = None if symmetric is None else symmetric.best.losses
-    proxy_losses = None if prepared is None else prepared.proxy_losses
     if symmetric is not None and symmetric.proxy_losses is not None:
         proxy_losses = symmetric.proxy_losses
     gap = None
     if main_losses is not None and proxy_losses is not None:
         gap = Estimate.of(main_losses - proxy_losses)
-    multiplier = None
-    if symmetric is not None:
-        multiplier = float(symmetric.stage.multipliers.multipliers[0])
+    stage = None if symmetric is None else symmetric.stage
     return TrainingReport(
-        proxy_status=status,
-        proxy="none asked for" if prepared is None else prepared.note,
+        proxy_status=prepared.status,
+        proxy=prepared.note,
         experts=_experts(proxy),
-        trust=0.0 if prepared is None else prepared.trust,
+        trust=prepared.trust,
         inverse_temperature=1.0 if proxy is None else float(proxy.inverse_temperature),
         stage_status=StageStatus.NOT_RUN if symmetric is None else symmetric.status,
         kept=Kept.PLAIN_NPE if symmetric is None else symmetric.best.kept,
-        npe=_estimate(None if prepared is None else prepared.main_losses),
+        npe=_estimate(prepared.main_losses),
         proxy_held_out=_estimate(proxy_losses),
-        uncertain=0.0 if prepared is None else prepared.uncertain,
+        uncertain=prepared.uncertain,
         coverage_before=None if symmetric is None else symmetric.coverage_before,
         coverage=None if symmetric is None else symmetric.coverage_after,
         main=_estimate(main_losses),
         gap=gap,
-        multiplier=multiplier,
-        skipped_steps=0 if symmetric is None else symmetric.stage.skipped,
+        multiplier=None if stage is None else float(stage.multipliers.multipliers[0]),
+        skipped_steps=0 if stage is None else stage.skipped,
         restarts=0 if symmetric is None else symmetric.restarts,
         seconds=(seconds[0], seconds[1], seconds[2]),
-        problems=tuple(_problems(status, symmetric, gap)),
-        atomic=prepared is not None and prepared.atomic,
+        problems=tuple(_problems(prepared.status, symmetric, gap)),
+        atomic=prepared.atomic,
     )
 
 
 def complete_summary(trainer: NPE, epochs: int, plain: bool, best: float) -> None:
-    """Count the symmetric stage into sbi's entries of a call of `train`, and log it.
+    """Add the symmetric stage to the trainer's `summary`, and log it.
 
     Args:
-        trainer: The trainer, whose `summary` and tracker they are.
-        epochs: Epochs of the symmetric stage in this call.
-        plain: Whether plain NPE was trained in this call, so that sbi made its entries.
+        trainer: The trainer.
+        epochs: Epochs of the symmetric stage in this call of `train`.
+        plain: Whether plain NPE was trained in this call, so that sbi has made its entries.
         best: Held-out value of the weights kept.
     """
     summary, tracker = trainer.summary, _sbi.tracker_of(trainer)
@@ -106,7 +101,7 @@ def _estimate(losses: Tensor | None) -> Estimate | None:
 
 
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
-    """Names and weights of a likelihood proxy's experts, those of one name together."""
+    """Names of a likelihood proxy's experts, with the sums of their weights, largest first."""
     if not isinstance(proxy, LikelihoodProxy):
         return ()
     weights: dict[str, float] = {}
@@ -116,11 +111,8 @@ def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(weights.items(), key=lambda item: -item[1]))
 
 
-def covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:
-    """Whether regions of the main cover clearly less than nominal, and than plain NPE's did.
-
-    Clearly: at 50 or 90 %, below the 99 % band of an exact posterior and below plain NPE.
-    """
+def _covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:
+    """Whether a region covers less than the 99 % band of an exact posterior and than before."""
     if before is None or after is None:
         return False
     low = after.values < after.lower.to(after.values)
@@ -130,6 +122,7 @@ def covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bo
 def _problems(
     status: ProxyStatus, symmetric: SymmetricTraining | None, gap: Estimate | None
 ) -> list[Problem]:
+    """The problems of a training: those of the proxy, of the stage, and of the main."""
     found = []
     if status is ProxyStatus.ABSENT:
         found.append(Problem.NO_PROXY)
@@ -150,7 +143,7 @@ def _problems(
             found.append(Problem.MAIN_BEHIND_PROXY)
         elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
             found.append(Problem.MULTIPLIER_AT_BOUND)
-    if covers_less(symmetric.coverage_before, symmetric.coverage_after):
+    if _covers_less(symmetric.coverage_before, symmetric.coverage_after):
         found.append(Problem.COVERS_LESS)
     if stage.skipped:
         found.append(Problem.STEPS_SKIPPED)

@@ -1,9 +1,9 @@
 """A whole inference object in one file, and its weights in a form that runs no code when read.
 
 The file is a zip archive of a readable header (format, package versions), a pickle of everything,
-and the tensors that a posterior needs (simulations and the main's weights). The header is apart
-because a pickle of other versions may not even load, and the error should say so. As with every
-pickle, `load` runs code: load only files you trust. `load_weights` reads the tensors alone.
+and the tensors that a posterior needs (simulations and the main's weights). The header is separate
+so that the error can name the versions if the pickle does not load. As with every pickle, `load`
+runs code: load only files you trust. `load_tensors` reads the tensors alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 import os
 import pickle
 import platform
-import tempfile
 import warnings
 import zipfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,7 @@ from torch.optim import Optimizer
 
 from sbi_jeffreys._checks import JeffreysWarning
 
-__all__ = [
-    "FORMAT_VERSION",
-    "is_picklable",
-    "load",
-    "load_tensors",
-    "place_step_counters",
-    "save",
-]
+__all__ = ["FORMAT_VERSION", "is_picklable", "load", "load_tensors", "place_step_counters", "save"]
 
 FORMAT_VERSION = 2
 _FORMAT = "sbi_jeffreys inference"
@@ -59,18 +52,10 @@ def is_picklable(obj: Any) -> bool:
 
 
 def save(inference: Any, path: str | os.PathLike[str], tensors: dict[str, Any]) -> None:
-    """Write `inference` to `path`, complete or not at all.
+    """Write an object, and the tensors for `load_tensors`, to `path`, complete or not at all.
 
     A new file gets the permissions that the umask leaves, an existing one keeps its own, and a
-    symbolic link stays a link to the file that is replaced.
-
-    Args:
-        inference: The object.
-        path: File to write; an existing one is replaced.
-        tensors: What `load_tensors` shall give back: tensors, and dicts of tensors.
-
-    Raises:
-        TypeError: If something in it cannot be pickled.
+    symbolic link stays a link to the file that is replaced. What cannot be pickled is a TypeError.
     """
     try:
         with warnings.catch_warnings():
@@ -100,25 +85,22 @@ def _dumped(obj: Any) -> bytes:
 def _replace(path: Path, content: bytes) -> None:
     """Put `content` into the file at `path` in one step: readers see the old file or the new one.
 
-    The temporary file stands beside it, so that the renaming is atomic. Where the system can, it
-    has no name until it is complete: a killed process leaves nothing behind.
+    The temporary file is in the same folder, so that the renaming is atomic. Where the system
+    allows it, the file has no name until it is complete: a killed process leaves nothing behind.
     """
     umask = os.umask(0)
     os.umask(umask)
     mode = path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~umask
-    handle, temporary = _nameless(path.parent)
-    if temporary is None:
-        named = path.parent / f".{path.name}.{os.getpid()}"
-        named.unlink(missing_ok=True)
-    else:
-        named = Path(temporary)
+    named = path.parent / f".{path.name}.{os.getpid()}"
+    named.unlink(missing_ok=True)
+    handle = _temporary(named)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fchmod(handle, mode)
             os.fsync(handle)
-            if temporary is None:
+            if not named.exists():
                 _give_name(handle, named)
         os.replace(named, path)
     except BaseException:
@@ -126,15 +108,13 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _nameless(folder: Path) -> tuple[int, str | None]:
-    """A new file in the folder: its descriptor, and its name where it has to have one."""
+def _temporary(path: Path) -> int:
+    """Descriptor of a new file: without a name where the system allows it, otherwise at `path`."""
     flag = getattr(os, "O_TMPFILE", None)
     if flag is not None and os.path.isdir("/proc/self/fd"):
-        try:
-            return os.open(folder, flag | os.O_RDWR, 0o600), None
-        except OSError:  # a file system without such files, or no permission: said below
-            pass
-    return tempfile.mkstemp(dir=folder, prefix=".sbi_jeffreys.")
+        with suppress(OSError):  # a file system without such files, or no permission
+            return os.open(path.parent, flag | os.O_RDWR, 0o600)
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
 
 
 def _give_name(handle: int, path: Path) -> None:
@@ -147,20 +127,7 @@ def _give_name(handle: int, path: Path) -> None:
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
-    """Read what `save` wrote.
-
-    Args:
-        path: The file.
-        device: Where its tensors go; None: where they were.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is something else, damaged, of an unknown format, or of package versions
-            that cannot be read here.
-
-    Warns:
-        JeffreysWarning: If it was saved with other package versions.
-    """
+    """Read what `save` wrote, onto a device if one is given; warn of other package versions."""
     header, payload = _read(Path(path), _PAYLOAD)
     try:
         loaded = torch.load(io.BytesIO(payload), map_location=device, weights_only=False)
@@ -182,15 +149,7 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
 
 
 def load_tensors(path: str | os.PathLike[str], device: str) -> dict[str, Any]:
-    """The tensors of a saved inference object, without running code from the file.
-
-    Args:
-        path: The file.
-        device: Where they go.
-
-    Raises:
-        FileNotFoundError, ValueError: As of `load`.
-    """
+    """The tensors of a saved inference object, without running code from the file."""
     _, content = _read(Path(path), _TENSORS)
     try:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
@@ -201,10 +160,7 @@ def load_tensors(path: str | os.PathLike[str], device: str) -> dict[str, Any]:
 
 
 def place_step_counters(optimizer: Optimizer) -> None:
-    """Put Adam's step counters back on the CPU, where it wants them unless fused.
-
-    Loading onto a device moves every tensor there.
-    """
+    """Move Adam's step counters back to the CPU after loading onto a device, unless it is fused."""
     for group in optimizer.param_groups:
         if group.get("fused") or group.get("capturable"):
             continue
@@ -221,27 +177,26 @@ def _read(path: Path, part: str) -> tuple[dict[str, Any], bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             header = json.loads(archive.read(_HEADER))
-            _check_header(path, header)
-            return header, archive.read(part)
-    except _WrongFormat:
-        raise
+            fault = _fault(header)
+            content = b"" if fault else archive.read(part)
     except Exception as error:  # damaged archives raise NotImplementedError, zlib.error, and more
         raise ValueError(f"{path} is not a saved inference object ({error}). {_REMEDY}") from error
+    if fault:
+        raise ValueError(f"{path} {fault}")
+    return header, content
 
 
-class _WrongFormat(ValueError):
-    """The file is readable, but not of a format that is known here."""
-
-
-def _check_header(path: Path, header: Any) -> None:
+def _fault(header: Any) -> str:
+    """Why a file with this header cannot be read here; empty if it can."""
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise _WrongFormat(f"{path} is not a saved inference object (other format). {_REMEDY}")
+        return f"is not a saved inference object (other format). {_REMEDY}"
     version = header.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise _WrongFormat(
-            f"{path} has format version {version!r}, this sbi_jeffreys reads {FORMAT_VERSION}. "
-            f"Install what it was saved with: {_listed(header.get('packages'))}."
-        )
+    if type(version) is int and version == FORMAT_VERSION:
+        return ""
+    return (
+        f"has format version {version!r}, this sbi_jeffreys reads {FORMAT_VERSION}. Install what "
+        f"it was saved with: {_listed(header.get('packages'))}."
+    )
 
 
 def _listed(packages: Any) -> str:

@@ -1,4 +1,4 @@
-"""A random stream that belongs to a training and is kept with it."""
+"""The random stream of a training, which is kept with the training's state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RandomStream:
     """Torch's random numbers for one training, so that resuming it continues where it stopped.
 
     The stream starts from torch's global generator, so `torch.manual_seed` governs it, and leaves
-    that generator one draw further, however long training was. Threads share torch's generator:
-    trainings in several threads of one process disturb each other's numbers; use processes.
+    that generator one draw further, however long training was. Trainings in several threads of one
+    process share torch's generator and disturb each other's numbers; use processes.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from this stream inside, from the global one again after it."""
+        """Draw from this stream inside, and from the global one again afterwards."""
         state = self._state
         if state is None:
             seed = int(torch.randint(2**31, (1,)))

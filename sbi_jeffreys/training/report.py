@@ -1,30 +1,29 @@
-"""What training decided, as values; the words are made from them.
+"""What training decided, as values from which the words are made.
 
-`NPE_Jeffreys.training_report` holds a `TrainingReport` after every training. Printed, it says in a
-few lines which proxy was used and how far it was trusted, how main and proxy do on held-out
-simulations, which weights were kept, and what to do about anything that went wrong.
+`NPE_Jeffreys.training_report` is a `TrainingReport` after every training. Printed, the report says
+in a few lines which proxy was used and how far it was trusted, the held-out losses of main and
+proxy, which weights were kept, and what to do about anything that went wrong.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
-from sbi_jeffreys.diagnostics.calibration import CoverageCurve
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve, mean_and_error
 
 __all__ = ["REFUSED", "Estimate", "Kept", "Problem", "ProxyStatus", "StageStatus", "TrainingReport"]
 
 
 class ProxyStatus(Enum):
-    """What became of the proxy."""
+    """Whether the proxy was used, and if not, why."""
 
     NOT_FITTED = "not fitted, because the symmetric stage has no steps"
     ABSENT = "there is no proxy for these simulations"
     USED = "used"
-    UNTRUSTED = "refused, because it explains held-out simulations much worse than plain NPE does"
+    UNTRUSTED = "refused, because its held-out loss is much higher than plain NPE's"
     IMPLAUSIBLE = "refused, because its draws do not look like simulations"
     NO_KERNEL_WEIGHT = "refused, because the calibration kernel is zero at every draw"
 
@@ -39,7 +38,7 @@ class StageStatus(Enum):
 
 
 class Kept(Enum):
-    """Whose weights the main has."""
+    """Which weights the main has."""
 
     PLAIN_NPE = "those of plain NPE"
     BEST = "the best on held-out simulations"
@@ -92,10 +91,8 @@ class Estimate:
 
     @classmethod
     def of(cls, losses: Tensor) -> Estimate:
-        """From one loss per pair, `(M,)`."""
-        losses = losses.double()
-        spread = float(losses.std()) if len(losses) > 1 else math.nan
-        return cls(float(losses.mean()), spread / math.sqrt(len(losses)))
+        """The estimate from one loss per pair, `(M,)`."""
+        return cls(*mean_and_error(losses))
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.error:.2f}"
@@ -103,23 +100,23 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The outcome of one call of `train`; `str(report)` is the whole of it in words.
+    """The outcome of one call of `train`; `str(report)` has it in words.
 
     Attributes:
-        proxy_status: What became of the proxy.
+        proxy_status: Whether the proxy was used, and if not, why.
         proxy: Which proxy was chosen, and why, in words.
         experts: Names and mixture weights of a likelihood proxy's experts.
         trust: t in [0, 1], how far the proxy was followed.
         inverse_temperature: γ of the proxy.
         stage_status: How far the symmetric stage got.
-        kept: Whose weights the main has.
+        kept: Which weights the main has.
         npe: Held-out loss of plain NPE.
         proxy_held_out: Held-out loss of the proxy, None without one.
         main: Held-out loss of the main that was kept.
         gap: Held-out loss of that main minus the proxy's, pair by pair; None without a proxy.
         multiplier: λ at the end, None without a symmetric stage.
-        skipped_steps: Steps that were left out because their gradient was not finite.
-        restarts: How often the stage went back to its best weights at half the step size.
+        skipped_steps: Steps that were skipped because their gradient was not finite.
+        restarts: How often the stage was reset to its best weights at half the step size.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
         problems: What keeps the result from being what the method promises.
         atomic: Whether held-out losses are those of a classifier of θ among other pairs' θ (later
@@ -168,7 +165,13 @@ class TrainingReport:
 
     def __str__(self) -> str:
         """Two to four lines, and one for each problem."""
-        lines = [self._proxy_words(), self._held_out_words(), self._stage_words()]
+        plain, proxy, stage = self.seconds
+        lines = [
+            self._proxy_words(),
+            self._held_out_words(),
+            f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; plain "
+            f"NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s.",
+        ]
         lines += [self.describe(problem) for problem in self.problems]
         return "\n".join(line for line in lines if line)
 
@@ -179,9 +182,8 @@ class TrainingReport:
         if self.inverse_temperature != 1:
             words += f", tempered with γ = {self.inverse_temperature:.2f}"
         if self.experts:
-            words += "; experts " + ", ".join(
-                f"{name} {weight:.2f}" for name, weight in self.experts
-            )
+            experts = [f"{name} {weight:.2f}" for name, weight in self.experts]
+            words += f"; experts {', '.join(experts)}"
         return words + "."
 
     def _held_out_words(self) -> str:
@@ -205,13 +207,6 @@ class TrainingReport:
         return (
             f" Its 50 and 90 % regions hold {half:.0f} and {most:.0f} % of {num} parameters "
             f"(by chance {low[0]:.0f}–{high[0]:.0f} and {low[1]:.0f}–{high[1]:.0f})."
-        )
-
-    def _stage_words(self) -> str:
-        plain, proxy, stage = self.seconds
-        cost = f"plain NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s"
-        return (
-            f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; {cost}."
         )
 
 

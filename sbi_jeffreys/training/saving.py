@@ -21,29 +21,25 @@ __all__ = ["SavedTrainer"]
 
 
 class SavedTrainer(NPE):
-    """sbi's trainer with `save`, `load` and `load_weights`, and with pickles that keep the builder.
+    """sbi's trainer with `save`, `load` and `load_weights`; pickles keep the builder."""
 
-    Attributes of the subclass: `_builder`, which builds the main, and `_training`, the record of
-    the symmetric part.
-    """
-
-    _builder: Callable[..., Any]
-    _training: Training
+    _builder: Callable[..., Any]  # of the main
+    _training: Training  # the record of the symmetric part
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file: simulations, networks, optimisers, random state.
 
         After `load`, posteriors are the same, and training resumes as if it had never stopped. Two
-        things are not kept: the tracker (the loaded object has a new default one, without the logs
-        that sbi's `plot_summary` reads: use `plots.plot_training(inference.summary)`), and a
-        `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`: without it
-        `train(retrain_from_scratch=True)` raises.
+        things are not kept. One is the tracker: the loaded object has a new default tracker without
+        the logs that sbi's `plot_summary` reads (use `plots.plot_training(inference.summary)`). The
+        other is a `density_estimator` that cannot be pickled, such as sbi's `posterior_nn(...)`,
+        without which `train(retrain_from_scratch=True)` raises.
 
         Args:
             path: File to write, complete or not at all; an existing one is replaced.
 
         Raises:
-            TypeError: If something in it cannot be pickled.
+            TypeError: If something in the object cannot be pickled.
         """
         main, tensors = _sbi.network_of(self), {}
         if main is not None:
@@ -55,8 +51,8 @@ class SavedTrainer(NPE):
     def load_weights(self, path: str | os.PathLike[str]) -> Self:
         """Take simulations and the main's weights from a saved file; no code of the file is run.
 
-        For a file that you do not trust: make an `NPE_Jeffreys` as it was made (same prior and
-        `density_estimator`), call this, and build posteriors. The proxy is not restored.
+        For a file that you do not trust: make an `NPE_Jeffreys` with the same prior and
+        `density_estimator`, call this method, and build posteriors. The proxy is not restored.
 
         Args:
             path: A file written by `save` after a training in one round.
@@ -66,7 +62,7 @@ class SavedTrainer(NPE):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is something else, or its weights do not fit this object's network.
+            ValueError: If the file is something else, or its weights do not fit the network.
             RuntimeError: If this object has simulations already.
         """
         if _sbi.latest_round(self) >= 0:
@@ -97,11 +93,15 @@ class SavedTrainer(NPE):
 
         Args:
             path: The file.
-            device: Where to go on; None: the device it was saved on.
+            device: Device of the loaded object; None: the device that it was saved on.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is something else, damaged, or of versions that cannot be read here.
+            ValueError: If the file is something else, damaged, of an unknown format, or of package
+                versions that cannot be read here.
+
+        Warns:
+            JeffreysWarning: If the file was saved with other package versions.
         """
         device = None if device is None else process_device(device)
         inference = persistence.load(path, device)
@@ -119,7 +119,7 @@ class SavedTrainer(NPE):
         return inference
 
     def __getstate__(self) -> dict[str, Any]:
-        """sbi's, with the builder where it can be pickled."""
+        """The state that sbi pickles, with the builder if it can be pickled."""
         kept = persistence.is_picklable(self._builder)
         with warnings.catch_warnings():
             if kept:  # sbi would warn that retrain_from_scratch is lost

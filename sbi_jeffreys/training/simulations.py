@@ -16,17 +16,9 @@ __all__ = ["check_appended", "check_matrix", "check_simulations"]
 
 
 def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) -> None:
-    """Check what `append_simulations` is given, where sbi has bare assertions.
+    """Check the arguments of `append_simulations`; `before` has θ and x of earlier rounds, or None.
 
-    Args:
-        theta: Parameters.
-        x: Simulations.
-        prior: The trainer's prior; None or sbi's stand-in has no size to check against.
-        before: θ and x of earlier rounds, or None.
-
-    Raises:
-        TypeError: If either is no tensor of float32.
-        ValueError: If their shapes do not fit each other, the prior, or earlier rounds.
+    A prior of None, or sbi's stand-in for one, has no size to check against.
     """
     for name, value in (("theta", theta), ("x", x)):
         check_tensor(name, value)
@@ -61,7 +53,7 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
             "pass the prior that the parameters were drawn from."
         )
     if before is not None:
-        for name, value, earlier in (("theta", theta, before[0]), ("x", x, before[1])):
+        for name, value, earlier in zip(("theta", "x"), (theta, x), before):
             if value.shape[1:] != earlier.shape[1:]:
                 raise ValueError(
                     f"{name} must have rows of shape {tuple(earlier.shape[1:])} as in earlier "
@@ -70,11 +62,7 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
 
 
 def check_matrix(theta: Tensor) -> None:
-    """Check that θ has one row for each simulation and one column for each parameter.
-
-    Raises:
-        ValueError: If θ has not two dimensions.
-    """
+    """Check that θ has one row for each simulation and one column for each parameter."""
     if theta.ndim != 2:
         raise ValueError(
             f"theta must have shape (N, D), got {tuple(theta.shape)}; for a single parameter pass "
@@ -85,17 +73,7 @@ def check_matrix(theta: Tensor) -> None:
 def check_simulations(
     theta: Tensor, prior: Distribution | None, validation_fraction: float
 ) -> None:
-    """Check that the simulations can be split, and that their θ can come from the prior.
-
-    Args:
-        theta: All θ to train on, `(N, D)`.
-        prior: The prior; None or sbi's stand-in for one has no support to check against.
-        validation_fraction: Share that is held out, in (0, 1).
-
-    Raises:
-        ValueError: If there are too few simulations, or θ has another size than the prior's or
-            lies outside its support, where a posterior has no density.
-    """
+    """Check that simulations with θ `(N, D)` can be split and that θ can come from the prior."""
     num = len(theta)
     num_training = int((1 - validation_fraction) * num)  # as sbi splits
     if num_training < 2 or num - num_training < 1:
@@ -105,12 +83,6 @@ def check_simulations(
         )
     if prior is None or isinstance(prior, ImproperEmpirical):
         return
-    size = prior.event_shape[-1] if prior.event_shape else None
-    if size is not None and theta.shape[-1] != size:
-        raise ValueError(
-            f"theta: expected shape (N, {size}) as the prior's, got {tuple(theta.shape)}; pass the "
-            "prior that the parameters were drawn from."
-        )
     inside = inside_support(prior, theta)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
