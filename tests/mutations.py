@@ -297,6 +297,11 @@ MUTANTS = (
         "tests/training/test_pool.py",
     ),
     Mutant(
+        "own-scale-is-fixed",
+        "parameters = [] if net is None else list(net.parameters())",
+        "tests/proxies/test_summary.py",
+    ),
+    Mutant(
         "one-energy-of-several",
         "return factors[0]",
         "tests/proxies/test_energy.py -k several",

@@ -24,14 +24,14 @@ from sbi_jeffreys.networks.configs import check_trainable, is_config, own_settin
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, is_bounded, on_edge
 
-__all__ = ["MainBuilder", "UnconstrainedDensityEstimator", "main_builder"]
+__all__ = ["MainBuilder", "StandardisedInput", "UnconstrainedDensityEstimator", "main_builder"]
 
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
 
-class _Standardised(nn.Module):
+class StandardisedInput(nn.Module):
     """Marginal transform of x followed by z-scoring, as the main's embedding net."""
 
     def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
@@ -206,7 +206,7 @@ class MainBuilder:
         if self.marginal_transforms and x.ndim == 2 and not self._embeds():
             with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
                 transform = MarginalTransform.fit(x)
-                embedding = None if transform.is_identity else _Standardised(transform, x)
+                embedding = None if transform.is_identity else StandardisedInput(transform, x)
         # Copies, so that a second network does not start from the first one's trained embedding.
         if not isinstance(self.model, str):
             config = deepcopy(self.model)

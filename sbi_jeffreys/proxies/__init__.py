@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.builders import StandardisedInput
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
@@ -139,9 +140,10 @@ def _embeds(main: ConditionalDensityEstimator) -> bool:
 def _is_fixed(net: nn.Module | None) -> bool:
     """Whether there is an embedding net of the user's without trainable parameters.
 
-    sbi's own standardisation and our marginal transforms have buffers, and no parameters.
+    sbi's own standardisation has no parameters; our `StandardisedInput` is not the user's.
     """
-    parameters = [] if net is None else list(net.parameters())
+    ours = net is None or any(isinstance(part, StandardisedInput) for part in net.modules())
+    parameters = [] if net is None or ours else list(net.parameters())  # mutant: own-scale-is-fixed
     return len(parameters) > 0 and not any(p.requires_grad for p in parameters)
 
 

@@ -16,7 +16,7 @@ from sbi.neural_nets.embedding_nets import FCEmbedding
 
 from sbi_jeffreys import JeffreysWarning, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys.networks import configs
-from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator, _Standardised
+from sbi_jeffreys.networks.builders import StandardisedInput, UnconstrainedDensityEstimator
 
 Base: Any = getattr(neural_nets, "DensityConfigBase", object)
 with_sbis_own = pytest.mark.skipif(Base is object, reason="this sbi has no typed configs")
@@ -64,7 +64,7 @@ def skewed() -> tuple[torch.Tensor, torch.Tensor]:
 
 def standardises(net: torch.nn.Module) -> bool:
     """Whether the net sees x through our marginal transform."""
-    return any(isinstance(module, _Standardised) for module in net.modules())
+    return any(isinstance(module, StandardisedInput) for module in net.modules())
 
 
 def built(model: Any) -> torch.nn.Module:

@@ -57,3 +57,15 @@ def test_training_uses_it_and_says_so():
     assert isinstance(inference.proxy, SummaryLikelihoodProxy)
     assert "summaries" in inference.training_report.proxy
     assert inference._training.stage.pool.grouped
+
+
+def test_our_own_scale_of_x_is_no_net_of_the_users():
+    """Counts are transformed by a net with constants; the proxy is a density of x all the same."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((200,))
+    x = torch.poisson((theta + 3).exp())
+    inference = NPE_Jeffreys(PRIOR, options=TINY, show_progress_bars=False)
+    main = inference.append_simulations(theta, x).train(max_num_epochs=5)
+    assert any(not p.requires_grad for p in main.embedding_net.parameters())
+    assert inference.proxy is not None
+    assert inference.proxy.can_sample
