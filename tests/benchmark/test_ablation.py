@@ -119,7 +119,7 @@ def test_a_proxy_fitted_to_shuffled_theta_is_worse_and_fitted_once(trainer):
 @pytest.mark.parametrize("name", sorted(CONDITIONS))
 def test_every_condition_can_be_had_with_the_default_members(name):
     proxy = CONDITIONS[name].build(get_task("sir").prior, JeffreysOptions())
-    assert proxy.experts
+    assert proxy.experts is None or len(proxy.experts) > 0  # None: by the width of x
 
 
 def test_an_undertrained_proxy_has_nothing_but_nets_of_two_epochs():

@@ -143,8 +143,7 @@ class TuneTrace(Curve):
         return torch.full_like(theta[..., 0], math.log(0.1))
 
 
-#: The curves by name.
+#: The curves that are reported, by name; `TuneTrace` is among the tuning tasks.
 CURVE_TASKS: dict[str, type[Curve]] = {
-    task.name: task
-    for task in (AbsorptionLine, AbsorptionLine300, AbsorptionLine1000, DampedWave, TuneTrace)
+    task.name: task for task in (AbsorptionLine, AbsorptionLine300, AbsorptionLine1000, DampedWave)
 }

@@ -28,6 +28,7 @@ from torch.distributions import (
 )
 
 from sbi_jeffreys.benchmark.tasks.base import Task
+from sbi_jeffreys.benchmark.tasks.curves import TuneTrace
 
 
 class TuningTask(Task):
@@ -140,7 +141,7 @@ def _glitch(theta: Tensor) -> Distribution:
 _LINEAR_PRIOR = MultivariateNormal(torch.zeros(8), 0.3 * torch.eye(8) + 0.2 * _LINEAR @ _LINEAR.T)
 _GROWTH_PRIOR = _log_normal([-0.2, -2.0, 0.0, 0.5], [0.4, 0.5, 0.5, 0.5])
 #: The tuning tasks by name. `tune_narrow`, the fold with a fifth of its noise, has two thin arcs.
-TUNING_TASKS: dict[str, TuningTask] = {
+TUNING_TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         TuningTask("tune_fold", _box(2, 2.0), partial(_fold, noise=0.15)),
@@ -153,5 +154,6 @@ TUNING_TASKS: dict[str, TuningTask] = {
         TuningTask("tune_growth", _GROWTH_PRIOR, _growth),
         TuningTask("tune_outliers", _box(3, 2.0), _outliers),
         TuningTask("tune_glitch", _box(3, 2.0), _glitch),
+        TuneTrace(),
     )
 }
