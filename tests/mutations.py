@@ -289,6 +289,7 @@ MUTANTS = (
         "mass = log_prob[..., integer]",
         "tests/proxies/test_neural.py",
     ),
+    Mutant("latent-counts-dropped", "pass", "tests/proxies/test_neural.py -k rare"),
     Mutant("cells-by-their-middle", "if True:", "tests/proxies/test_neural.py"),
     Mutant("distractors-kept", "if False:", "tests/proxies/test_screening.py"),
     Mutant(

@@ -100,3 +100,16 @@ def test_gradients_are_finite_at_open_ends_and_far_from_the_cell():
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         NeuralRegressionExpert(**{field: value})
+
+
+def test_draws_of_rare_counts_are_kept_at_every_theta():
+    """Where a count is surely zero, its normal is far below zero: no reason to drop the draw."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((800,))
+    x = torch.poisson((4 * theta.repeat(1, 2)).exp().clamp_max(300))
+    proxy = fitted(NeuralRegressionExpert(), theta, x)
+    at = torch.full((400, 2), -1.8)
+    drawn, y = proxy.sample_given(at)
+    assert proxy.drawn is not None
+    assert proxy.drawn.proposed == len(drawn) == 400
+    assert float((y == 0).float().mean()) > 0.95

@@ -105,6 +105,9 @@ class FittedExpert(nn.Module):
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
+        # What is below the smallest count is that count, however far below: judged by its cell.
+        cells = self.transform(self.transform.inverse(y))
+        y = torch.where(self.transform.integer, cells, y)  # mutant: latent-counts-dropped
         allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
         outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
         near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
