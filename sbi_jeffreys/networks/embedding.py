@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 
-__all__ = ["embedded_once", "summary_net"]
+__all__ = ["check_summaries", "embedded_once", "summaries_of", "summary_net"]
+
+_CHUNK = 2_000  # observations embedded at once
 
 
 def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
@@ -70,4 +72,28 @@ def _same(condition: Tensor, x: Tensor) -> bool:
     ends = (condition[: len(x)], condition[-len(x) :])
     return condition.shape[1:] == x.shape[1:] and all(
         bool(((end == x) | (torch.isnan(end) & torch.isnan(x))).all()) for end in ends
+    )
+
+
+@torch.no_grad()
+def summaries_of(net: nn.Module, x: Tensor) -> Tensor:
+    """Summaries `(N, S)` that an embedding net gives of x `(N, *x_shape)`, some x at a time."""
+    return torch.cat([net(part).flatten(1) for part in x.split(_CHUNK)])
+
+
+def check_summaries(summary: Tensor, x: Tensor) -> None:
+    """Require finite summaries `(N, S)` of x `(N, *x_shape)`.
+
+    Raises:
+        ValueError: If some are not.
+    """
+    bad = (~torch.isfinite(summary)).any(dim=1)
+    if not bool(bad.any()):
+        return
+    padded = int((bad & torch.isnan(x.flatten(1)).any(dim=1)).sum())
+    raise ValueError(
+        f"x: expected the embedding net to give finite summaries, got NaN or inf for "
+        f"{int(bad.sum())} of {len(summary)} simulations, {padded} of which contain NaN; drop "
+        "those, or use an embedding net that masks missing values (sbi's "
+        "PermutationInvariantEmbedding for NaN-padded trials of varying number)."
     )

@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.networks.embedding import summary_net
+from sbi_jeffreys.networks.embedding import check_summaries, summaries_of, summary_net
 from sbi_jeffreys.networks.fitting import FitResult, fit_network
 from sbi_jeffreys.objective import effective_sample_size as kish_sample_size
 from sbi_jeffreys.objective import ranking_nce_losses
@@ -35,7 +35,6 @@ from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
 __all__ = ["EnergyConfig", "EnergyProxy"]
 
 _MAX_EVALUATIONS = 100_000  # of the energy per held-out value
-_CHUNK = 2_000  # observations embedded at once
 
 
 class EnergyProxy(Proxy):
@@ -145,9 +144,8 @@ class EnergyProxy(Proxy):
         check_instance("x", x, Tensor, remedy)
         self.check_prior(theta[train_indices])
         embedding = self._embedding(main, theta).eval()
-        with torch.no_grad():
-            summary = torch.cat([embedding(part).flatten(1) for part in x.split(_CHUNK)])
-        _check_summaries(summary, x)
+        summary = summaries_of(embedding, x)
+        check_summaries(summary, x)
         config = self.config.fit.at_most(max_epochs, patience)
         num_held_out = max(16, min(256, _MAX_EVALUATIONS // len(val_indices)))
         held_out = self.draw(theta[val_indices], x[val_indices], num_held_out, main)
@@ -234,16 +232,3 @@ class _Loss:
             self.pool = self.proxy.draw(self.theta, self.x, 2 * num, self.main)
             self.epochs_left = self.proxy.config.refresh_epochs
         return self.proxy.losses(net, theta, summary, self.pool.pick(indices, num))
-
-
-def _check_summaries(summary: Tensor, x: Tensor) -> None:
-    bad = (~torch.isfinite(summary)).any(dim=1)
-    if not bool(bad.any()):
-        return
-    padded = int((bad & torch.isnan(x.flatten(1)).any(dim=1)).sum())
-    raise ValueError(
-        f"x: expected the embedding net to give finite summaries, got NaN or inf for "
-        f"{int(bad.sum())} of {len(summary)} simulations, {padded} of which contain NaN; drop "
-        "those, or use an embedding net that masks missing values (sbi's "
-        "PermutationInvariantEmbedding for NaN-padded trials of varying number)."
-    )

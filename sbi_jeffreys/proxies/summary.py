@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys.networks.embedding import check_summaries, summaries_of
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.experts import Expert
 from sbi_jeffreys.proxies.experts.base import OnEpoch
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
 
 __all__ = ["SummaryLikelihoodProxy"]
-
-_CHUNK = 2_000  # observations embedded at once
 
 
 class SummaryLikelihoodProxy(LikelihoodProxy):
@@ -45,11 +43,6 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
         super().__init__(prior, experts, config, num_folds)
         self.embedding = deepcopy(embedding).eval()
 
-    @torch.no_grad()
-    def summarise(self, x: Tensor) -> Tensor:
-        """s(x) of `(B, *x_shape)`, `(B, S)`."""
-        return torch.cat([self.embedding(part).flatten(1) for part in x.split(_CHUNK)])
-
     def fit(
         self,
         theta: Tensor,
@@ -65,13 +58,8 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
         Raises:
             ValueError: If summaries of x are not finite, or constant.
         """
-        summaries = self.summarise(x)
-        bad = int((~torch.isfinite(summaries)).any(dim=1).sum())
-        if bad:
-            raise ValueError(
-                f"x: expected the embedding net to give finite summaries, got NaN or inf for {bad} "
-                f"of {len(summaries)} simulations; drop those, or mend the embedding net."
-            )
+        summaries = summaries_of(self.embedding, x)
+        check_summaries(summaries, x)
         super().fit(theta, summaries, train_indices, val_indices, on_epoch, max_epochs, patience)
         return self
 
@@ -83,7 +71,7 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
         """log ℓ_ψ(s(x)|θ); see `Proxy.log_factor`."""
-        return super().log_factor(theta, self.summarise(x))
+        return super().log_factor(theta, summaries_of(self.embedding, x))
 
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Not available: summaries do not determine x."""

@@ -206,13 +206,13 @@ def _temper(
     gamma = held_out.inverse_temperature(proxy, main)
     if gamma != 1 and proxy.can_sample:
         theta, x = proxy.sample_joint(_PROBE)
+        factor = proxy.log_factor(theta.unsqueeze(0), x)[0] if len(x) else x.new_zeros(0)
         # mutant: pool-weights-collapse
-        while len(x) and _share_left(proxy, theta, x, gamma) < _LEAST_SHARE:
+        while len(factor) and _share_left(factor, gamma) < _LEAST_SHARE:
             gamma = math.sqrt(gamma) if abs(gamma - 1) > _NEXT_TO_ONE else 1.0
     proxy.inverse_temperature.fill_(gamma)
 
 
-def _share_left(proxy: Proxy, theta: Tensor, x: Tensor, gamma: float) -> float:
-    """Effective share of pairs of the proxy's joint under the weights of a temperature."""
-    log_weights = (gamma - 1) * proxy.log_factor(theta.unsqueeze(0), x)[0]
-    return float(effective_sample_size(log_weights)) / len(x)
+def _share_left(log_factor: Tensor, gamma: float) -> float:
+    """Effective share of pairs, of log factors `(N,)`, under the weights of a temperature."""
+    return float(effective_sample_size((gamma - 1) * log_factor)) / len(log_factor)

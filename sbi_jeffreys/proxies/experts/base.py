@@ -106,12 +106,12 @@ class FittedExpert(nn.Module):
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
         # What is below the smallest count is that count, however far below: judged by its cell.
-        cells = self.transform(self.transform.inverse(y))
-        y = torch.where(self.transform.integer, cells, y)  # mutant: latent-counts-dropped
+        x = self.transform.inverse(y)
+        # mutant: latent-counts-dropped
+        y = torch.where(self.transform.integer, self.transform(x), y)
         allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
         outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
         near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
-        x = self.transform.inverse(y)
         columns = self.transform.keep[self.few]
         # mutant: binary-draws-not-clamped
         x[:, columns] = torch.minimum(torch.maximum(x[:, columns], self.values[0]), self.values[1])
