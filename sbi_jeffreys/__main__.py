@@ -26,8 +26,8 @@ except ModuleNotFoundError as error:
     if error.name not in ("joblib", "scipy", "tabulate"):
         raise
     print(
-        f"error: the command line needs {error.name}, which is not installed; install the package "
-        "with its extra `benchmark`: pip install '.[benchmark]' in its repository.",
+        f"error: the command line needs {error.name}, which is not installed; install what the "
+        "package's extra `benchmark` has: pip install joblib scipy tabulate",
         file=sys.stderr,
     )
     sys.exit(2)
