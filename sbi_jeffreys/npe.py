@@ -17,9 +17,7 @@ mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multiplier
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import sbi.inference
@@ -28,13 +26,10 @@ from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning
-from sbi_jeffreys._sbi import ConditionalDensityEstimator, PosteriorParameters, Tracker
+from sbi_jeffreys._sbi import ConditionalDensityEstimator, Tracker
 from sbi_jeffreys.networks.builders import MainBuilder, main_builder
-from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
-from sbi_jeffreys.posteriors.power import pooling_power
-from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
+from sbi_jeffreys.options import JeffreysOptions, Preset
+from sbi_jeffreys.posteriors.building import BuildsPosteriors
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
 from sbi_jeffreys.training.report import TrainingReport
@@ -49,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACES", "NPE_Jeffreys", "register"]
 
 
-class NPE_Jeffreys(SavedTrainer):
+class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
     r"""Neural posterior estimation with the Jeffreys divergence: a drop-in for `sbi.inference.NPE`.
 
     Args:
@@ -63,7 +58,8 @@ class NPE_Jeffreys(SavedTrainer):
         summary_writer: Deprecated by sbi; use `tracker`.
         tracker: Tracker to which traces are logged; TensorBoard by default, as in sbi.
         show_progress_bars: Whether training shows progress and prints its report.
-        options: Everything about the symmetric objective.
+        options: "fast", "default" or "thorough" (see `JeffreysOptions.preset`), or everything about
+            the symmetric objective, as `JeffreysOptions`.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was expected, what came, and the remedy.
@@ -93,7 +89,7 @@ class NPE_Jeffreys(SavedTrainer):
         summary_writer: Any | None = None,
         tracker: Tracker | None = None,
         show_progress_bars: bool = True,
-        options: JeffreysOptions | None = None,
+        options: JeffreysOptions | Preset | None = None,
     ) -> None:
         check_constructor(
             prior,
@@ -105,6 +101,8 @@ class NPE_Jeffreys(SavedTrainer):
             show_progress_bars,
             options,
         )
+        if isinstance(options, str):
+            options = JeffreysOptions.preset(options)
         self.options = JeffreysOptions() if options is None else options
         self._builder = main_builder(density_estimator, prior, self.options.marginal_transforms)
         super().__init__(
@@ -216,86 +214,6 @@ class NPE_Jeffreys(SavedTrainer):
             resume_training,
             dataloader_kwargs,
         )
-
-    def build_corrected_posterior(
-        self, num_candidates: int = 20_000, device: str | None = None, power: float | None = None
-    ) -> CorrectedPosterior:
-        """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
-
-        Not the default, because its accuracy depends on the proxy at the observation. See
-        `CorrectedPosterior.effective_sample_size` and `training_report`.
-
-        Args:
-            num_candidates: Draws of the main that are weighted per observation.
-            device: Device of the posterior; the trainer's if None.
-            power: β in (0, 1], how far to go from the main to the proxy. None: the power with the
-                best score on held-out simulations; 1 after later rounds, which draw those from a
-                proposal.
-
-        Raises:
-            RuntimeError: If there is no proxy: not trained yet, or none for this x.
-            ValueError: If `num_candidates` or `power` is out of range.
-
-        Warns:
-            JeffreysWarning: If training refused the proxy.
-        """
-        main, proxy = self._main_and_proxy()
-        report = self.training_report
-        if report is not None and report.refused:
-            warnings.warn(
-                f"The draws are corrected towards a proxy that training refused "
-                f"({report.proxy_status.value}): prefer build_posterior().",
-                JeffreysWarning,
-                stacklevel=2,
-            )
-        return CorrectedPosterior(
-            deepcopy(main),
-            deepcopy(proxy),
-            _sbi.prior_of(self),
-            num_candidates,
-            self._pooling_power() if power is None else power,  # mutant: power-not-chosen
-            device=device or str(_sbi.device_of(self)),
-        )
-
-    def _pooling_power(self) -> float:
-        """The best β on held-out simulations; 1 after later rounds, whose θ follow a proposal."""
-        if _sbi.latest_round(self) > 0:  # mutant: power-of-later-rounds
-            return 1.0
-        device = _sbi.device_of(self)
-        theta, x = (t[self.val_indices].to(device) for t in self.get_simulations(0)[:2])
-        return pooling_power(*self._main_and_proxy(), theta, x)
-
-    def build_proxy_posterior(
-        self,
-        sample_with: SampleWith = "importance",
-        posterior_parameters: PosteriorParameters | None = None,
-        device: str | None = None,
-    ) -> ProxyPosterior:
-        """The proxy's own posterior q_ψ(θ|x), sampled by sbi, for comparison with the main's.
-
-        Args:
-            sample_with: "importance" (the main is the proposal), "mcmc", or "rejection" (from the
-                prior).
-            posterior_parameters: sbi's parameters of that posterior, for instance
-                `MCMCPosteriorParameters(num_chains=10)`.
-            device: Device of the posterior; the trainer's if None.
-
-        Raises:
-            RuntimeError: If there is no proxy: not trained yet, or none for this x.
-            ValueError, TypeError: If `sample_with` or `posterior_parameters` are not as above.
-        """
-        main, proxy = self._main_and_proxy()
-        device = device or str(_sbi.device_of(self))
-        return proxy_posterior(main, proxy, sample_with, posterior_parameters, device)
-
-    def _main_and_proxy(self) -> tuple[ConditionalDensityEstimator, Proxy]:
-        main = _sbi.network_of(self)
-        if main is None or self.proxy is None:
-            raise RuntimeError(
-                "There is no proxy to build a posterior from. Call train() first; if it warned "
-                "that it fell back to plain NPE, use build_posterior() instead."
-            )
-        return main, self.proxy
 
 
 _TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)

@@ -50,6 +50,7 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("stage-length-dead", "return steps", "tests/test_npe.py"),
     Mutant(
         "hopeless-networks-fitted",
         "if True",

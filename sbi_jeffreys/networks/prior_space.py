@@ -64,7 +64,8 @@ class PriorTransform(nn.Module):
     def _saturates(self, theta: Tensor, sign: int) -> Tensor:
         """Per parameter, whether it has an end on this side, at u = ±∞."""
         origin, near, far = (
-            self.bijection.inv(torch.full_like(theta, sign * v)) for v in (0.0, 1.0, _FAR)
+            torch.as_tensor(self.bijection.inv(torch.full_like(theta, sign * v)))
+            for v in (0.0, 1.0, _FAR)
         )
         return ((far - origin).abs() < 10 * (near - origin).abs())[0]
 

@@ -48,8 +48,10 @@ def check_constructor(
             f"{type(density_estimator).__name__}; the name 'nsf' is a good start."
         )
     _check_device(device)
-    if options is not None:
-        remedy = "write options=JeffreysOptions(num_steps=…, …)"
+    if isinstance(options, str):
+        JeffreysOptions.preset(options)  # type: ignore[arg-type]  # refuses other names
+    elif options is not None:
+        remedy = 'write options="fast" or options=JeffreysOptions(num_steps=…, …)'
         check_instance("options", options, JeffreysOptions, remedy)
     check_bool("show_progress_bars", show_progress_bars)
     _check_methods("tracker", tracker, "log_metric", "flush")  # those that training calls
