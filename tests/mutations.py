@@ -50,6 +50,12 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
+    Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
+    Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),
+    Mutant(
+        "focus-without-reverse", "reverse = 0.0 * log_p.sum()", "tests/posteriors/test_focus.py"
+    ),
     Mutant("stage-length-dead", "return steps", "tests/test_npe.py"),
     Mutant(
         "hopeless-networks-fitted",

@@ -473,6 +473,14 @@ def test_bad_options_are_named(field, value, error):
         JeffreysOptions(**{field: value})
 
 
+def test_presets_are_options():
+    assert NPE_Jeffreys(options="default").options == JeffreysOptions()
+    lengths = [JeffreysOptions.preset(name).steps_for(1_000) for name in ("fast", "thorough")]
+    assert lengths == [300, 1_800]
+    with pytest.raises(ValueError, match="options must be one of"):
+        NPE_Jeffreys(options="quick")  # type: ignore[arg-type]
+
+
 def test_better_than_npe_on_a_linear_gaussian():
     """Held-out NLL on fresh simulations, 5-D linear Gaussian, 300 simulations."""
     torch.manual_seed(0)

@@ -76,13 +76,14 @@ class FocusedPosterior(DirectPosterior):
 
     Attributes:
         focus: What focusing found.
+        x_o: The observation, `(1, *x_shape)`.
     """
 
     def __init__(
         self, main: ConditionalDensityEstimator, prior: Distribution, x_o: Tensor, found: Focus
     ) -> None:
         super().__init__(posterior_estimator=main, prior=prior, device=str(x_o.device))
-        self.focus, self._x_o = found, x_o
+        self.focus, self.x_o = found, x_o
         self.set_default_x(x_o)
 
     def sample(self, sample_shape: Any = _ONE, x: Any = None, **kwargs: Any) -> Tensor:
@@ -106,8 +107,8 @@ class FocusedPosterior(DirectPosterior):
         """Refuse another observation than the one that the main was refined at."""
         if x is None:
             return None
-        given = check_observation(x, self._x_o.shape[1:]).to(self._x_o)
-        if not torch.allclose(given, self._x_o):
+        given = check_observation(x, self.x_o.shape[1:]).to(self.x_o)
+        if not torch.allclose(given, self.x_o):
             raise ValueError(
                 "x must be the observation that this posterior was focused at, got another one; "
                 "call focus(x) for that one, or use build_posterior()."

@@ -121,8 +121,9 @@ def prepare(
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
     theta = simulations.theta[simulations.train]
-    if bool((theta == theta[:1]).all()):
-        note = "theta is constant: there is nothing to learn about it"
+    fixed = (theta == theta[:1]).all(dim=0).nonzero().flatten().tolist()
+    if fixed:  # mutant: constant-parameters-modelled
+        note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
         return Prepared(ProxyStatus.ABSENT, None, note)
     proxy, note = build_proxy(prior, main, simulations.x, options)
     if proxy is None:

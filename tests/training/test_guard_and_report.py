@@ -202,3 +202,14 @@ def test_a_killed_training_goes_on_from_its_checkpoint_as_if_nothing_had_happene
     train(whole, 30)
     assert torch.equal(weights(whole), weights(inference))
     assert {name for name in os.listdir(tmp_path) if "sbij" in name} == {"training.sbij"}
+
+
+def test_a_parameter_that_is_constant_is_named():
+    """Without a prior nothing else forbids it, and a density of it has no upper bound."""
+    torch.manual_seed(0)
+    theta = torch.cat([torch.randn(200, 1), torch.full((200, 1), 3.0)], dim=1)
+    x = theta + 0.1 * torch.randn(200, 2)
+    inference = NPE_Jeffreys(show_progress_bars=False).append_simulations(theta, x)
+    with pytest.warns(JeffreysWarning, match=r"constant in dimensions \[1\]"):
+        inference.train(max_num_epochs=3)
+    assert inference.proxy is None
