@@ -98,6 +98,7 @@ def test_snippets_run(path, monkeypatch):
     few = functools.partialmethod(train, max_num_epochs=2)
     monkeypatch.setattr(sbi_jeffreys.NPE_Jeffreys, "train", few)
     small = functools.partial(sbi_jeffreys.JeffreysOptions, proxy_folds=1, proxy_draws=2_000)
+    small.preset = sbi_jeffreys.JeffreysOptions.preset  # type: ignore[attr-defined]
     monkeypatch.setattr(sbi_jeffreys.npe, "JeffreysOptions", small)  # the default options
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     theta = prior.sample((200,))
