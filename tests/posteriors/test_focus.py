@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from contract_tools import X_O, fresh, trained
 from known_posteriors import PRIOR, SPREAD, Known, gaussian, log_likelihood, two_modes
 from sbi.neural_nets import posterior_nn
 from torch.distributions import Normal
@@ -140,3 +141,39 @@ def test_an_observation_with_an_unknown_target_is_not_focused_at(rough):
     with pytest.warns(JeffreysWarning, match="not focused"):
         found = focus(rough, GivenProxy(PRIOR, sliver), PRIOR, X, 1.0, 20, 1e-3, False)
     assert not found.focus.kept
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("x_o", torch.zeros(3), ValueError),
+        ("x_o", torch.full((2,), float("nan")), ValueError),
+        ("x_o", "x", TypeError),
+        ("num_steps", 0, ValueError),
+        ("num_steps", 1.5, TypeError),
+        ("learning_rate", -1.0, ValueError),
+        ("learning_rate", "small", TypeError),
+        ("power", 0.0, ValueError),
+        ("power", 1.5, ValueError),
+        ("show_progress_bars", "no", TypeError),
+    ],
+)
+def test_bad_arguments_are_named(trainer, argument, value, error):
+    with pytest.raises(error, match="observation|^x " if argument == "x_o" else argument):
+        trainer.focus(**({"x_o": X_O} | {argument: value}))
+
+
+def test_the_trainer_focuses(trainer):
+    found = trainer.focus(X_O, num_steps=20)
+    assert found.sample((10,), show_progress_bars=False).shape[0] == 10
+
+
+def test_without_a_proxy_there_is_nothing_to_focus_with():
+    with pytest.raises(RuntimeError, match="train"):
+        fresh().focus(X_O)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    torch.manual_seed(0)
+    return trained()
