@@ -26,15 +26,13 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def execute(notebook: Any, timeout: int = 1200) -> None:
-    """Run it in a folder that holds nothing but a link to the results; `timeout` in s per cell.
+    """Run it in a folder that holds nothing but a link to the data; `timeout` in s per cell.
 
     Raises:
         CellExecutionError: If a cell fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = FOLDER.parent / "benchmark_results"
-        if results.exists():
-            (Path(folder) / results.name).symlink_to(results)
+        (Path(folder) / "data").symlink_to(FOLDER / "data")
         where = {"metadata": {"path": folder}}
         # A shell's MPLBACKEND=Agg, as tests want it, would leave the notebook without its figures.
         env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
