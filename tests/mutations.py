@@ -51,6 +51,11 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "logit-instead-of-probit",
+        "u, log_slope = v, torch.zeros_like(v)",
+        "tests/networks/test_transforms.py",
+    ),
+    Mutant(
         "g-off",
         'loss = 0 * multiplier * trust * terms["generated"]',
         "tests/training/test_symmetric.py",

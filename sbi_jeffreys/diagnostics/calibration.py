@@ -33,7 +33,7 @@ from sbi_jeffreys._checks import (
     check_prior,
     check_tensor,
 )
-from sbi_jeffreys.networks.transforms import inside_support
+from sbi_jeffreys.networks.prior_space import inside_support
 
 __all__ = [
     "Coverage",

@@ -21,8 +21,9 @@ from torch.distributions import Distribution
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
+from sbi_jeffreys.networks.prior_space import PriorTransform, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
-from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, is_bounded, on_edge
+from sbi_jeffreys.networks.transforms import MarginalTransform
 
 __all__ = ["MainBuilder", "StandardisedInput", "UnconstrainedDensityEstimator", "main_builder"]
 
@@ -169,7 +170,7 @@ class MainBuilder:
             JeffreysWarning: If θ is modelled as it is for that reason.
         """
         transform = self._prior_transform()
-        num = 0 if transform is None else int(on_edge(transform, theta).sum())
+        num = 0 if transform is None else int(transform.on_edge(theta).sum())
         if num <= _EDGE_SHARE * len(theta):  # mutant: edge-not-seen
             return self
         warnings.warn(

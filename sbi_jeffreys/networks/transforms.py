@@ -15,17 +15,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from sbi.utils import MultipleIndependent, mcmc_transform, within_support
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
 
 from sbi_jeffreys._checks import check_tensor
-from sbi_jeffreys._sbi import silent_prior
 
-__all__ = ["MarginalTransform", "PriorTransform", "inside_support", "is_bounded", "on_edge"]
+__all__ = ["MarginalTransform"]
 
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
-_EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 tells
 _MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
 _RESOLVED = 8.0  # spread, in units of float32's spacing, from which an output counts as varying
 _MIN_GAIN = 0.05  # nats per datum that a transform must win over the identity: Occam's margin
@@ -209,101 +205,3 @@ class MarginalTransform(nn.Module):
         x = self.constant.expand(*y.shape[:-1], self.dim_in).clone()
         x[..., self.keep] = torch.where(self.integer, v.floor(), v)
         return x
-
-
-class PriorTransform(nn.Module):
-    """θ ↔ u, from the prior's support to unconstrained space (sbi's `mcmc_transform`).
-
-    It keeps the bijection and the support, not the prior, so that it can be copied and pickled even
-    where the prior cannot.
-
-    Args:
-        prior: A prior with bounded support.
-    """
-
-    def __init__(self, prior: Distribution) -> None:
-        super().__init__()
-        self.support = prior.support
-        device = prior.sample(torch.Size((1,))).device
-        self.bijection: Transform = mcmc_transform(prior, device=str(device))
-
-    @classmethod
-    def fit(cls, prior: Distribution | None) -> PriorTransform | None:
-        """The transform of a continuous prior with bounded support, else None.
-
-        None also where torch knows no bijection of the support that keeps its dimensions (a
-        triangle, a simplex); see `is_bounded`.
-        """
-        if prior is None or not is_bounded(prior):
-            return None
-        try:
-            # The trial leaves no trace in random numbers.
-            with torch.random.fork_rng(devices=[]), silent_prior():
-                transform = cls(prior)
-                theta = prior.sample(torch.Size((8,)))
-            u, log_det, inside = transform(theta)
-            back = transform.inverse(u)
-            fits = u.shape == back.shape == theta.shape and bool(inside.all())
-            close = fits and torch.allclose(back, theta, rtol=1e-2, atol=1e-4)
-        except (NotImplementedError, RuntimeError, ValueError, AssertionError):
-            return None
-        return transform if close and bool(torch.isfinite(log_det).all()) else None
-
-    def forward(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u = T(θ), log |det ∂u/∂θ| and whether θ is inside the support.
-
-        Args:
-            theta: Shape `(*B, D)`. Points outside are given a finite but meaningless u.
-
-        Returns:
-            Tensors of shapes `(*B, D)`, `(*B,)`, `(*B,)`.
-        """
-        flat = theta.reshape(-1, theta.shape[-1])
-        inside = within_support(self, flat)
-        u = torch.as_tensor(self.bijection(flat))
-        finite = torch.isfinite(u).all(dim=-1) & inside
-        u = torch.where(finite.unsqueeze(-1), u, torch.zeros_like(u))
-        log_det = -self.bijection.inv.log_abs_det_jacobian(u, self.bijection.inv(u))
-        shape = theta.shape[:-1]
-        return u.reshape(theta.shape), log_det.reshape(shape), finite.reshape(shape)
-
-    def inverse(self, u: Tensor) -> Tensor:
-        """θ = T⁻¹(u), inside the support by construction."""
-        flat = torch.as_tensor(self.bijection.inv(u.reshape(-1, u.shape[-1])))
-        return flat.reshape(u.shape)
-
-
-def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
-    """Which θ `(N, D)` lie in the prior's support, `(N,)`: sbi's `within_support`, part by part.
-
-    sbi's joint of independent priors is asked part by part, because torch cannot concatenate
-    supports that check single numbers (a box) with one that checks vectors (a simplex).
-    """
-    if not isinstance(prior, MultipleIndependent):
-        with silent_prior():
-            return within_support(prior, theta)
-    parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
-    return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
-
-
-def is_bounded(prior: Distribution | None) -> bool:
-    """Whether there is a continuous prior that declares a support that is not all of ℝᴰ."""
-    try:
-        support = None if prior is None else prior.support
-    except (NotImplementedError, AttributeError):
-        return False
-    if support is None or getattr(support, "is_discrete", False):
-        return False
-    base = getattr(support, "base_constraint", support)
-    parts = base.cseq if isinstance(base, constraints.cat) else [base]
-    bases = [getattr(part, "base_constraint", part) for part in parts]
-    return not all(isinstance(base, type(constraints.real)) for base in bases)
-
-
-def on_edge(transform: PriorTransform, theta: Tensor) -> Tensor:
-    """Which θ `(N, D)` lie on the support's edge, where u is infinite but for rounding, `(N,)`.
-
-    Draws of a continuous prior do so less than once in a million; clamped ones and grids do.
-    """
-    u, _, inside = transform(theta)
-    return inside & (u.abs() > _EDGE).any(dim=-1)

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, constraints
 
 from sbi_jeffreys._checks import check_callable
 from sbi_jeffreys._sbi import silent_prior
-from sbi_jeffreys.networks.transforms import inside_support
+from sbi_jeffreys.networks.prior_space import inside_support
 
 __all__ = ["EmpiricalPrior", "Proxy"]
 

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys._sbi import ImproperEmpirical
-from sbi_jeffreys.networks.transforms import inside_support
+from sbi_jeffreys.networks.prior_space import inside_support
 
 __all__ = ["check_appended", "check_matrix", "check_simulations"]
 

@@ -1,11 +1,14 @@
 """Transforms are bijections with the right Jacobian, and pick what they should."""
 
 import pytest
+import math
+
 import torch
 from sbi.utils import BoxUniform, process_prior
 from torch.distributions import Dirichlet, Independent, LogNormal, MultivariateNormal, Uniform
 
-from sbi_jeffreys.networks.transforms import MarginalTransform, PriorTransform, inside_support
+from sbi_jeffreys.networks.prior_space import PriorTransform, inside_support
+from sbi_jeffreys.networks.transforms import MarginalTransform
 
 N = 500
 
@@ -101,3 +104,23 @@ def test_a_joint_prior_is_asked_part_by_part():
     theta = torch.tensor([[0.5, 0.3, 0.7], [1.5, 0.3, 0.7], [0.5, 1.3, -0.3]])
     assert inside_support(prior, theta).tolist() == [True, False, False]
     assert bool(inside_support(prior, prior.sample((100,))).all())
+
+
+def test_a_box_is_mapped_so_that_a_flat_density_is_gaussian():
+    prior = BoxUniform(torch.tensor([-1.0, 5.0]), torch.tensor([1.0, 9.0]))
+    transform = PriorTransform.fit(prior)
+    assert transform is not None
+    theta = torch.linspace(0.001, 0.999, 201).unsqueeze(1) * torch.tensor([2.0, 4.0])
+    theta = theta + torch.tensor([-1.0, 5.0])
+    u, log_det, _ = transform(theta)
+    flat = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum(dim=1) + log_det
+    torch.testing.assert_close(flat, prior.log_prob(theta), atol=2e-3, rtol=0)
+
+
+def test_half_lines_keep_the_logarithm():
+    parts = [LogNormal(torch.zeros(1), torch.ones(1)), Uniform(torch.zeros(1), torch.ones(1))]
+    transform = PriorTransform.fit(process_prior(parts)[0])
+    assert transform is not None
+    assert transform.is_interval.tolist() == [False, True]
+    u, _, _ = transform(torch.tensor([[math.e, 0.5]]))
+    torch.testing.assert_close(u, torch.tensor([[1.0, 0.0]]))

@@ -1,0 +1,155 @@
+"""The prior's support and its unconstrained space, in which the main models θ.
+
+No mass of a density over u = T(θ), T a bijection from the support to ℝᴰ, lies outside the support.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from sbi.utils import MultipleIndependent, mcmc_transform, within_support
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+from torch.nn.functional import softplus
+
+from sbi_jeffreys._sbi import silent_prior
+
+__all__ = ["PriorTransform", "inside_support", "is_bounded"]
+
+_EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 tells
+_FAR = 80.0  # a logit whose sigmoid is 2e-35: float32 still has it
+
+
+def _probit(logit: Tensor) -> tuple[Tensor, Tensor]:
+    """z with Φ(z) = σ(logit), and log dz/dlogit; accurate in both tails."""
+    logit = logit.clamp(-_FAR, _FAR)
+    zero, is_low = torch.zeros_like(logit), logit < 0
+    low = torch.special.ndtri(torch.sigmoid(torch.where(is_low, logit, zero)))
+    high = torch.special.ndtri(torch.sigmoid(-torch.where(is_low, zero, logit)))
+    z = low - high  # one of the two is zero
+    log_slope = -(softplus(logit) + softplus(-logit)) + 0.5 * (z**2 + math.log(2 * math.pi))
+    return z, log_slope
+
+
+def _logit(z: Tensor) -> Tensor:
+    """The inverse of `_probit`."""
+    return torch.special.log_ndtr(z) - torch.special.log_ndtr(-z)
+
+
+class PriorTransform(nn.Module):
+    """θ ↔ u, from the prior's support to unconstrained space.
+
+    The logarithm for a half-line, as sbi's `mcmc_transform`; for an interval the probit instead of
+    its logit: a density that is flat up to the edge is then a Gaussian up to its tails, as the
+    flow's base is, whereas a logistic one has tails that no flow with Gaussian ones can follow.
+
+    It keeps the bijection and the support, not the prior, so that it can be copied and pickled even
+    where the prior cannot.
+
+    Args:
+        prior: A prior with bounded support.
+    """
+
+    is_interval: Tensor
+
+    def __init__(self, prior: Distribution) -> None:
+        super().__init__()
+        self.support = prior.support
+        theta = prior.sample(torch.Size((1,)))
+        self.bijection: Transform = mcmc_transform(prior, device=str(theta.device))
+        self.register_buffer("is_interval", self._saturates(theta, -1) & self._saturates(theta, 1))
+
+    @torch.no_grad()
+    def _saturates(self, theta: Tensor, sign: int) -> Tensor:
+        """Per parameter, whether it has an end on this side, at u = ±∞."""
+        origin, near, far = (
+            self.bijection.inv(torch.full_like(theta, sign * v)) for v in (0.0, 1.0, _FAR)
+        )
+        return ((far - origin).abs() < 10 * (near - origin).abs())[0]
+
+    @classmethod
+    def fit(cls, prior: Distribution | None) -> PriorTransform | None:
+        """The transform of a continuous prior with bounded support, else None.
+
+        None also where torch knows no bijection of the support that keeps its dimensions (a
+        triangle, a simplex); see `is_bounded`.
+        """
+        if prior is None or not is_bounded(prior):
+            return None
+        try:
+            # The trial leaves no trace in random numbers.
+            with torch.random.fork_rng(devices=[]), silent_prior():
+                transform = cls(prior)
+                theta = prior.sample(torch.Size((8,)))
+            u, log_det, inside = transform(theta)
+            back = transform.inverse(u)
+            fits = u.shape == back.shape == theta.shape and bool(inside.all())
+            close = fits and torch.allclose(back, theta, rtol=1e-2, atol=1e-4)
+        except (NotImplementedError, RuntimeError, ValueError, AssertionError):
+            return None
+        return transform if close and bool(torch.isfinite(log_det).all()) else None
+
+    def forward(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u = T(θ), log |det ∂u/∂θ| and whether θ is inside the support.
+
+        Args:
+            theta: Shape `(*B, D)`. Points outside are given a finite but meaningless u.
+
+        Returns:
+            Tensors of shapes `(*B, D)`, `(*B,)`, `(*B,)`.
+        """
+        flat = theta.reshape(-1, theta.shape[-1])
+        inside = within_support(self, flat)
+        v = torch.as_tensor(self.bijection(flat))
+        finite = torch.isfinite(v).all(dim=-1) & inside
+        v = torch.where(finite.unsqueeze(-1), v, torch.zeros_like(v))
+        log_det = -self.bijection.inv.log_abs_det_jacobian(v, self.bijection.inv(v))
+        z, log_slope = _probit(torch.where(self.is_interval, v, torch.zeros_like(v)))
+        u = torch.where(self.is_interval, z, v)  # mutant: logit-instead-of-probit
+        log_det = log_det + torch.where(self.is_interval, log_slope, 0.0).sum(dim=-1)
+        shape = theta.shape[:-1]
+        return u.reshape(theta.shape), log_det.reshape(shape), finite.reshape(shape)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """θ = T⁻¹(u), inside the support by construction."""
+        flat = u.reshape(-1, u.shape[-1])
+        z = torch.where(self.is_interval, flat, torch.zeros_like(flat))
+        v = torch.where(self.is_interval, _logit(z), flat)
+        return torch.as_tensor(self.bijection.inv(v)).reshape(u.shape)
+
+    def on_edge(self, theta: Tensor) -> Tensor:
+        """Which θ `(N, D)` lie on the support's edge, where u is infinite but for rounding, `(N,)`.
+
+        Draws of a continuous prior do so less than once in a million; clamped ones and grids do.
+        """
+        v = torch.as_tensor(self.bijection(theta)).abs()
+        far = (v.nan_to_num(nan=0.0) > _EDGE).any(dim=-1)
+        return within_support(self, theta) & torch.isfinite(v).all(dim=-1) & far
+
+
+def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
+    """Which θ `(N, D)` lie in the prior's support, `(N,)`: sbi's `within_support`, part by part.
+
+    sbi's joint of independent priors is asked part by part, because torch cannot concatenate
+    supports that check single numbers (a box) with one that checks vectors (a simplex).
+    """
+    if not isinstance(prior, MultipleIndependent):
+        with silent_prior():
+            return within_support(prior, theta)
+    parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
+    return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
+
+
+def is_bounded(prior: Distribution | None) -> bool:
+    """Whether there is a continuous prior that declares a support that is not all of ℝᴰ."""
+    try:
+        support = None if prior is None else prior.support
+    except (NotImplementedError, AttributeError):
+        return False
+    if support is None or getattr(support, "is_discrete", False):
+        return False
+    base = getattr(support, "base_constraint", support)
+    parts = base.cseq if isinstance(base, constraints.cat) else [base]
+    bases = [getattr(part, "base_constraint", part) for part in parts]
+    return not all(isinstance(base, type(constraints.real)) for base in bases)
