@@ -10,7 +10,15 @@ import sys
 from collections.abc import Sequence
 
 try:
-    from sbi_jeffreys.benchmark import ablation, main_job, report, rounds, runner, tables
+    from sbi_jeffreys.benchmark import (
+        ablation,
+        compare,
+        main_job,
+        report,
+        rounds,
+        runner,
+        tables,
+    )
     from sbi_jeffreys.benchmark._running import CommandError
     from sbi_jeffreys.benchmark.tasks import TASKS, get_task
     from sbi_jeffreys.benchmark.tasks.structured import STRUCTURED_TASKS
@@ -18,13 +26,19 @@ except ModuleNotFoundError as error:
     if error.name not in ("joblib", "scipy", "tabulate"):
         raise
     print(
-        f"error: the command line needs {error.name}, which is not installed; install the package "
-        "with its extra `benchmark`: pip install '.[benchmark]' in its repository.",
+        f"error: the command line needs {error.name}, which is not installed; install what the "
+        "package's extra `benchmark` has: pip install joblib scipy tabulate",
         file=sys.stderr,
     )
     sys.exit(2)
 
-_COMMANDS = {"benchmark": runner, "report": report, "ablation": ablation, "rounds": rounds}
+_COMMANDS = {
+    "compare": compare,
+    "benchmark": runner,
+    "report": report,
+    "ablation": ablation,
+    "rounds": rounds,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     main_job.add_arguments(parser)
     parser.set_defaults(run=main_job.run)
     commands = parser.add_subparsers(
-        title="commands", metavar="{benchmark,report,ablation,rounds,tasks}"
+        title="commands", metavar="{compare,benchmark,report,ablation,rounds,tasks}"
     )
     for name, module in _COMMANDS.items():
         text = module.__doc__ or ""

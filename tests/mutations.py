@@ -51,6 +51,11 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "hopeless-networks-fitted",
+        "if True",
+        "tests/proxies/test_folds.py",
+    ),
+    Mutant(
         "logit-instead-of-probit",
         "u, log_slope = v, torch.zeros_like(v)",
         "tests/networks/test_transforms.py",
@@ -276,7 +281,7 @@ MUTANTS = (
     ),
     Mutant(
         "contrasts-of-the-prior-only",
-        "offsets.append(0 * drawn.offset)",
+        "return inverse_temperature(0 * draws.offset, draws.factor, self.weights)",
         "tests/training/test_temperature.py",
     ),
     Mutant(

@@ -51,7 +51,7 @@ def _dask_client(jobs: int) -> Any:
         if missing.partition(".")[0] in ("dask", "distributed"):
             raise CommandError(
                 "backend 'dask' needs Dask, which is not installed: pip install "
-                "'sbi_jeffreys[dask]', or use --backend loky."
+                "'dask[distributed]', or use --backend loky."
             ) from error
         raise CommandError(
             f"backend 'dask': Dask is installed, but importing it fails with "

@@ -168,6 +168,8 @@ def pairs(
     if len(names) == 1:
         figure.subplots_adjust(bottom=0.18)  # sbi leaves no room for a single panel's label
         place = {"loc": "upper right"}
+    else:  # labels of the lowest panels, and the legend below them
+        figure.subplots_adjust(bottom=1.0 / figure.get_figheight())
     handles = [Line2D([], [], color=c, label=label) for c, label in zip(colours, labels)]
     figure.legend(handles=handles, frameon=False, fontsize=9, **place)
     return np.asarray(grid, dtype=object)

@@ -136,7 +136,7 @@ def held_out_report(
 
     Args:
         inference_or_posterior: A trained `NPE_Jeffreys` (or sbi NPE), a `CorrectedPosterior`, an
-            sbi `DirectPosterior`, or an `EnsemblePosterior` of `DirectPosterior`s.
+            sbi `DirectPosterior`, or an `EnsemblePosterior` whose members are of that class.
         theta: True parameters, `(N, D)`, N ≥ 50; some hundreds show more.
         x: Their simulations, `(N, *x_shape)`.
         num_samples: Posterior draws per pair, at least 20.

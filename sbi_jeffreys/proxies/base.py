@@ -123,12 +123,16 @@ class Proxy(nn.Module, ABC):
         """
         log_prior = self.log_prior(theta)
         inside = torch.isfinite(log_prior)
+        # mutant: potential-not-tempered
+        factor = self.inverse_temperature * self.log_factor_inside(theta, x, inside)
+        return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
+
+    def log_factor_inside(self, theta: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """f_ψ(θ, x) where θ is inside the support, and a finite number elsewhere, `(K, B)`."""
         # Networks may overflow far outside the support, and a NaN that `where` masks would still
         # reach the gradient. So they are evaluated at an inside point instead.
         safe = torch.where(inside.unsqueeze(-1), theta, self._inside_point(theta))
-        # mutant: potential-not-tempered
-        factor = self.inverse_temperature * self.log_factor(safe, x)
-        return torch.where(inside, log_prior.nan_to_num(neginf=0.0) + factor, -torch.inf)
+        return self.log_factor(safe, x)
 
     def _inside_point(self, like: Tensor) -> Tensor:
         """One θ of the prior's support (the same at every call), shape `(D,)`."""

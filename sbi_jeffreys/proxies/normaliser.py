@@ -19,6 +19,7 @@ far apart, the larger one is the pessimistic one, and the pair is marked as unce
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,34 +73,66 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class AdaptedDraws:
-    """Draws of the last proposal at B observations, after the pairs' own θ, as log weights.
+    """Draws of the last proposal at B observations, after the pairs' own θ, and their densities.
 
     Attributes:
         theta: The draws, `(1 + K, B, D)`.
-        offset: log p(θ) − log m(θ|x), m the proposal; −∞ outside the prior, `(1 + K, B)`.
+        log_prior: log p(θ), −∞ outside the prior, `(1 + K, B)`.
+        log_m: log m(θ|x), m the proposal, `(1 + K, B)`.
         factor: f_ψ(θ, x), without temperature; 0 outside the prior, `(1 + K, B)`.
     """
 
     theta: Tensor
-    offset: Tensor
+    log_prior: Tensor
+    log_m: Tensor
     factor: Tensor
 
     @classmethod
-    def of(cls, proxy: Proxy, theta: Tensor, x: Tensor, log_m: Tensor) -> AdaptedDraws:
-        """From θ `(1 + K, B, D)` and their proposal's log density."""
-        log_q, log_prior = proxy.log_potential(theta, x), proxy.log_prior(theta)
+    def of(
+        cls, proxy: Proxy, theta: Tensor, x: Tensor, log_m: Tensor, log_prior: Tensor
+    ) -> AdaptedDraws:
+        """From θ `(1 + K, B, D)`, their proposal's log density and their prior's."""
         inside = torch.isfinite(log_prior)
-        factor = (log_q - log_prior.nan_to_num(neginf=0.0)) / proxy.inverse_temperature
-        return cls(theta, log_prior - log_m, torch.where(inside, factor, 0.0))
+        factor = proxy.log_factor_inside(theta, x, inside)
+        return cls(theta, log_prior, log_m, torch.where(inside, factor, 0.0))
+
+    @property
+    def offset(self) -> Tensor:
+        """log p(θ) − log m(θ|x), −∞ outside the prior, `(1 + K, B)`."""
+        return self.log_prior - self.log_m
 
     def log_weights(self, inverse_temperature: Tensor | float) -> Tensor:
         """log q̃ − log m at an inverse temperature, `(1 + K, B)`."""
         return self.offset + inverse_temperature * self.factor
 
+    def log_normaliser(self, inverse_temperature: Tensor | float) -> Normaliser:
+        """Bounds on log Z_ψ(x) at an inverse temperature, not far from the one adapted to."""
+        log_w = self.log_weights(inverse_temperature)
+        none = torch.zeros_like(log_w)
+        return Normaliser(
+            log_normaliser(log_w[1:], none[1:]),
+            log_normaliser(log_w, none),
+            effective_sample_size(log_w[1:]),
+            len(log_w) - 1,
+        )
+
+    def losses(self, inverse_temperature: Tensor | float) -> Tensor:
+        """−log q_ψ(θ|x) of the pairs' own θ, with the pessimistic log Z, `(B,)`."""
+        own = self.log_prior[0] + inverse_temperature * self.factor[0]
+        return self.log_normaliser(inverse_temperature).pessimistic - own
+
     def replace(self, rows: Tensor, other: AdaptedDraws) -> None:
         """Take the observations at `rows` from other draws."""
-        self.theta[:, rows] = other.theta
-        self.offset[:, rows], self.factor[:, rows] = other.offset, other.factor
+        for mine, others in zip(self._tensors(), other._tensors()):
+            mine[:, rows] = others
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.theta, self.log_prior, self.log_m, self.factor
+
+    @classmethod
+    def together(cls, parts: Sequence[AdaptedDraws]) -> AdaptedDraws:
+        """Those of several groups of observations, one after the other."""
+        return cls(*(torch.cat(each, dim=1) for each in zip(*(p._tensors() for p in parts))))
 
 
 @torch.no_grad()
@@ -121,16 +154,8 @@ def estimate_log_normaliser(
         num: Draws per observation and round, at least 4.
         max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
     """
-    log_w = adapted_draws(proxy, main, theta, x, num, max_rounds).log_weights(
-        proxy.inverse_temperature
-    )
-    none = torch.zeros_like(log_w)
-    return Normaliser(
-        log_normaliser(log_w[1:], none[1:]),
-        log_normaliser(log_w, none),
-        effective_sample_size(log_w[1:]),
-        num,
-    )
+    draws = adapted_draws(proxy, main, theta, x, num, max_rounds)
+    return draws.log_normaliser(proxy.inverse_temperature)
 
 
 @torch.no_grad()
@@ -143,8 +168,8 @@ def adapted_draws(
     max_rounds: int = _MAX_ROUNDS,
 ) -> AdaptedDraws:
     """Draws of a proposal that follows the proxy; arguments as of `estimate_log_normaliser`."""
-    drawn, log_m, _ = defensive_draws(proxy, main, x, num, theta)
-    draws = AdaptedDraws.of(proxy, drawn, x, log_m)
+    drawn, log_m, log_prior = defensive_draws(proxy, main, x, num, theta)
+    draws = AdaptedDraws.of(proxy, drawn, x, log_m, log_prior)
     log_w = draws.log_weights(proxy.inverse_temperature)  # row 0: the pair's own θ
     rows = torch.arange(len(x), device=x.device)  # pairs that are not settled yet
     good = torch.zeros(len(x), device=x.device)  # rounds in which enough draws were effective
@@ -157,8 +182,8 @@ def adapted_draws(
         rows, drawn = rows[unsettled], drawn[:, unsettled]
         annealed = _annealed(log_w[1:, rows])
         kernels = _Kernels.moments(drawn[1:], annealed), _Kernels.about(drawn[1:], annealed)
-        drawn, log_m = _next_round(proxy, main, theta[rows], x[rows], num, kernels)
-        draws.replace(rows, AdaptedDraws.of(proxy, drawn, x[rows], log_m))
+        drawn, *densities = _next_round(proxy, main, theta[rows], x[rows], num, kernels)
+        draws.replace(rows, AdaptedDraws.of(proxy, drawn, x[rows], *densities))
         log_w[:, rows] = draws.log_weights(proxy.inverse_temperature)[:, rows]
     return draws
 
@@ -170,16 +195,16 @@ def _next_round(
     x: Tensor,
     num: int,
     kernels: tuple[_Kernels, _Kernels],
-) -> tuple[Tensor, Tensor]:
-    """The pairs' own θ and draws of the adapted proposal `(1 + num, B, D)`, with its density."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs' own θ and draws of the adapted proposal `(1 + num, B, D)`, log m and log p(θ)."""
     third = num // 3
     defensive, _, _ = defensive_draws(proxy, main, x, num - 2 * third)
     drawn = torch.cat([theta.unsqueeze(0), defensive, *(part.sample(third) for part in kernels)])
-    densities = [defensive_log_density(proxy, main, drawn, x)[0]]
-    densities += [part.log_prob(drawn) for part in kernels]
+    log_m, log_prior = defensive_log_density(proxy, main, drawn, x)
+    densities = [log_m, *(part.log_prob(drawn) for part in kernels)]
     sizes = torch.tensor([num - 2 * third, third, third]).to(drawn)
     shares = (sizes / num).log().reshape(-1, 1, 1)
-    return drawn, torch.logsumexp(torch.stack(densities) + shares, dim=0)
+    return drawn, torch.logsumexp(torch.stack(densities) + shares, dim=0), log_prior
 
 
 def _annealed(log_weights: Tensor) -> Tensor:

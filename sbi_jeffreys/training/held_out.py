@@ -28,7 +28,7 @@ from sbi_jeffreys.diagnostics.calibration import (
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.normaliser import adapted_draws, estimate_log_normaliser
+from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
 from sbi_jeffreys.training.temperature import inverse_temperature
 
 __all__ = ["HeldOut"]
@@ -77,11 +77,12 @@ class HeldOut:
 
     @torch.no_grad()
     def proxy_losses(
-        self, proxy: Proxy, main: ConditionalDensityEstimator
+        self, proxy: Proxy, main: ConditionalDensityEstimator, draws: AdaptedDraws | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss of the proxy at each pair, and where it is uncertain, `(M,)` each.
 
-        First round: the pessimistic estimate of log Z is used (`proxies.normaliser`).
+        First round: the pessimistic estimate of log Z is used (`proxies.normaliser`), from `draws`
+        if there are some already.
         """
         if self.atomic:
             theta = self._with_contrasts()
@@ -89,12 +90,18 @@ class HeldOut:
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
             losses = ranking_nce_losses(factor[0], factor[1:])
             return losses, torch.zeros_like(losses, dtype=torch.bool)
-        found, uncertain = [], []
-        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
-            log_z = estimate_log_normaliser(proxy, main, theta, x, self._num_draws())
-            found.append(log_z.pessimistic - proxy.log_potential(theta.unsqueeze(0), x)[0])
-            uncertain.append(log_z.uncertain)
-        return torch.cat(found), torch.cat(uncertain)
+        draws = self.draws(proxy, main) if draws is None else draws
+        gamma = proxy.inverse_temperature
+        return draws.losses(gamma), draws.log_normaliser(gamma).uncertain
+
+    @torch.no_grad()
+    def draws(self, proxy: Proxy, main: ConditionalDensityEstimator) -> AdaptedDraws:
+        """Draws at each pair of a proposal that follows the proxy at its temperature."""
+        num = self._num_draws()
+        pairs = zip(self.theta.split(_ROWS), self.x.split(_ROWS))
+        return AdaptedDraws.together(
+            [adapted_draws(proxy, main, theta, x, num) for theta, x in pairs]
+        )
 
     @torch.no_grad()
     def coverage(self, main: ConditionalDensityEstimator, prior: Distribution) -> CoverageCurve:
@@ -125,19 +132,20 @@ class HeldOut:
         return max(64, min(256, _EVALUATIONS // len(self.theta)))
 
     @torch.no_grad()
-    def inverse_temperature(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
-        """γ by which the proxy's log factor should be scaled; see `training.temperature`."""
+    def inverse_temperature(
+        self, proxy: Proxy, main: ConditionalDensityEstimator, draws: AdaptedDraws | None = None
+    ) -> float:
+        """γ by which the proxy's log factor should be scaled; see `training.temperature`.
+
+        The contrasts are `draws`, if there are some already.
+        """
         if self.atomic:
             theta = self._with_contrasts()
             factor = proxy.log_factor(theta, self.x)
             return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
-        offsets, factors = [], []
-        for theta, x in zip(self.theta.split(_ROWS), self.x.split(_ROWS)):
-            drawn = adapted_draws(proxy, main, theta, x, self._num_draws())
-            offsets.append(drawn.offset)  # mutant: contrasts-of-the-prior-only
-            factors.append(drawn.factor)
-        factor = torch.cat(factors, dim=1)
-        return inverse_temperature(torch.cat(offsets, dim=1), factor, self.weights)
+        draws = self.draws(proxy, main) if draws is None else draws
+        # mutant: contrasts-of-the-prior-only
+        return inverse_temperature(draws.offset, draws.factor, self.weights)
 
     @torch.no_grad()
     def reverse(

@@ -14,6 +14,7 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
 from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, LikelihoodProxy, Proxy, build_proxy
+from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.multipliers import trust
 from sbi_jeffreys.training.pool import Pool, draw_pool, resampled_pool, tempering_weights
@@ -23,6 +24,7 @@ __all__ = ["Budget", "Prepared", "Simulations", "prepare"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
 _NEXT_TO_ONE = 0.02
+_SAME_TEMPERATURE = 0.1  # of log γ, up to which draws that were adapted to γ = 1 serve
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -140,9 +142,13 @@ def prepare(
         )
     if isinstance(proxy, LikelihoodProxy) and proxy.remark:
         note = f"{note}; {proxy.remark}"
-    _temper(proxy, main, held_out, options)
+    proxy.inverse_temperature.fill_(1.0)
+    draws = None if held_out.atomic else held_out.draws(proxy, main)
+    _temper(proxy, main, held_out, draws, options)
+    if abs(float(proxy.inverse_temperature.log())) > _SAME_TEMPERATURE:
+        draws = None  # too far from the temperature that they were adapted to
     main_losses = held_out.main_losses(main, proxy)
-    proxy_losses, uncertain = held_out.proxy_losses(proxy, main)
+    proxy_losses, uncertain = held_out.proxy_losses(proxy, main, draws)
     values = held_out.mean(proxy_losses), held_out.mean(main_losses)
     t = float(trust(*values)) if options.adaptive else 1.0
     untrusted = ProxyStatus.UNTRUSTED
@@ -196,14 +202,17 @@ def _with_pool(
 
 
 def _temper(
-    proxy: Proxy, main: ConditionalDensityEstimator, held_out: HeldOut, options: JeffreysOptions
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    held_out: HeldOut,
+    draws: AdaptedDraws | None,
+    options: JeffreysOptions,
 ) -> None:
     """Set the proxy's temperature by held-out evidence, as far as a pool can be weighted by it."""
-    proxy.inverse_temperature.fill_(1.0)
     # mutant: frozen-and-tempered, temper-dead, given-likelihood-tempered
     if not (options.adaptive and options.temper and proxy.can_be_tempered):
         return
-    gamma = held_out.inverse_temperature(proxy, main)
+    gamma = held_out.inverse_temperature(proxy, main, draws)
     if gamma != 1 and proxy.can_sample:
         theta, x = proxy.sample_joint(_PROBE)
         factor = proxy.log_factor(theta.unsqueeze(0), x)[0] if len(x) else x.new_zeros(0)

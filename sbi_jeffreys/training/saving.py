@@ -1,4 +1,4 @@
-"""Saving, loading and pickling a trainer."""
+"""Saving, loading, pickling and describing a trainer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sbi.utils.torchutils import process_device
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.training import persistence
+from sbi_jeffreys.training.description import describe
 from sbi_jeffreys.training.training import Training
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["SavedTrainer"]
 
 
 class SavedTrainer(NPE):
-    """sbi's trainer with `save`, `load` and `load_weights`; pickles keep the builder."""
+    """sbi's trainer with `save`, `load`, `load_weights` and a `repr`; pickles keep the builder."""
 
     _builder: Callable[..., Any]  # of the main
     _training: Training  # the record of the symmetric part
@@ -117,6 +118,12 @@ class SavedTrainer(NPE):
                 if optimizer is not None:
                     persistence.place_step_counters(optimizer)
         return inference
+
+    def __repr__(self) -> str:
+        """What this trainer is and what state it is in, in one to three lines."""
+        if not hasattr(self, "_training"):  # the constructor has not finished
+            return object.__repr__(self)
+        return describe(self, self._training, self._builder)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state that sbi pickles, with the builder if it can be pickled."""

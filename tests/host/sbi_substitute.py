@@ -120,7 +120,7 @@ def load_class(path: str) -> type:
     except (ImportError, AttributeError) as error:
         raise pytest.UsageError(
             f"cannot load the substitute {path!r} ({error}): install the package that has it "
-            f"(`pip install -e .`), or name another class in {SUBSTITUTE_VARIABLE}."
+            f"(`pip install -e .` in its checkout), or name another class in {SUBSTITUTE_VARIABLE}."
         ) from error
 
 

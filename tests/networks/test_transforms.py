@@ -1,8 +1,8 @@
 """Transforms are bijections with the right Jacobian, and pick what they should."""
 
-import pytest
 import math
 
+import pytest
 import torch
 from sbi.utils import BoxUniform, process_prior
 from torch.distributions import Dirichlet, Independent, LogNormal, MultivariateNormal, Uniform

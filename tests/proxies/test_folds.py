@@ -73,7 +73,8 @@ def test_a_pair_is_judged_by_the_fit_that_has_not_seen_it():
     torch.testing.assert_close(expert.net.coefficients, whole.net.coefficients)
 
 
-def test_nets_of_all_folds_are_kept():
+def test_nets_of_all_folds_are_kept(monkeypatch):
+    monkeypatch.setattr("sbi_jeffreys.proxies.folds._HARDLY", -1.0)  # however hopeless
     z, x = pairs(60)
     specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
     experts = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
@@ -141,3 +142,16 @@ def test_too_many_folds_are_refused():
         match=r"num_folds=10 \(proxy_folds of JeffreysOptions\) needs at least 20 .* got 15",
     ):
         proxy.fit(theta, x, torch.arange(15), torch.arange(15, 20))
+
+
+def test_a_network_that_is_hopeless_is_not_fitted_in_every_fold(monkeypatch):
+    """Two epochs of a flow have no chance against the exact model on sixty pairs."""
+    z, x = pairs(300)
+    fitted = []
+    fit = FlowExpert.fit
+    monkeypatch.setattr(FlowExpert, "fit", lambda *given: fitted.append(1) or fit(*given))
+    specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
+    experts = fit_folds(specs, QUICK, z, x, torch.arange(300), 5)
+    assert [expert.spec for expert in experts] == [specs[0]]
+    assert len(fitted) == 1
+    assert len(experts[0].held_out) == 300

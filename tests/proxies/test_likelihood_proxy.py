@@ -18,7 +18,7 @@ from sbi_jeffreys.proxies import (
     RegressionExpert,
     build_proxy,
 )
-from sbi_jeffreys.proxies.likelihood import stacking_weights
+from sbi_jeffreys.proxies.stacking import stacking_weights
 
 N, SCALE = 600, 0.5
 TRAIN, VAL = torch.arange(0, 500), torch.arange(500, N)

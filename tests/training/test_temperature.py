@@ -205,7 +205,7 @@ def test_a_temperature_that_no_pool_can_be_weighted_by_is_not_used(monkeypatch):
     proxy = ScaledProxy(0.02)
     monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 0.1)
     torch.manual_seed(0)
-    _temper(proxy, WideMain(), held_out(50), JeffreysOptions())  # type: ignore[arg-type]
+    _temper(proxy, WideMain(), held_out(50), None, JeffreysOptions())  # type: ignore[arg-type]
     theta, x = proxy.sample_joint(4_000)
     weights = tempering_weights(proxy, theta, x)
     assert 0.1 < float(proxy.inverse_temperature) < 1

@@ -31,7 +31,7 @@ class FlowExpert(Expert):
     """One likelihood net.
 
     Attributes:
-        model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, zuko_…).
+        model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, `zuko_maf`, …).
         weight_decay: Decoupled weight decay of its fit; None: that of the `FitConfig`.
         learning_rate: Its step size; None: that of the `FitConfig`.
         num_transforms: Transforms of a flow; mdn and made have none.
