@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
+_CONVERGED = re.compile(r" *Neural network successfully converged after \d+ epochs\.")  # by sbi
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -61,7 +63,7 @@ def _clean_outputs(outputs: list[Any]) -> list[Any]:
             continue
         if output.output_type == "stream":
             lines = [line.strip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
-            output.text = "\n".join(line.rstrip() for line in lines)
+            output.text = _CONVERGED.sub("", "\n".join(line.rstrip() for line in lines))
             if not output.text.strip():
                 continue
             if kept and kept[-1].output_type == "stream":
