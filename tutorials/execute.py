@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -22,19 +23,18 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
+_CONVERGED = re.compile(r" *Neural network successfully converged after \d+ epochs\.")  # by sbi
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def execute(notebook: Any, timeout: int = 1200) -> None:
-    """Run it in a folder that holds nothing but a link to the results; `timeout` in s per cell.
+    """Run it in a folder that holds nothing but a link to the data; `timeout` in s per cell.
 
     Raises:
         CellExecutionError: If a cell fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = FOLDER.parent / "benchmark_results"
-        if results.exists():
-            (Path(folder) / results.name).symlink_to(results)
+        (Path(folder) / "data").symlink_to(FOLDER / "data")
         where = {"metadata": {"path": folder}}
         # A shell's MPLBACKEND=Agg, as tests want it, would leave the notebook without its figures.
         env = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
@@ -63,7 +63,7 @@ def _clean_outputs(outputs: list[Any]) -> list[Any]:
             continue
         if output.output_type == "stream":
             lines = [line.strip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
-            output.text = "\n".join(line.rstrip() for line in lines)
+            output.text = _CONVERGED.sub("", "\n".join(line.rstrip() for line in lines))
             if not output.text.strip():
                 continue
             if kept and kept[-1].output_type == "stream":
