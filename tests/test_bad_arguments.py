@@ -16,7 +16,7 @@ from sbi_jeffreys import JeffreysOptions, MainBuilder, NPE_Jeffreys
 INTS = ("steps_per_epoch", "proxy_batch_size", "reverse_batch_size", "reverse_samples")
 INTS_OR_NONE = ("proxy_folds", "num_steps", "proxy_draws")
 FLOATS = ("reverse_barrier", "max_multiplier", "slack_price", "dual_step_size", "tolerance")
-FLOATS_MORE = ("min_trust", "checkpoint_seconds")
+FLOATS_MORE = ("min_trust", "checkpoint_seconds", "stage_length")
 FLOATS_OR_NONE = ("learning_rate_factor", "initial_multiplier")
 FLAGS = ("adaptive", "temper", "marginal_transforms")
 
