@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 FOLDER = Path(__file__).resolve().parent
-LAPSE, LATEST = 0.05, 5.0  # one trial in twenty is a random answer within five seconds
 NUM_CANDIDATES, NUM_ROUNDS, NUM_SAMPLES = 20_000, 8, 1_000
 SMALLEST_SIZE = 0.5  # effective sample size over candidates
 
@@ -60,10 +59,9 @@ def log_likelihood(theta: Tensor, rt: Tensor, correct: Tensor, conflict: Tensor)
     """Log density of one person's trials `(T,)` at every θ `(N, 4)`."""
     drift = torch.where(conflict, theta[:, 1:2], theta[:, :1])
     time = rt - theta[:, 3:4]
-    sign = 2 * correct - 1
+    sign = torch.where(correct, 1.0, -1.0)
     log_density = log_first_passage(time.clamp(min=1e-4), drift, theta[:, 2:3], sign)
-    log_density = torch.where(time > 0, log_density + math.log(1 - LAPSE), -torch.inf)
-    return torch.logaddexp(log_density, torch.tensor(math.log(LAPSE / 2 / LATEST))).sum(1)
+    return torch.where(time > 0, log_density, -torch.inf).sum(1)
 
 
 def exact_posterior(prior: Any, trials: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, float]:
