@@ -4,8 +4,9 @@
 
 Differential evolution MCMC (ter Braak, 2006) in the logarithms of the parameters: 192 chains in two
 halves, each of which proposes along differences of two members of the other half. Prior, solver and
-data are the notebook's own cells. Prints R-hat and effective sample sizes, fails if they are not good
-enough, and writes 4,000 samples to `data/hare_and_lynx_mcmc.npz`. Some five minutes on one core.
+data are the notebook's own cells. Prints R-hat and effective sample sizes, fails if they are not
+good enough, and writes 4,000 samples to `data/hare_and_lynx_mcmc.npz`. Some five minutes on one
+core.
 """
 
 from __future__ import annotations

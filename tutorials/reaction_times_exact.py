@@ -2,11 +2,11 @@
 
     python tutorials/reaction_times_exact.py
 
-The density of the first passage is that of Navarro & Fuss (2009), for a start midway between the bounds.
-The posteriors of the fourteen people are sampled by adaptive importance sampling: a normal proposal is
-fitted to weighted draws several times over, and the last weights' effective sample sizes, printed and
-checked, say whether that worked. Prior and data are the notebook's own cells. Writes 1,000 draws per person
-to `data/reaction_times_exact.npz`. Less than a minute.
+The density of the first passage is that of Navarro & Fuss (2009), for a start midway between the
+bounds. The posteriors of the fourteen people are sampled by adaptive importance sampling: a normal
+proposal is fitted to weighted draws several times over, and the last weights' effective sample
+sizes, printed and checked, say whether that worked. Prior and data are the notebook's own cells.
+Writes 1,000 draws per person to `data/reaction_times_exact.npz`. Less than a minute.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def notebook_cells() -> dict[str, Any]:
 def log_first_passage(time: Tensor, drift: Tensor, distance: Tensor, sign: Tensor) -> Tensor:
     """Log density of meeting the upper (sign 1) or lower (sign −1) of two bounds at a time.
 
-    A series for small times and one for large times are equal; each is used where it converges fast.
+    A series for small times and one for large times are equal; each is used where it converges
+    fast.
     """
     scaled = (time / distance**2).clamp(min=1e-6)[..., None]
     k = torch.arange(-3.0, 4.0)
