@@ -34,6 +34,7 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.posteriors.candidates import CandidateCache, Candidates, draw_candidates, resample
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
+from sbi_jeffreys.posteriors.power import log_pool
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["CorrectedPosterior"]
@@ -131,10 +132,7 @@ class CorrectedPosterior(DirectPosterior):
             x: Observations `(B, *x_shape)`.
             log_p: log p_φ(θ|x), shape `(K, B)`.
         """
-        log_q = self.proxy.log_potential(theta, x)
-        outside = torch.isneginf(log_q)  # there the main may have no density either
-        # mutant: all-the-way-to-the-proxy
-        return torch.where(outside, log_q, log_p + self.power * (log_q - log_p))
+        return log_pool(log_p, self.proxy.log_potential(theta, x), self.power)
 
     def quality(
         self, x: Tensor | None = None, num_candidates: int | None = None

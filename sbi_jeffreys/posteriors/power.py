@@ -11,10 +11,23 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["best_power", "pooling_power"]
+__all__ = ["best_power", "log_pool", "pooling_power"]
 
 _POWERS = torch.linspace(0.05, 1.0, 20)
 _ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
+
+
+def log_pool(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
+    """log p_φ^{1−β} q̃_ψ^β, unnormalised; −∞ where the proxy has no mass.
+
+    Args:
+        log_p: log p_φ(θ|x), of any shape.
+        log_q: log q̃_ψ(θ, x), of the same shape.
+        power: β.
+    """
+    outside = torch.isneginf(log_q)  # there the main may have no density either
+    # mutant: all-the-way-to-the-proxy
+    return torch.where(outside, log_q, log_p + power * (log_q - log_p))
 
 
 def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:

@@ -30,7 +30,7 @@ from sbi_jeffreys.objective import effective_sample_size, log_normaliser
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_density
 
-__all__ = ["AdaptedDraws", "Normaliser", "adapted_draws", "estimate_log_normaliser"]
+__all__ = ["AdaptedDraws", "Normaliser", "adapted_draws"]
 
 _MAX_ROUNDS = 12  # after the first
 # A pair is settled once plenty of the draws are effective, or enough of them in three rounds.
@@ -116,10 +116,9 @@ class AdaptedDraws:
             len(log_w) - 1,
         )
 
-    def losses(self, inverse_temperature: Tensor | float) -> Tensor:
-        """−log q_ψ(θ|x) of the pairs' own θ, with the pessimistic log Z, `(B,)`."""
-        own = self.log_prior[0] + inverse_temperature * self.factor[0]
-        return self.log_normaliser(inverse_temperature).pessimistic - own
+    def log_potential(self, inverse_temperature: Tensor | float) -> Tensor:
+        """log q̃ of the draws at an inverse temperature, `(1 + K, B)`."""
+        return self.log_prior + inverse_temperature * self.factor
 
     def replace(self, rows: Tensor, other: AdaptedDraws) -> None:
         """Take the observations at `rows` from other draws."""
@@ -136,15 +135,15 @@ class AdaptedDraws:
 
 
 @torch.no_grad()
-def estimate_log_normaliser(
+def adapted_draws(
     proxy: Proxy,
     main: ConditionalDensityEstimator,
     theta: Tensor,
     x: Tensor,
     num: int,
     max_rounds: int = _MAX_ROUNDS,
-) -> Normaliser:
-    """Bounds on log Z_ψ(x) of pairs.
+) -> AdaptedDraws:
+    """Draws of a proposal that follows the proxy at its temperature.
 
     Args:
         proxy: A fitted proxy.
@@ -154,20 +153,6 @@ def estimate_log_normaliser(
         num: Draws per observation and round, at least 4.
         max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
     """
-    draws = adapted_draws(proxy, main, theta, x, num, max_rounds)
-    return draws.log_normaliser(proxy.inverse_temperature)
-
-
-@torch.no_grad()
-def adapted_draws(
-    proxy: Proxy,
-    main: ConditionalDensityEstimator,
-    theta: Tensor,
-    x: Tensor,
-    num: int,
-    max_rounds: int = _MAX_ROUNDS,
-) -> AdaptedDraws:
-    """Draws of a proposal that follows the proxy; arguments as of `estimate_log_normaliser`."""
     drawn, log_m, log_prior = defensive_draws(proxy, main, x, num, theta)
     draws = AdaptedDraws.of(proxy, drawn, x, log_m, log_prior)
     log_w = draws.log_weights(proxy.inverse_temperature)  # row 0: the pair's own θ

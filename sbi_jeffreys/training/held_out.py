@@ -92,7 +92,8 @@ class HeldOut:
             return losses, torch.zeros_like(losses, dtype=torch.bool)
         draws = self.draws(proxy, main) if draws is None else draws
         gamma = proxy.inverse_temperature
-        return draws.losses(gamma), draws.log_normaliser(gamma).uncertain
+        log_z = draws.log_normaliser(gamma)
+        return log_z.pessimistic - draws.log_potential(gamma)[0], log_z.uncertain
 
     @torch.no_grad()
     def draws(self, proxy: Proxy, main: ConditionalDensityEstimator) -> AdaptedDraws:

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, Normal
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import normaliser
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.normaliser import estimate_log_normaliser
+from sbi_jeffreys.proxies.normaliser import Normaliser, adapted_draws
 from sbi_jeffreys.proxies.partition import defensive_log_density
 
 PRIOR_STD, NUM, PAIRS = 3.0, 128, 100
@@ -68,6 +68,11 @@ def is_absurd(x: Tensor) -> Tensor:
 def pairs(dim: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(PAIRS, dim)
     return x + torch.randn(PAIRS, dim), x
+
+
+def estimate_log_normaliser(proxy, main, theta, x, num, **kwargs) -> Normaliser:
+    draws = adapted_draws(proxy, main, theta, x, num, **kwargs)
+    return draws.log_normaliser(proxy.inverse_temperature)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
