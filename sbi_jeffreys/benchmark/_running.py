@@ -9,6 +9,7 @@ import io
 import math
 import random
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,12 @@ def quiet(silent: bool = True) -> Iterator[None]:
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def say(text: str, silent: bool) -> None:
+    """Print what a command is doing, apart from its results, unless `silent`."""
+    if not silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

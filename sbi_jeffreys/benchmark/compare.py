@@ -10,7 +10,6 @@ the verdict on each, and what training decided; writes `coverage.png` and, with 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from sbi_jeffreys import NPE_Jeffreys, plots
 from sbi_jeffreys._sbi import network_of
 from sbi_jeffreys.benchmark._arguments import add_common, positive_int
-from sbi_jeffreys.benchmark._running import CommandError, derive_seed, quiet, seeded
+from sbi_jeffreys.benchmark._running import CommandError, derive_seed, quiet, say, seeded
 from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
 from sbi_jeffreys.benchmark.figures import saved
@@ -143,8 +142,7 @@ def train_both(
         with quiet():  # so that imports and first calls are not charged to the first method
             warm_up()
     for name, (make, start) in makers.items():
-        if not args.quiet:
-            print(f"{name}: training …", file=sys.stderr, flush=True)
+        say(f"{name}: training …", args.quiet)
         with quiet(args.quiet):
             inference = make()
             inference.append_simulations(data.theta[kept], data.x[kept])
@@ -170,8 +168,7 @@ def _judged(
 
 def _difference(trained: Mapping[str, _Trained]) -> str:
     """The mean difference of held-out losses with its standard error."""
-    mean, error = mean_and_error(trained["NPE_Jeffreys"].losses - trained["NPE"].losses)
-    return f"{mean:.3f} ± {error:.3f}"
+    return _pm(*mean_and_error(trained["NPE_Jeffreys"].losses - trained["NPE"].losses))
 
 
 def _rows(trained: Mapping[str, _Trained]) -> list[list[str]]:

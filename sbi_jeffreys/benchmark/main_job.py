@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sbi_jeffreys.benchmark._arguments import DEFAULT, add_common, positive_int, task_name
-from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet
+from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet, say
 from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
 from sbi_jeffreys.benchmark.evaluation import (
@@ -76,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
                 warm_up()
         for method in map(get_method, _METHODS):
             if (method.training, 0) not in context.shared:
-                _say(f"{method.label}: training on {args.simulations} simulations …", args.quiet)
+                say(f"{method.label}: training on {args.simulations} simulations …", args.quiet)
             fitted = method.fit(task, theta, x, seed, context)
-            _say(f"{method.label}: evaluating …", args.quiet)
+            say(f"{method.label}: evaluating …", args.quiet)
             result = results[method.label] = evaluate(task, fitted, settings, args.seed)
             seconds[method.label] = fitted.info["seconds"] + result.seconds["sampling"]
     print(f"\n{task.name}, {args.simulations} simulations, seed {args.seed}")
@@ -90,11 +89,6 @@ def run(args: argparse.Namespace) -> int:
     saved(args.out / "training.png", lambda: plots.plot_training(summary)[0].figure)
     print(f"Figures: {args.out / 'posteriors.png'}, {args.out / 'training.png'}")
     return 0
-
-
-def _say(text: str, silent: bool) -> None:
-    if not silent:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _rows(results: dict[str, EvaluationResult], seconds: dict[str, float]) -> list[list[str]]:
