@@ -42,6 +42,26 @@ def execute(notebook: Any, timeout: int = 1200) -> None:
         client.execute(env=env)
 
 
+def names_of(name: str, until: str, replace: tuple[str, str] = ("", "")) -> dict[str, Any]:
+    """Run a notebook's cells in this process, and return what they define.
+
+    Args:
+        name: The notebook's file, in this folder, which becomes the working directory: that is
+            where the notebook finds its data.
+        until: The cell that defines this name is the last one.
+        replace: A piece of code, and what to run instead of it.
+    """
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    namespace: dict[str, Any] = {}
+    os.chdir(FOLDER)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace(*replace) if replace[0] else cell.source, namespace)
+        if until in namespace:
+            break
+    return namespace
+
+
 def clean(notebook: Any) -> None:
     """Drop what differs from run to run or belongs to the machine."""
     notebook.metadata = nbformat.from_dict(

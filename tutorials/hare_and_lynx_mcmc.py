@@ -11,34 +11,18 @@ core.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import torch
+from execute import FOLDER, names_of
 from torch import Tensor
 from torch.distributions import Normal
 
-FOLDER = Path(__file__).resolve().parent
 NUM_CHAINS, NUM_STEPS, BURN_IN, THIN = 192, 4_000, 1_000, 5
 NUM_SAMPLES = 4_000
 PUBLISHED_MEANS = [0.55, 0.028, 0.80, 0.024, 34.0, 5.9, 0.25, 0.25]  # of Stan's case study
-
-
-def notebook_cells() -> dict[str, Any]:
-    """Run the notebook's cells up to the one that defines the simulator."""
-    notebook = nbformat.read(FOLDER / "05_hare_and_lynx.ipynb", as_version=4)
-    namespace: dict[str, Any] = {}
-    os.chdir(FOLDER)  # where the notebook finds its data
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-        if "simulate" in namespace:
-            break
-    return namespace
 
 
 def log_posterior(model: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -93,7 +77,7 @@ def main() -> None:
     """Sample, check, write."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = notebook_cells()
+    model = names_of("05_hare_and_lynx.ipynb", "simulate")
     with torch.no_grad():
         chains = run_chains(log_posterior(model))
     r_hat, size = split_r_hat(chains)

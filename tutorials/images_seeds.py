@@ -10,26 +10,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
-from typing import Any
 
 import matplotlib
-import nbformat
+from execute import FOLDER, names_of
 
-FOLDER = Path(__file__).resolve().parent
 NUM_SEEDS = 5
 
 
 def scores_of(seed: int) -> dict[str, dict[str, float]]:
     """Run the notebook's cells with this seed and return its scores, by name and metric."""
-    notebook = nbformat.read(FOLDER / "07_images.ipynb", as_version=4)
-    namespace: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source.replace("\nseed = 0\n", f"\nseed = {seed}\n"), namespace)
-        if "scores" in namespace:
-            break
-    return namespace["scores"]
+    other = ("\nseed = 0\n", f"\nseed = {seed}\n")
+    return names_of("07_images.ipynb", "scores", other)["scores"]
 
 
 def main() -> None:

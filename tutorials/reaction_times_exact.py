@@ -12,32 +12,16 @@ Writes 1,000 draws per person to `data/reaction_times_exact.npz`. Less than a mi
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import torch
+from execute import FOLDER, names_of
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-FOLDER = Path(__file__).resolve().parent
 NUM_CANDIDATES, NUM_ROUNDS, NUM_SAMPLES = 20_000, 8, 1_000
 SMALLEST_SIZE = 0.5  # effective sample size over candidates
-
-
-def notebook_cells() -> dict[str, Any]:
-    """Run the notebook's cells up to the one that defines prior and simulator."""
-    notebook = nbformat.read(FOLDER / "06_reaction_times.ipynb", as_version=4)
-    namespace: dict[str, Any] = {}
-    os.chdir(FOLDER)  # where the notebook finds its data
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-        if "simulate" in namespace:
-            break
-    return namespace
 
 
 def log_first_passage(time: Tensor, drift: Tensor, distance: Tensor, sign: Tensor) -> Tensor:
@@ -88,7 +72,7 @@ def exact_posterior(prior: Any, trials: tuple[Tensor, Tensor, Tensor]) -> tuple[
 def main() -> None:
     """Sample, check, write."""
     torch.manual_seed(0)
-    model = notebook_cells()
+    model = names_of("06_reaction_times.ipynb", "simulate")
     samples = []
     for person, mask in enumerate(model["people_mask"]):
         names = ("people_rt", "people_correct", "people_conflict")
