@@ -347,8 +347,13 @@ MUTANTS = (
     ),
     Mutant(
         "npe-not-a-floor",
-        "bound = self.best.value + stage.options.tolerance",
+        "bound = self.best.value + margin",
         "tests/test_npe.py -k annealed_weights",
+    ),
+    Mutant(
+        "lucky-epochs-kept",
+        "margin = stage.options.tolerance",
+        "tests/test_npe.py -k lucky_epoch",
     ),
     Mutant(
         "spline-heights-without-slope",

@@ -194,6 +194,21 @@ def test_annealed_weights_are_kept_within_the_tolerance(inference, monkeypatch, 
     assert symmetric.best.value == 1.0
 
 
+def test_a_lucky_epoch_does_not_beat_the_annealed_weights(inference, monkeypatch):
+    """Of 25 held-out losses with standard deviation 1, a difference of 0.4 is two errors: noise.
+
+    Of 2,500 it is twenty errors, and the annealed weights are behind.
+    """
+    symmetric = inference._training.symmetric
+    for num, kept in ((25, Kept.LAST), (2_500, Kept.BEST)):
+        losses = torch.zeros(num)
+        monkeypatch.setattr(symmetric, "best", Best(1.0, losses + 1.0, {}, Kept.BEST))
+        monkeypatch.setattr(symmetric.stage, "npe_nll", 2.0)
+        noise = torch.tensor([-1.0, 1.0]).repeat(num // 2 + 1)[:num]
+        symmetric.keep(1.4, losses + 1.4 + noise)
+        assert symmetric.best.kept is kept
+
+
 def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
     """A likelihood net fitted on shuffled θ: the weights returned are stage 0's."""
     fit = LikelihoodProxy.fit

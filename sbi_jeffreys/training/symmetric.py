@@ -156,17 +156,19 @@ class SymmetricTraining:
     def keep(self, value: float, losses: Tensor) -> None:
         """Keep the main's weights if they are the best yet; at the end, prefer the annealed ones.
 
-        The minimum over an epoch-by-epoch trace of a hundred held-out pairs is a lucky epoch as
-        often as a good one. All iterates within the tolerance satisfy the constraint, and of those
-        the last one has the smallest R: it is kept, unless it falls behind plain NPE.
+        The minimum over an epoch-by-epoch trace of ten or a hundred held-out pairs is a lucky epoch
+        rather than a good one. All iterates within the tolerance satisfy the constraint, and of
+        those the last one has the smallest R: it is kept, unless it falls behind plain NPE, or
+        behind the best one by more than the tolerance and three standard errors of the difference.
 
         Args:
             value: Held-out value of the main as it is now.
             losses: The losses that it is the mean of, `(M,)`.
         """
         stage = self.stage
-        # mutant: npe-not-a-floor
-        bound = min(self.best.value + stage.options.tolerance, stage.npe_nll)
+        # mutant: lucky-epochs-kept
+        margin = stage.options.tolerance + _ERRORS * _standard_error(losses - self.best.losses)
+        bound = min(self.best.value + margin, stage.npe_nll)  # mutant: npe-not-a-floor
         annealed = stage.finished and value <= bound
         if value < self.best.value or annealed:
             kept = Kept.LAST if stage.finished else Kept.BEST
@@ -179,7 +181,7 @@ class SymmetricTraining:
         the bound falls at half of the stage.
         """
         excess = losses - self.plain
-        error = float(excess.std()) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+        error = _standard_error(excess)
         late = 2 * self.stage.step > self.stage.num_steps
         margin = (_EXCESS_LATE if late else _EXCESS_EARLY) + _ERRORS * error
         # mutant: guard-off
@@ -226,3 +228,8 @@ class SymmetricTraining:
             stage.trust,
         )
         return dict(zip(TRACES, values))
+
+
+def _standard_error(losses: Tensor) -> float:
+    """Of the mean of `(M,)` losses; 0 where there is one alone."""
+    return float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
