@@ -50,6 +50,7 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("absurd-at-some-x-followed", "pass", "tests/training/test_pool.py"),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),

@@ -19,10 +19,11 @@ from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
 
-__all__ = ["Pool", "draw_pool", "resampled_pool", "tempering_weights"]
+__all__ = ["Pool", "draw_pool", "local_trust", "resampled_pool", "tempering_weights"]
 
 _DRAWS, _KEPT = 256, 64  # per observation: draws of the adapted proposal, and θ̃ kept of them
 _FEW = 10.0  # effective draws below which an observation weighs less
+_BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
 _MAX_OBSERVATIONS = 5_000  # at which θ̃ are resampled
 
@@ -80,31 +81,65 @@ def draw_pool(
 
 @torch.no_grad()
 def resampled_pool(
-    proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    theta: Tensor,
+    x: Tensor,
+    from_prior: bool = True,
 ) -> Pool:
     """θ̃_k ∼ q_ψ(·|x) at given observations, by adaptive importance resampling.
 
-    An observation with few effective draws is drawn less often, in proportion.
+    An observation with few effective draws is drawn less often, in proportion, and so is one at
+    whose own θ the proxy is far behind the main; see `local_trust`.
 
     Args:
         proxy: A fitted proxy.
         main: The main after stage 0.
         theta: The pairs' own θ, `(N, D)`, which are not among the θ̃.
         x: Observations `(N, *x_shape)`, of which the first 5,000 are used.
+        from_prior: Whether the pairs' own θ come from the prior, so that proxy and main can be
+            compared there.
     """
     theta, x = theta[:_MAX_OBSERVATIONS], x[:_MAX_OBSERVATIONS]
-    kept, effective = [], []
+    gamma = proxy.inverse_temperature
+    kept, shares = [], []
     for own, observed in zip(theta.split(_ROWS), x.split(_ROWS)):
         draws = adapted_draws(proxy, main, own, observed, _DRAWS)
-        log_w = draws.log_weights(proxy.inverse_temperature)[1:].nan_to_num(nan=-torch.inf)
+        log_w = draws.log_weights(gamma)[1:].nan_to_num(nan=-torch.inf)
         usable = torch.isfinite(log_w).any(dim=0)
         weights = truncated_log_weights(torch.where(usable, log_w, 0.0)).exp()
         rows = torch.multinomial(weights.T, _KEPT, replacement=True).T  # (K, B)
         columns = torch.arange(len(own), device=rows.device)
         kept.append(draws.theta[1:][rows, columns])
-        effective.append(torch.where(usable, effective_sample_size(log_w), 0.0))
-    share = (torch.cat(effective) / _FEW).clamp_max(1.0)  # mutant: collapsed-weights-trusted
-    return Pool(torch.cat(kept, dim=1), x, share)
+        effective = torch.where(usable, effective_sample_size(log_w), 0.0)
+        share = (effective / _FEW).clamp_max(1.0)  # mutant: collapsed-weights-trusted
+        if from_prior:
+            log_q = draws.log_potential(gamma)[0] - draws.log_normaliser(gamma).pessimistic
+            log_p = main.log_prob(own.unsqueeze(0), observed)[0]
+            share = share * local_trust(log_p, log_q)  # mutant: absurd-at-some-x-followed
+        shares.append(share)
+    return Pool(torch.cat(kept, dim=1), x, torch.cat(shares))
+
+
+def local_trust(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Weights of observations by what proxy and main say of the θ that each was simulated with.
+
+    If θ follows q, the mean of p(θ|x) / q(θ|x) is 1 whatever p is, so by Markov's inequality the
+    ratio exceeds e³ at fewer than one in twenty pairs. Where it does, the proxy is more likely to
+    be wrong than unlucky, and the weight is e³ q / p.
+
+    Args:
+        log_p: log p(θ|x) of the main, `(B,)`.
+        log_q: log q(θ|x) of the proxy, `(B,)`.
+
+    Returns:
+        Shape `(B,)`, in [0, 1]; 1 where the ratio is unknown.
+
+    Example:
+        >>> local_trust(torch.tensor([0.0, 0.0]), torch.tensor([-2.0, -4.0]))
+        tensor([1.0000, 0.3679])
+    """
+    return (log_q - log_p + _BEHIND).exp().clamp_max(1.0).nan_to_num(nan=1.0)
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ def _with_pool(
         pool.renewable = first_round and cheap and bool((kernel(x) == 1).all())
         pool.renewable &= bool((pool.weights == 1).all())
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
-        pool = resampled_pool(proxy, main, theta, x)
+        pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
     pool.weights = pool.weights * kernel(pool.x)
     if not bool(pool.weights.sum() > 0):
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)

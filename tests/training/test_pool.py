@@ -73,3 +73,25 @@ def test_an_observation_without_any_mass_is_never_drawn():
     x = torch.tensor([[0.0], [11.0]])
     pool = resampled_pool(Nowhere(), Main(), torch.zeros(2, 1), x)  # type: ignore[arg-type]
     assert pool.weights.tolist() == [1.0, 0.0]
+
+
+class AbsurdAtSome(Exact):
+    """The exact likelihood, except for x between 0 and 0.25, where it is 3 off."""
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        wrong = (x[:, 0] > 0) & (x[:, 0] < 0.25)
+        return super().log_factor(theta, torch.where(wrong.unsqueeze(1), x + 3, x))
+
+
+def test_observations_at_which_the_proxy_is_absurd_are_hardly_ever_drawn():
+    """Exact elsewhere: fewer than one in twenty of those lose weight (Markov's inequality)."""
+    torch.manual_seed(0)
+    theta = torch.randn(2_000, 1)
+    x = theta + NOISE * torch.randn(2_000, 1)
+    pool = resampled_pool(AbsurdAtSome(), Main(), theta, x)  # type: ignore[arg-type]
+    wrong = (x[:, 0] > 0) & (x[:, 0] < 0.25)
+    assert 0.05 < float(wrong.float().mean()) < 0.15
+    assert float(pool.weights[wrong].max()) < 1e-3
+    assert float((pool.weights[~wrong] < 1).float().mean()) < 0.05
+    later = resampled_pool(AbsurdAtSome(), Main(), theta, x, from_prior=False)  # type: ignore[arg-type]
+    assert float(later.weights.min()) == 1.0
