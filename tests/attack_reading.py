@@ -16,6 +16,7 @@ import json
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ def long_run(proxy, main, theta: Tensor, x: Tensor, num: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def read(inference: NPE_Jeffreys, task) -> dict[str, float]:
-    """What training believed, and what many draws say."""
+def read(inference: NPE_Jeffreys, task) -> dict[str, Any]:
+    """What training believed, what many draws say, and the trace of R."""
     prepared = inference._training.prepared
     assert prepared is not None
     proxy, main = prepared.proxy, inference._neural_net
@@ -80,6 +81,7 @@ def read(inference: NPE_Jeffreys, task) -> dict[str, float]:
         "long_run_upper": float(upper.mean()),
         "fresh": float(fresh.mean()),
         "fresh_median": float(fresh.median()),
+        "reverse": [round(value, 3) for value in inference.summary["reverse_term"]],
         "npe": prepared.main_value,
         "main": float(-main.log_prob(theta.unsqueeze(0), x).mean()),  # type: ignore[union-attr]
         "main_fresh": float(-main.log_prob(fresh_theta.unsqueeze(0), fresh_x).mean()),  # type: ignore[union-attr]
