@@ -183,7 +183,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         arguments = TrainArguments(**given)
         self._training.check_resumable(self, self.options, arguments, self._builder)
         return self._training.run(
-            self, super().train, self.options, arguments, self._shows_progress
+            self, super().train, self.options, arguments, self._builder, self._shows_progress
         )
 
     def get_dataloaders(
@@ -205,6 +205,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
             check_simulations(theta, _sbi.prior_of(self), validation_fraction)
             if isinstance(self._builder, MainBuilder):
                 _sbi.set_builder(self, self._builder.avoiding_edge(theta))
+        self._training.put_back(self)
         self._training.starting_round = starting_round
         self._training.available = len(self.get_simulations()[0])
         return super().get_dataloaders(

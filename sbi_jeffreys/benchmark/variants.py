@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, _sbi
-from sbi_jeffreys.benchmark._running import NoTracker
+from sbi_jeffreys._sbi import NoTracker
 from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
 from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS
 from sbi_jeffreys.training.loss import PERIOD, RealBatch, SymmetricLoss, weigh
