@@ -29,6 +29,13 @@ from sbi_jeffreys.training.training import Training
 Edit = Callable[[SymmetricStage, NPE_Jeffreys], None]
 
 
+class StageZero(Training):
+    """A training that ends with plain NPE as it is; what becomes of it is for the forks."""
+
+    def _keep_plain(self, *arguments: Any) -> None:
+        """Do nothing: train no second plain NPE, whose time the forks would be charged for."""
+
+
 class ForkedTraining(Training):
     """A training that continues from another's plain NPE, with an edit of its symmetric stage."""
 
@@ -52,6 +59,7 @@ class ForkableNPE(NPE_Jeffreys):
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         options = kwargs.pop("options", None) or JeffreysOptions()
         super().__init__(*arguments, options=replace(options, num_steps=0), **kwargs)
+        self._training = StageZero()
         self._train_kwargs: dict[str, Any] = {}
 
     def train(self, **kwargs: Any) -> Any:

@@ -106,7 +106,7 @@ def choose_space(
         Space.OWN: held_out.truncated_losses(own, prior),
     }
     gain = Estimate.of(held_out.weights * (losses[Space.PRIOR] - losses[Space.OWN]))
-    # mutant: own-space-always, own-space-never
+    # mutant: own-space-always, own-space-never, own-space-without-margin
     kept = Space.OWN if gain.value > _MARGIN * gain.error else Space.PRIOR
     values = {space: Estimate.of(each) for space, each in losses.items()}
     choice = SpaceChoice(kept, values[Space.PRIOR], values[Space.OWN], gain)

@@ -114,6 +114,25 @@ def test_one_as_good_is_not_kept(monkeypatch):
     assert choice.kept is Space.PRIOR
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(0.01, Space.PRIOR), (0.3, Space.OWN)])
+def test_a_gain_within_its_error_is_luck(monkeypatch, gain, kept):
+    def losses(self, main, prior):
+        noise = 0.3 * torch.tensor([1.0, -1.0]).repeat(len(self.theta) // 2)
+        return mains[-1] - gain + noise
+
+    def seen(self, main, proxy=None):
+        mains.append(original(self, main, proxy))
+        return mains[-1]
+
+    mains, original = [], HeldOut.main_losses
+    monkeypatch.setattr(HeldOut, "main_losses", seen)
+    monkeypatch.setattr(HeldOut, "truncated_losses", losses)
+    choice = trained(options=PLAIN).training_report.space  # 6 pairs: an error of 0.13
+    assert choice.gain.value == pytest.approx(gain, abs=1e-5)
+    assert choice.gain.error == pytest.approx(0.3 / math.sqrt(5))
+    assert choice.kept is kept
+
+
 def test_one_that_cannot_be_trained_is_none(monkeypatch):
     def broken(*arguments):
         raise ValueError("NaN/Inf present in NPE loss.")
@@ -126,7 +145,7 @@ def test_one_that_cannot_be_trained_is_none(monkeypatch):
 
 
 def never(*arguments):
-    raise AssertionError("a second network was trained")
+    raise RuntimeError("a second network was trained")  # not an error that counts as divergence
 
 
 @pytest.mark.parametrize(
@@ -168,8 +187,9 @@ def test_a_stage_that_ends_with_plain_npe_is_a_choice(monkeypatch):
     assert inference._neural_net is again
 
 
-def test_a_refused_proxy_is_a_choice(monkeypatch):
-    rival(monkeypatch, gaussian())
+@pytest.mark.filterwarnings("ignore::sbi_jeffreys.JeffreysWarning")
+def test_a_refused_proxy_is_a_choice_and_corrects_draws_of_what_was_kept(monkeypatch):
+    forced(monkeypatch, Space.OWN)
 
     def wrong(theta, x):
         return -((x - theta - 0.6) ** 2).sum(-1) / (2 * 0.05**2)
@@ -177,7 +197,10 @@ def test_a_refused_proxy_is_a_choice(monkeypatch):
     options = replace(TINY, proxy=GivenProxy(PRIOR, wrong), min_trust=0.3)
     inference = trained(options=options, num=200, max_num_epochs=20)
     assert inference.training_report.refused
-    assert inference.training_report.space is not None
+    assert is_own(inference)
+    corrected = inference.build_corrected_posterior(2_000, power=0.1)
+    drawn = corrected.sample((100,), x=X_O, show_progress_bars=False)
+    assert bool((drawn.abs() <= 1).all())
 
 
 # ------------------------------------------------------------------ what comes afterwards
