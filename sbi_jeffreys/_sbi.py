@@ -34,6 +34,17 @@ from torch.distributions import Distribution
 DensityConfigBase: type | None = getattr(neural_nets, "DensityConfigBase", None)
 
 
+class NoTracker:
+    """A tracker for sbi that keeps nothing: sbi's own writes a folder for every training."""
+
+    log_dir: str | None = None
+
+    def log_metric(self, *values: Any, **named: Any) -> None:
+        """Keep nothing."""
+
+    log_metrics = log_params = add_figure = flush = log_metric
+
+
 @contextmanager
 def silent_prior() -> Iterator[None]:
     """Suppress what a prior such as sbi's RestrictedPrior prints in `sample` and `log_prob`."""

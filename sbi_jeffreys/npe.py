@@ -1,6 +1,6 @@
 r"""`NPE_Jeffreys`: neural posterior estimation with the symmetric Jeffreys divergence.
 
-Training in five sentences. Plain NPE is trained first, by sbi's own `train()`, which gives the
+Training in six sentences. Plain NPE is trained first, by sbi's own `train()`, which gives the
 first main p_φ(θ|x) and an upper bound on the held-out loss of any result. A proxy q_ψ(θ|x) is then
 fitted to the same simulations, by default p(θ) times a mixture of likelihoods of x, and the proxy's
 loss on held-out simulations determines how far it is trusted. In the symmetric stage the main
@@ -9,7 +9,9 @@ as low as the lowest of main and proxy so far; gradients of that constraint come
 simulations (F) and from pairs that the proxy generates (G). The multiplier λ, which weighs
 constraint against R, adapts after every epoch, and the constraint has a slack at a price, for a
 constraint that cannot be met. At the end the main has the last, annealed weights if they satisfy
-the constraint, otherwise the best ones on held-out simulations, plain NPE's included.
+the constraint, otherwise the best ones on held-out simulations, plain NPE's included. Where it is
+plain NPE that is kept, in a first round and under a bounded prior, a second one with θ in its own
+space takes its place if it is better on held-out simulations.
 
 Source: Ben-Dov & Chamon, *Adaptive Symmetrization of the KL Divergence*, arXiv 2511.11159. The
 mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multipliers`.
@@ -183,7 +185,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         arguments = TrainArguments(**given)
         self._training.check_resumable(self, self.options, arguments, self._builder)
         return self._training.run(
-            self, super().train, self.options, arguments, self._shows_progress
+            self, super().train, self.options, arguments, self._builder, self._shows_progress
         )
 
     def get_dataloaders(
@@ -205,6 +207,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
             check_simulations(theta, _sbi.prior_of(self), validation_fraction)
             if isinstance(self._builder, MainBuilder):
                 _sbi.set_builder(self, self._builder.avoiding_edge(theta))
+        self._training.put_back(self)
         self._training.starting_round = starting_round
         self._training.available = len(self.get_simulations()[0])
         return super().get_dataloaders(

@@ -33,7 +33,8 @@ def attack(seconds: float) -> tuple[bool, str]:
         timer.cancel()
     if not torch.is_grad_enabled():
         return False, f"{outcome}: gradients are off"
-    main, symmetric = inference._neural_net, inference._training.symmetric
+    symmetric = inference._training.symmetric
+    main = inference._training.set_aside or inference._neural_net  # the one that was interrupted
     if main is None:
         return True, f"{outcome} before there was a network"
     best = inference._best_model_state_dict if symmetric is None else symmetric.best.weights

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LogNormal, MultivariateNormal
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
-from sbi_jeffreys.benchmark._running import NoTracker
+from sbi_jeffreys._sbi import NoTracker
 
 FRESH, DRAWS = 500, 200
 METHODS = ("npe", "plain", "jeffreys")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
-from sbi_jeffreys.benchmark._running import NoTracker
+from sbi_jeffreys._sbi import NoTracker
 from sbi_jeffreys.benchmark.methods import main_network
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.proxies.normaliser import adapted_draws

@@ -51,6 +51,31 @@ class Mutant:
 
 MUTANTS = (
     Mutant("absurd-at-some-x-followed", "pass", "tests/training/test_pool.py"),
+    Mutant("own-space-always", "kept = Space.OWN", "tests/training/test_own_space.py -k kept"),
+    Mutant("own-space-never", "kept = Space.PRIOR", "tests/training/test_own_space.py -k kept"),
+    Mutant(
+        "own-space-without-margin",
+        "kept = Space.OWN if gain.value > 0 else Space.PRIOR",
+        "tests/training/test_own_space.py -k error",
+    ),
+    Mutant(
+        "own-space-of-later-rounds",
+        "first_round = True",
+        "tests/training/test_own_space.py -k round",
+    ),
+    Mutant("own-space-trained-further", "pass", "tests/training/test_own_space.py -k round"),
+    Mutant("weights-of-another-space", "pass", "tests/training/test_own_space.py -k saved"),
+    Mutant(
+        "another-split",
+        "self.train_indices, self.val_indices = other.val_indices, other.train_indices",
+        "tests/training/test_own_space.py -k split",
+    ),
+    Mutant("no-draw-inside-wins", "pass", "tests/training/test_own_space.py -k never_accept"),
+    Mutant(
+        "leakage-not-corrected",
+        "return self.main_losses(main)",
+        "tests/training/test_own_space.py -k loss",
+    ),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),

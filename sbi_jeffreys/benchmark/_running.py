@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,17 +75,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class NoTracker:
-    """A tracker for sbi that keeps nothing: sbi's own writes a folder for every training."""
-
-    log_dir: str | None = None
-
-    def log_metric(self, *values: Any, **named: Any) -> None:
-        """Keep nothing."""
-
-    log_metrics = log_params = add_figure = flush = log_metric
 
 
 @dataclass

@@ -17,7 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from sbi_jeffreys import FlowExpert, JeffreysOptions, MainBuilder, NPE_Jeffreys
-from sbi_jeffreys.benchmark._running import NoTracker, derive_seed, measured, quiet, seeded
+from sbi_jeffreys._sbi import NoTracker
+from sbi_jeffreys.benchmark._running import derive_seed, measured, quiet, seeded
 from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
 from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.networks.fitting import FitConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, _sbi
-from sbi_jeffreys.benchmark._running import NoTracker
+from sbi_jeffreys._sbi import NoTracker
 from sbi_jeffreys.proxies import FlowExpert, LikelihoodProxy
 from sbi_jeffreys.proxies.experts import DEFAULT_EXPERTS
 from sbi_jeffreys.training.loss import PERIOD, RealBatch, SymmetricLoss, weigh
@@ -27,6 +27,13 @@ from sbi_jeffreys.training.training import Training
 
 #: Changes a stage that is about to run; the stage's trainer has the simulations.
 Edit = Callable[[SymmetricStage, NPE_Jeffreys], None]
+
+
+class StageZero(Training):
+    """A training that ends with plain NPE as it is; what becomes of it is for the forks."""
+
+    def _keep_plain(self, *arguments: Any) -> None:
+        """Do nothing: train no second plain NPE, whose time the forks would be charged for."""
 
 
 class ForkedTraining(Training):
@@ -52,6 +59,7 @@ class ForkableNPE(NPE_Jeffreys):
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         options = kwargs.pop("options", None) or JeffreysOptions()
         super().__init__(*arguments, options=replace(options, num_steps=0), **kwargs)
+        self._training = StageZero()
         self._train_kwargs: dict[str, Any] = {}
 
     def train(self, **kwargs: Any) -> Any:

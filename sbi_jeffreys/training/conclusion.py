@@ -11,6 +11,7 @@ from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
+from sbi_jeffreys.training.own_space import KeptPlain
 from sbi_jeffreys.training.preparation import Prepared
 from sbi_jeffreys.training.report import (
     REFUSED,
@@ -18,6 +19,7 @@ from sbi_jeffreys.training.report import (
     Kept,
     Problem,
     ProxyStatus,
+    Space,
     StageStatus,
     TrainingReport,
 )
@@ -30,7 +32,10 @@ _CLEARLY = 2.0  # standard errors
 
 
 def make_report(
-    prepared: Prepared | None, symmetric: SymmetricTraining | None, seconds: Sequence[float]
+    prepared: Prepared | None,
+    symmetric: SymmetricTraining | None,
+    seconds: Sequence[float],
+    kept_plain: KeptPlain | None = None,
 ) -> TrainingReport:
     """The report of a training.
 
@@ -38,12 +43,16 @@ def make_report(
         prepared: The proxy, None where none was asked for.
         symmetric: The symmetric stage, where there is one.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
+        kept_plain: The plain NPE that is the result, where there were two to choose from.
     """
     prepared = prepared or Prepared(ProxyStatus.NOT_FITTED, None, "none asked for")
     proxy, proxy_losses = prepared.proxy, prepared.proxy_losses
     main_losses = None if symmetric is None else symmetric.best.losses
     if symmetric is not None and symmetric.proxy_losses is not None:
         proxy_losses = symmetric.proxy_losses
+    coverage = None if symmetric is None else symmetric.coverage_after
+    if kept_plain is not None and kept_plain.choice.kept is Space.OWN:
+        main_losses, coverage = kept_plain.losses, kept_plain.coverage
     gap = None
     if main_losses is not None and proxy_losses is not None:
         gap = Estimate.of(main_losses - proxy_losses)
@@ -60,14 +69,15 @@ def make_report(
         proxy_held_out=_estimate(proxy_losses),
         uncertain=prepared.uncertain,
         coverage_before=None if symmetric is None else symmetric.coverage_before,
-        coverage=None if symmetric is None else symmetric.coverage_after,
+        coverage=coverage,
+        space=None if kept_plain is None else kept_plain.choice,
         main=_estimate(main_losses),
         gap=gap,
         multiplier=None if stage is None else float(stage.multipliers.multipliers[0]),
         skipped_steps=0 if stage is None else stage.skipped,
         restarts=0 if symmetric is None else symmetric.restarts,
         seconds=(seconds[0], seconds[1], seconds[2]),
-        problems=tuple(_problems(prepared.status, symmetric, gap)),
+        problems=tuple(_problems(prepared.status, symmetric, gap, coverage)),
         atomic=prepared.atomic,
     )
 
@@ -120,7 +130,10 @@ def _covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> b
 
 
 def _problems(
-    status: ProxyStatus, symmetric: SymmetricTraining | None, gap: Estimate | None
+    status: ProxyStatus,
+    symmetric: SymmetricTraining | None,
+    gap: Estimate | None,
+    coverage: CoverageCurve | None,
 ) -> list[Problem]:
     """The problems of a training: those of the proxy, of the stage, and of the main."""
     found = []
@@ -143,7 +156,7 @@ def _problems(
             found.append(Problem.MAIN_BEHIND_PROXY)
         elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
             found.append(Problem.MULTIPLIER_AT_BOUND)
-    if _covers_less(symmetric.coverage_before, symmetric.coverage_after):
+    if _covers_less(symmetric.coverage_before, coverage):
         found.append(Problem.COVERS_LESS)
     if stage.skipped:
         found.append(Problem.STEPS_SKIPPED)

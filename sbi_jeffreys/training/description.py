@@ -52,7 +52,9 @@ def _outcome(report: TrainingReport) -> list[str]:
     trust = f" with trust {report.trust:.2f}" if report.proxy_status.name == "USED" else ""
     problems = len(report.problems)
     see = f"; {problems} problem{'s' * (problems > 1)}, see training_report" if problems else ""
+    space = f" {report.space.kept.value}" if report.space is not None else ""
     return [
         f"  proxy ({report.proxy}): {report.proxy_status.value}{trust}",
-        f"  symmetric stage {report.stage_status.value}; weights kept: {report.kept.value}{see}",
+        f"  symmetric stage {report.stage_status.value}; weights kept: {report.kept.value}"
+        f"{space}{see}",
     ]

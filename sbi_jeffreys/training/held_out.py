@@ -36,6 +36,9 @@ __all__ = ["HeldOut"]
 _MAX_CONTRASTS = 50
 _EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
 _COVERAGE_DRAWS = 200  # per held-out pair
+_ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # per held-out pair: many, where pairs are few
+_ALL_ACCEPTANCE_DRAWS = 100_000
+_LEAST_INSIDE = 5  # draws; where so many are expected, none is inside with probability e⁻⁵
 _ROWS = 25  # held-out pairs per network call: bounds memory
 
 
@@ -74,6 +77,24 @@ class HeldOut:
         with embedded_once(main, self.x):
             ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
         return ranking_nce_losses(ratio[0], ratio[1:])
+
+    @torch.no_grad()
+    def truncated_losses(self, main: ConditionalDensityEstimator, prior: Distribution) -> Tensor:
+        """Loss of a main cut off at the prior, −log p_φ(θ|x) + log P(θ' inside | x), `(M,)`.
+
+        The second term is estimated by draws. Where none of them is inside, it would be −∞, and a
+        main with next to no mass inside would be the best of all. So a few draws count as inside
+        at least, which bounds such a pair's loss from above.
+        """
+        num = max(_FEWEST_DRAWS, min(_ACCEPTANCE_DRAWS, _ALL_ACCEPTANCE_DRAWS // len(self.theta)))
+        inside = []
+        for x in self.x.split(_ROWS):
+            with embedded_once(main, x):
+                drawn = main.sample(torch.Size((num,)), x)
+            inside.append(inside_prior(prior, drawn).float().mean(dim=0))
+        share = torch.cat(inside)
+        share = share.clamp_min(_LEAST_INSIDE / num)  # mutant: no-draw-inside-wins
+        return self.main_losses(main) + share.log()  # mutant: leakage-not-corrected
 
     @torch.no_grad()
     def proxy_losses(

@@ -21,10 +21,23 @@ class RandomStream:
 
     def __init__(self) -> None:
         self._state: Tensor | None = None
+        self._start: Tensor | None = None
 
     def start_anew(self) -> None:
         """Begin another stream at the next use."""
         self._state = None
+
+    def from_start(self) -> RandomStream:
+        """Another stream with the numbers of this one, from the first; this one stays where it is.
+
+        Raises:
+            RuntimeError: If this stream was not used yet.
+        """
+        if self._start is None:
+            raise RuntimeError("The stream has no start; use it first.")
+        twin = RandomStream()
+        twin._start = twin._state = self._start
+        return twin
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -32,7 +45,7 @@ class RandomStream:
         state = self._state
         if state is None:
             seed = int(torch.randint(2**31, (1,)))
-            state = torch.Generator().manual_seed(seed).get_state()
+            state = self._start = torch.Generator().manual_seed(seed).get_state()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state.cpu())  # loading onto a device moved it there
             try:

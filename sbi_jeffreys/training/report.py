@@ -14,7 +14,17 @@ from torch import Tensor
 
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve, mean_and_error
 
-__all__ = ["REFUSED", "Estimate", "Kept", "Problem", "ProxyStatus", "StageStatus", "TrainingReport"]
+__all__ = [
+    "REFUSED",
+    "Estimate",
+    "Kept",
+    "Problem",
+    "ProxyStatus",
+    "Space",
+    "SpaceChoice",
+    "StageStatus",
+    "TrainingReport",
+]
 
 
 class ProxyStatus(Enum):
@@ -43,6 +53,13 @@ class Kept(Enum):
     PLAIN_NPE = "those of plain NPE"
     BEST = "the best on held-out simulations"
     LAST = "the last, annealed ones"
+
+
+class Space(Enum):
+    """Where the main models θ."""
+
+    PRIOR = "in the prior's unconstrained space"
+    OWN = "in its own space, cut off at the prior's edge"
 
 
 class Problem(Enum):
@@ -99,6 +116,36 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class SpaceChoice:
+    """In which space a plain NPE that was kept models θ; the other one was trained as well.
+
+    Attributes:
+        kept: The one that was kept.
+        prior: Held-out loss of plain NPE in the prior's unconstrained space.
+        own: Held-out loss of plain NPE in θ's own space, corrected for the mass outside the prior.
+        gain: Held-out loss of the first minus that of the second, pair by pair, weighted by the
+            calibration kernel.
+    """
+
+    kept: Space
+    prior: Estimate
+    own: Estimate
+    gain: Estimate
+
+    def __str__(self) -> str:
+        words = f"Plain NPE models theta {self.kept.value}"
+        if self.kept is Space.OWN:
+            return (
+                f"{words}: on held-out simulations it is better there by {self.gain} nats than "
+                f"{Space.PRIOR.value}."
+            )
+        return (
+            f"{words}: {Space.OWN.value}, it is not clearly better on held-out simulations "
+            f"(gain {self.gain} nats)."
+        )
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """The outcome of one call of `train`; `str(report)` has it in words.
 
@@ -124,6 +171,8 @@ class TrainingReport:
         uncertain: Share of the held-out pairs at which the proxy's loss could not be bounded well.
         coverage_before: Of plain NPE's 50 and 90 % regions on held-out pairs; None in later rounds.
         coverage: Of the kept main's.
+        space: Where plain NPE models θ; None where there was no choice: the symmetric stage's
+            weights were kept, the prior is unbounded, θ is not in its space, or in later rounds.
     """
 
     proxy_status: ProxyStatus
@@ -146,6 +195,7 @@ class TrainingReport:
     uncertain: float = 0.0
     coverage_before: CoverageCurve | None = None
     coverage: CoverageCurve | None = None
+    space: SpaceChoice | None = None
 
     @property
     def refused(self) -> bool:
@@ -164,7 +214,7 @@ class TrainingReport:
         return f"{words}: {problem.value}."
 
     def __str__(self) -> str:
-        """Two to four lines, and one for each problem."""
+        """Two to five lines, and one for each problem."""
         plain, proxy, stage = self.seconds
         lines = [
             self._proxy_words(),
@@ -172,6 +222,8 @@ class TrainingReport:
             f"Symmetric stage {self.stage_status.value}; weights kept: {self.kept.value}; plain "
             f"NPE took {plain:.1f} s, the proxy {proxy:.1f} s, the stage {stage:.1f} s.",
         ]
+        if self.space is not None:
+            lines.append(str(self.space))
         lines += [self.describe(problem) for problem in self.problems]
         return "\n".join(line for line in lines if line)
 

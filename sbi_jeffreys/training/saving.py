@@ -11,6 +11,7 @@ from sbi.utils.torchutils import process_device
 
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys.networks.builders import MainBuilder, UnconstrainedDensityEstimator
 from sbi_jeffreys.training import persistence
 from sbi_jeffreys.training.description import describe
 from sbi_jeffreys.training.training import Training
@@ -47,6 +48,7 @@ class SavedTrainer(NPE):
             theta, x, _ = self.get_simulations()
             tensors = {"theta": theta, "x": x, "train": self.train_indices, "val": self.val_indices}
             tensors["main"] = dict(main.state_dict())
+            tensors["unconstrained"] = isinstance(main, UnconstrainedDensityEstimator)
         persistence.save(self, path, tensors)
 
     def load_weights(self, path: str | os.PathLike[str]) -> Self:
@@ -75,8 +77,10 @@ class SavedTrainer(NPE):
             raise ValueError(f"{path} holds no trained main; save it after train().")
         self.append_simulations(saved["theta"], saved["x"], exclude_invalid_x=False)
         self.train_indices, self.val_indices = saved["train"], saved["val"]
-        rows = saved["train"].cpu()
-        main = self._builder(saved["theta"].cpu()[rows], saved["x"].cpu()[rows])
+        rows, builder = saved["train"].cpu(), self._builder
+        if isinstance(builder, MainBuilder) and not saved.get("unconstrained", True):
+            builder = builder.with_prior(None)  # mutant: weights-of-another-space
+        main = builder(saved["theta"].cpu()[rows], saved["x"].cpu()[rows])
         try:
             main.load_state_dict(saved["main"])
         except RuntimeError as error:

@@ -84,6 +84,11 @@ class SymmetricTraining:
         """The stage's proxy."""
         return self.stage.proxy
 
+    @property
+    def ended_with_plain(self) -> bool:
+        """Whether the stage is over and plain NPE's weights are the ones that are kept."""
+        return self.status is not StageStatus.PAUSED and self.best.kept is Kept.PLAIN_NPE
+
     def run(
         self,
         held_out: HeldOut,

@@ -11,21 +11,21 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import Proxy, hand_back_embedding
+from sbi_jeffreys.training import data
 from sbi_jeffreys.training.arguments import TrainArguments, check_resumable, lost_builder
 from sbi_jeffreys.training.conclusion import complete_summary, make_report
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.loss import RealBatch, SymmetricLoss
+from sbi_jeffreys.training.loss import SymmetricLoss
+from sbi_jeffreys.training.own_space import KeptPlain, choose_space
 from sbi_jeffreys.training.preparation import Budget, Prepared, Simulations, prepare
 from sbi_jeffreys.training.randomness import RandomStream
-from sbi_jeffreys.training.report import Kept, ProxyStatus, TrainingReport
+from sbi_jeffreys.training.report import Kept, ProxyStatus, Space, TrainingReport
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
 
@@ -44,6 +44,7 @@ class Training:
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
         arguments: Of the call of `train` under way, None between calls.
+        set_aside: The main in the prior's space, while one in θ's own space is the trainer's.
         written: When the last checkpoint was written, by the monotonic clock.
     """
 
@@ -54,6 +55,7 @@ class Training:
         self.report: TrainingReport | None = None
         self.written = 0.0
         self.arguments: TrainArguments | None = None
+        self.set_aside: ConditionalDensityEstimator | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -94,12 +96,22 @@ class Training:
         if self.arguments is not None:
             self.arguments.check_trainable(*trainer.get_simulations(starting_round)[:2])
 
+    def put_back(self, trainer: NPE) -> None:
+        """Before training goes on, give the trainer back the main that was set aside, if one was.
+
+        It belongs to sbi's optimiser, and it is the one from which no mass leaks in later rounds.
+        """
+        if self.arguments is not None and self.set_aside is not None:
+            _sbi.set_network(trainer, self.set_aside)  # mutant: own-space-trained-further
+            self.set_aside = None
+
     def run(
         self,
         trainer: NPE,
         train_plain: Callable[..., ConditionalDensityEstimator],
         options: JeffreysOptions,
         arguments: TrainArguments,
+        builder: Any,
         show_progress_bars: bool,
     ) -> ConditionalDensityEstimator:
         """Train, on a random stream of our own; whatever ends it, the best weights are left.
@@ -109,6 +121,7 @@ class Training:
             train_plain: sbi's `train`.
             options: Of the symmetric objective.
             arguments: Of `train`.
+            builder: Of the main.
             show_progress_bars: Whether to show progress and to print the report.
         """
         gradients, epochs = torch.is_grad_enabled(), 0
@@ -123,6 +136,7 @@ class Training:
                     self._checkpoint(trainer, options)
                 if options.num_steps != 0:
                     epochs = self._train_symmetric(trainer, options, arguments, show_progress_bars)
+            kept = self._keep_plain(trainer, arguments, builder, show_progress_bars)
         finally:
             self.arguments = None  # a kernel may not be picklable
             torch.set_grad_enabled(gradients)  # an interrupt inside no_grad() leaves them off
@@ -132,6 +146,7 @@ class Training:
         main.eval()
         if self.symmetric is not None:
             complete_summary(trainer, epochs, plain, self.symmetric.best.value)
+        self.report = make_report(self.prepared, self.symmetric, self.seconds, kept)
         self._conclude(trainer, arguments, show_progress_bars)
         return main
 
@@ -165,8 +180,9 @@ class Training:
             _sbi.restore_best_weights(trainer)
             raise
         epochs = len(trainer.summary["training_loss"]) - epochs_before
+        loader = data.training_loader(trainer, self.starting_round, arguments)
         # mutant: steps-whatever-npe-took
-        self.plain_steps += epochs * len(self._loader(trainer, arguments))
+        self.plain_steps += epochs * len(loader)
 
     def _train_symmetric(
         self,
@@ -176,14 +192,11 @@ class Training:
         show_progress_bars: bool,
     ) -> int:
         """Fit the proxy if there is none yet, and run the rest of the stage; epochs run."""
-        device = _sbi.device_of(trainer)
-        theta, x = (t.to(device) for t in trainer.get_simulations(self.starting_round)[:2])
-        atomic = _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
-        val = trainer.val_indices
-        held_out = HeldOut(theta[val], x[val], arguments.kernel(x[val]), atomic)
+        self.put_back(trainer)
+        held_out = data.held_out_pairs(trainer, self.starting_round, arguments)
         if self.symmetric is None:
             with self._timed(1):
-                self._prepare(trainer, theta, x, held_out, options, arguments, show_progress_bars)
+                self._prepare(trainer, held_out, options, arguments, show_progress_bars)
             self._checkpoint(trainer, options)
         if self.symmetric is None:
             return 0
@@ -196,7 +209,8 @@ class Training:
             summary["validation_loss"].append(traces["held_out_forward"])
             summary["epoch_durations_sec"].append(seconds)
 
-        batches, symmetric = self._real_batches(trainer, arguments, atomic), self.symmetric
+        symmetric = self.symmetric
+        batches = data.real_batches(trainer, self.starting_round, arguments, held_out.atomic)
 
         def checkpoint_if_due() -> None:
             due = time.monotonic() - self.written > options.checkpoint_seconds
@@ -221,8 +235,6 @@ class Training:
     def _prepare(
         self,
         trainer: NPE,
-        theta: Tensor,
-        x: Tensor,
         held_out: HeldOut,
         options: JeffreysOptions,
         arguments: TrainArguments,
@@ -231,6 +243,7 @@ class Training:
         """Fit the proxy and set up the symmetric stage, or leave plain NPE as it is."""
         main = _sbi.network_of(trainer)
         assert main is not None
+        theta, x = data.simulations_in_use(trainer, self.starting_round)
         # mutant: steps-of-the-default-alone
         num_steps = options.steps_for(len(theta), self.plain_steps)
         indices = trainer.train_indices.to(theta.device), trainer.val_indices.to(theta.device)
@@ -269,37 +282,22 @@ class Training:
             main.eval()
             self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)
 
-    def _loader(self, trainer: NPE, arguments: TrainArguments) -> DataLoader:
-        """sbi's loader of the training simulations that plain NPE was trained on."""
-        return trainer.get_dataloaders(
-            self.starting_round,
-            arguments.training_batch_size,
-            arguments.validation_fraction,
-            resume_training=True,
-            dataloader_kwargs=arguments.dataloader_kwargs,
-        )[0]
+    def _keep_plain(
+        self, trainer: NPE, arguments: TrainArguments, builder: Any, show_progress_bars: bool
+    ) -> KeptPlain | None:
+        """Where plain NPE is the result, keep it with θ in the space that suits it better.
 
-    def _real_batches(
-        self, trainer: NPE, arguments: TrainArguments, atomic: bool
-    ) -> Callable[[], RealBatch]:
-        """Successive training batches, starting over at the end; in later rounds sbi's losses."""
-        loader, device = self._loader(trainer, arguments), _sbi.device_of(trainer)
-
-        def endless() -> Iterator[Any]:
-            while True:
-                yield from loader
-
-        stream = endless()
-
-        def pairs() -> RealBatch:
-            theta, x = (t.to(device) for t in next(stream)[:2])
-            return theta, x, arguments.kernel(x)
-
-        def atomic_losses() -> RealBatch:
-            force = arguments.force_first_round_loss
-            return _sbi.losses(trainer, next(stream), arguments.kernel, force)
-
-        return atomic_losses if atomic else pairs
+        On random numbers of its own, so that a training that is resumed goes on as if there had
+        been no pause.
+        """
+        if self.symmetric is not None and not self.symmetric.ended_with_plain:
+            return None
+        with self._timed(0), self.stream.from_start().active():
+            kept = choose_space(trainer, builder, arguments, show_progress_bars)
+        if kept is not None and kept.choice.kept is Space.OWN:
+            self.set_aside = _sbi.network_of(trainer)
+            _sbi.set_network(trainer, kept.network)
+        return kept
 
     @contextmanager
     def _timed(self, part: int) -> Iterator[None]:
@@ -310,8 +308,8 @@ class Training:
             self.seconds[part] += time.perf_counter() - start
 
     def _conclude(self, trainer: NPE, arguments: TrainArguments, show_progress_bars: bool) -> None:
-        """Make the report, print it, and warn of what is not as the method promises."""
-        self.report = make_report(self.prepared, self.symmetric, self.seconds)
+        """Print the report, and warn of what is not as the method promises."""
+        assert self.report is not None
         if arguments.show_train_summary:
             print(_sbi.describe_round(trainer))
         if show_progress_bars or arguments.show_train_summary:

@@ -10,8 +10,8 @@ import torch
 
 from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys._sbi import NoTracker
 from sbi_jeffreys.benchmark import ablation
-from sbi_jeffreys.benchmark._running import NoTracker
 from sbi_jeffreys.benchmark.ablation import Row, best_frozen, row_list, tabulate, verdict
 from sbi_jeffreys.benchmark.evaluation import simulations_for
 from sbi_jeffreys.benchmark.methods import FitContext

@@ -74,8 +74,8 @@ def test_problems_are_counted():
         warnings.simplefilter("ignore")
         inference.append_simulations(theta, torch.ones(100, 2)).train(max_num_epochs=2)
     assert repr(inference).splitlines()[2] == (
-        "  symmetric stage not run; weights kept: those of plain NPE; 1 problem, "
-        "see training_report"
+        "  symmetric stage not run; weights kept: those of plain NPE in the prior's "
+        "unconstrained space; 1 problem, see training_report"
     )
 
 

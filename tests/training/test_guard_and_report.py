@@ -13,7 +13,7 @@ import torch
 from contract_tools import PRIOR, TINY, X_O, fresh, simulate, train, trained, weights
 
 from sbi_jeffreys import GivenProxy, JeffreysWarning, NPE_Jeffreys
-from sbi_jeffreys.training import symmetric
+from sbi_jeffreys.training import own_space, symmetric
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus, StageStatus
 
@@ -46,6 +46,7 @@ def test_one_divergence_goes_back_to_the_best_weights_at_half_the_step(monkeypat
 
 def test_three_divergences_stop_the_stage_with_a_warning_and_the_best_weights(monkeypatch):
     diverging(monkeypatch, 2, 30.0, epochs=100)
+    monkeypatch.setattr(own_space, "_MARGIN", float("inf"))
     inference = fresh(options=STEPS).append_simulations(*simulate(200))
     with pytest.warns(JeffreysWarning, match=r"diverged and was stopped.*learning_rate_factor"):
         inference.train(max_num_epochs=20)

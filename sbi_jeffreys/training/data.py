@@ -1,0 +1,66 @@
+"""What a training takes from its trainer: simulations, held-out pairs, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys.training.arguments import TrainArguments
+from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.loss import RealBatch
+
+__all__ = ["held_out_pairs", "real_batches", "simulations_in_use", "training_loader"]
+
+
+def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tensor]:
+    """θ `(N, D)` and x `(N, *x_shape)` from a round on, on the training device."""
+    theta, x, _ = trainer.get_simulations(starting_round)
+    device = _sbi.device_of(trainer)
+    return theta.to(device), x.to(device)
+
+
+def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:
+    """The pairs that plain NPE was validated on."""
+    (theta, x), val = simulations_in_use(trainer, starting_round), trainer.val_indices
+    atomic = _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
+    return HeldOut(theta[val], x[val], arguments.kernel(x[val]), atomic)
+
+
+def training_loader(trainer: NPE, starting_round: int, arguments: TrainArguments) -> DataLoader:
+    """sbi's loader of the training simulations that plain NPE was trained on."""
+    return trainer.get_dataloaders(
+        starting_round,
+        arguments.training_batch_size,
+        arguments.validation_fraction,
+        resume_training=True,
+        dataloader_kwargs=arguments.dataloader_kwargs,
+    )[0]
+
+
+def real_batches(
+    trainer: NPE, starting_round: int, arguments: TrainArguments, atomic: bool
+) -> Callable[[], RealBatch]:
+    """Successive training batches, starting over at the end; in later rounds sbi's losses."""
+    loader = training_loader(trainer, starting_round, arguments)
+    device = _sbi.device_of(trainer)
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    stream = endless()
+
+    def pairs() -> RealBatch:
+        theta, x = (t.to(device) for t in next(stream)[:2])
+        return theta, x, arguments.kernel(x)
+
+    def atomic_losses() -> RealBatch:
+        force = arguments.force_first_round_loss
+        return _sbi.losses(trainer, next(stream), arguments.kernel, force)
+
+    return atomic_losses if atomic else pairs

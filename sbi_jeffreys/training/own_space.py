@@ -1,0 +1,137 @@
+"""A second plain NPE, with θ in its own space, for trainings in which plain NPE is the result.
+
+In the prior's unconstrained space, where our builder models θ, the prior's edge is at infinity. A
+posterior that piles up there is hard to fit from a few simulations. The symmetric stage makes up
+for it; a plain NPE that is kept does not, and sbi's own, which models θ as it is and is cut off at
+the prior by rejection, can be some tenths of a nat better.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, NoTracker
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve
+from sbi_jeffreys.networks.builders import MainBuilder, UnconstrainedDensityEstimator
+from sbi_jeffreys.training.arguments import TrainArguments
+from sbi_jeffreys.training.data import held_out_pairs
+from sbi_jeffreys.training.report import Estimate, Space, SpaceChoice
+
+__all__ = ["KeptPlain", "choose_space"]
+
+# Standard errors of the paired difference by which θ's own space must be better. A tie is for the
+# present main, from which no mass leaks and later rounds go on; with none, a second network that is
+# as good would take its place by luck half of the time, with one, in a sixth. Two would refuse most
+# true gains, which are as large as the standard error of thirty held-out pairs.
+_MARGIN = 1.0
+
+
+@dataclass(frozen=True)
+class KeptPlain:
+    """The plain NPE that is kept, and why.
+
+    Attributes:
+        network: The better one, in evaluation mode.
+        losses: Its held-out losses, `(M,)`.
+        coverage: Of its regions on held-out pairs; None if it is the main as it was.
+        choice: The two compared.
+    """
+
+    network: ConditionalDensityEstimator
+    losses: Tensor
+    coverage: CoverageCurve | None
+    choice: SpaceChoice
+
+
+class _SameSplit(NPE):
+    """sbi's NPE with the split of another trainer."""
+
+    def __init__(self, other: NPE, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # mutant: another-split
+        self.train_indices, self.val_indices = other.train_indices, other.val_indices
+
+    def get_dataloaders(
+        self,
+        starting_round: int = 0,
+        training_batch_size: int = 200,
+        validation_fraction: float = 0.1,
+        resume_training: bool = False,
+        dataloader_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[DataLoader, DataLoader]:
+        """sbi's loaders of the split that there is."""
+        return super().get_dataloaders(
+            starting_round, training_batch_size, validation_fraction, True, dataloader_kwargs
+        )
+
+
+def choose_space(
+    trainer: NPE, builder: Any, arguments: TrainArguments, show_progress_bars: bool
+) -> KeptPlain | None:
+    """Train plain NPE with θ in its own space, and keep it or the trainer's main.
+
+    In the first round alone: in later ones, a main in θ's own space leaks more and more.
+
+    Args:
+        trainer: The trainer; it stays as it is.
+        builder: Of the main.
+        arguments: Of `train`.
+        show_progress_bars: Whether to show progress.
+
+    Returns:
+        The better one; None if there is no second one: the main is not one of ours in the prior's
+        space, this is a later round, or the second one's loss was not finite.
+    """
+    main, prior = _sbi.network_of(trainer), _sbi.prior_of(trainer)
+    # mutant: own-space-of-later-rounds
+    first_round = _sbi.latest_round(trainer) == 0
+    ours = isinstance(builder, MainBuilder)
+    if not (first_round and ours and isinstance(main, UnconstrainedDensityEstimator)):
+        return None
+    held_out = held_out_pairs(trainer, 0, arguments)
+    try:
+        own = _train_own(trainer, builder, arguments, show_progress_bars)
+    except (ValueError, AssertionError):  # sbi's, and its splines', for what is not finite
+        return None
+    losses = {
+        Space.PRIOR: held_out.main_losses(main),
+        Space.OWN: held_out.truncated_losses(own, prior),
+    }
+    gain = Estimate.of(held_out.weights * (losses[Space.PRIOR] - losses[Space.OWN]))
+    # mutant: own-space-always, own-space-never, own-space-without-margin
+    kept = Space.OWN if gain.value > _MARGIN * gain.error else Space.PRIOR
+    values = {space: Estimate.of(each) for space, each in losses.items()}
+    choice = SpaceChoice(kept, values[Space.PRIOR], values[Space.OWN], gain)
+    if kept is Space.PRIOR:
+        return KeptPlain(main, losses[kept], None, choice)
+    return KeptPlain(own, losses[kept], held_out.coverage(own, prior), choice)
+
+
+def _train_own(
+    trainer: NPE, builder: MainBuilder, arguments: TrainArguments, show_progress_bars: bool
+) -> ConditionalDensityEstimator:
+    """Plain NPE with θ in its own space, from the start, on the trainer's split."""
+    theta, x, _ = trainer.get_simulations(0)
+    own = _SameSplit(
+        trainer,
+        # The loss of a first round needs no prior, and some priors print or cannot be copied.
+        density_estimator=builder.with_prior(None),
+        device=str(_sbi.device_of(trainer)),
+        tracker=NoTracker(),
+        show_progress_bars=show_progress_bars,
+    )
+    anew = replace(arguments, resume_training=False, show_train_summary=False)
+    silence = nullcontext() if show_progress_bars else redirect_stdout(io.StringIO())
+    with silence, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first training has warned of the same
+        own.append_simulations(theta, x, exclude_invalid_x=False, data_device=str(theta.device))
+        network = own.train(**anew.for_sbi())
+    return network.eval()
