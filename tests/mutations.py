@@ -329,8 +329,36 @@ MUTANTS = (
     ),
     Mutant(
         "cells-as-densities",
-        "mass = log_prob[..., integer]",
+        "mass = log_prob[..., has]",
         "tests/proxies/test_neural.py",
+    ),
+    Mutant("grid-taken-for-atoms", "if True:", "tests/networks/test_atoms.py -k grid"),
+    Mutant(
+        "atoms-as-densities",
+        "return torch.stack(slopes, dim=-1) - self.scale.log()",
+        "tests/networks/test_atoms.py -k density",
+    ),
+    Mutant(
+        "atoms-without-cells",
+        "found = find_atoms(kept[:0])",
+        "tests/proxies/test_likelihood_of_atoms.py -k share",
+    ),
+    Mutant(
+        "atoms-not-spread",
+        "y = self._values(noisy + 0.5 * self.integer)",
+        "tests/networks/test_atoms.py -k evenly",
+    ),
+    Mutant("counts-with-atoms", "", "tests/networks/test_atoms.py -k counts"),
+    Mutant("limits-not-open", "low=values,", "tests/networks/test_atoms.py -k beyond"),
+    Mutant(
+        "atoms-without-tobit",
+        "mass = torch.where(self.transform.integer[has], mass, log_prob[..., has])",
+        "tests/proxies/test_likelihood_of_atoms.py -k tobit",
+    ),
+    Mutant(
+        "parameters-with-cells",
+        "self.theta_transform = MarginalTransform.fit(theta[train_indices])",
+        "tests/proxies/test_likelihood_of_atoms.py -k conditions",
     ),
     Mutant("latent-counts-dropped", "pass", "tests/proxies/test_neural.py -k rare"),
     Mutant("cells-by-their-middle", "if True:", "tests/proxies/test_neural.py"),

@@ -1,11 +1,13 @@
 r"""Monotone marginal transforms of x, under which the posterior is unchanged.
 
 p(θ|x) = p(θ|T(x)) for any bijection T that does not depend on θ, so T may be chosen for what a
-network learns best. Counts are dequantised (a density of integers is degenerate), and constant
-dimensions, which have no density, are dropped. The choice per dimension is Box & Cox's (1964): the
-profile log-likelihood of a Gaussian for the transformed values, Jacobian included, among identity,
-square root, log and scaled arsinh. More than 20 outputs are taken for a signal, whose neighbouring
-outputs belong together: all of them share one transform, or none.
+network learns best. Counts are dequantised (a density of integers is degenerate), single values
+that an otherwise continuous output takes time and again, such as zero, get cells of their own
+(`networks.atoms`), and constant dimensions, which have no density, are dropped. The choice per
+dimension is Box & Cox's (1964): the profile log-likelihood of a Gaussian for the transformed
+values, Jacobian included, among identity, square root, log and scaled arsinh. More than 20 outputs
+are taken for a signal, whose neighbouring outputs belong together: all of them share one transform,
+or none.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys._checks import check_tensor
+from sbi_jeffreys.networks.atoms import Atoms, find_atoms
 
 __all__ = ["MarginalTransform"]
 
@@ -66,20 +69,21 @@ def _best(scores: dict[str, float]) -> str:
     return best if scores[best] > scores["identity"] + _MIN_GAIN else "identity"
 
 
-def _choose(v: Tensor, centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
-    """The kinds of outputs `(N, D)`: of a signal the best shared one, and else the best of each.
+def _choose(v: list[Tensor], centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
+    """The kinds of outputs `(N_d,)`: of a signal the best shared one, and else the best of each.
 
     Counts take the square root, which stabilises their variance (Anscombe 1948), while a log
     magnifies the noise of small ones.
     """
-    num = v.shape[1]
-    scores = [_scores(v[:, d], centre[d], scale[d]) for d in range(num)]
+    num = len(v)
+    scores = [_scores(v[d], centre[d], scale[d]) for d in range(num)]
     if num > _MAX_OWN_SCALES:
         means = {kind: sum(score[kind] for score in scores) / num for kind in _KINDS}
         return ["identity" if bool(integer.any()) else _best(means)] * num
     kinds = [_best(score) for score in scores]
-    for d in torch.where(integer & (v > 0).all(dim=0))[0].tolist():
-        kinds[d] = "sqrt" if float(v[:, d].max()) > _MAX_SMALL_COUNT else "identity"
+    for d in torch.where(integer)[0].tolist():
+        if float(v[d].min()) > 0:
+            kinds[d] = "sqrt" if float(v[d].max()) > _MAX_SMALL_COUNT else "identity"
     return kinds
 
 
@@ -87,8 +91,9 @@ class MarginalTransform(nn.Module):
     """Per-dimension monotone transform of vector-valued x, `(*B, dim_x)` → `(*B, dim_kept)`.
 
     Build it with `MarginalTransform.fit(x)`. Calling it maps integer-valued dimensions through
-    their cell's midpoint n + ½; `dequantise` draws a point of the cell uniformly instead, which is
-    what a density should be trained on (Theis et al. 2016, arXiv 1511.01844).
+    their cell's midpoint n + ½, and an atom to the middle of its cell; `dequantise` draws a point
+    of the cell uniformly instead, which is what a density should be trained on (Theis et al. 2016,
+    arXiv 1511.01844). The density of x at an atom is its probability, that of its cell.
 
     Attributes:
         kinds: One of identity, log, sqrt, asinh per kept dimension.
@@ -96,6 +101,7 @@ class MarginalTransform(nn.Module):
         dim_out: Number of dimensions kept (those that vary).
     """
 
+    atoms: Atoms
     keep: Tensor
     integer: Tensor
     centre: Tensor
@@ -111,13 +117,15 @@ class MarginalTransform(nn.Module):
         self.dim_in, self.dim_out = self.constant.numel(), self.keep.numel()
 
     @classmethod
-    def fit(cls, x: Tensor, choose: bool = True) -> MarginalTransform:
+    def fit(cls, x: Tensor, choose: bool = True, atoms: bool = True) -> MarginalTransform:
         """Choose the transform from simulations x of shape `(N, dim_x)`, finite.
 
         Args:
             x: Simulations.
             choose: If False, every dimension keeps its scale; constants are still dropped and
                 integers dequantised.
+            atoms: Whether atoms get cells. Among conditions, the cells would be jumps of what is
+                smooth.
 
         Raises:
             TypeError: If x is no tensor of floats.
@@ -137,71 +145,112 @@ class MarginalTransform(nn.Module):
         keep = varies.nonzero().squeeze(-1)
         kept = wide[:, keep]
         integer = (kept == kept.round()).all(dim=0)
-        kept = kept + 0.5 * integer
-        centre = kept.median(dim=0).values
-        spread = kept.quantile(0.75, dim=0) - kept.quantile(0.25, dim=0)
-        scale = torch.where(spread > 0, spread, kept.std(dim=0).clamp_min(1e-12))
-        kinds = _choose(kept, centre, scale, integer) if choose else ["identity"] * len(keep)
+        # mutant: atoms-without-cells
+        found = find_atoms(kept if atoms else kept[:0])
+        found[:, integer] = torch.inf  # mutant: counts-with-atoms
+        # The kind is chosen for what is continuous.
+        mixed = kept + 0.5 * integer
+        columns = [column[~at] for column, at in zip(mixed.T, (kept == found[:, None]).any(0).T)]
+        centre = torch.stack([column.median() for column in columns])
+        quarters = torch.tensor([0.25, 0.75]).to(wide)
+        ends = torch.stack([column.quantile(quarters) for column in columns], dim=1)
+        deviation = torch.stack([column.std() for column in columns]).clamp_min(1e-12)
+        scale = torch.where(ends[1] > ends[0], ends[1] - ends[0], deviation)
+        kinds = _choose(columns, centre, scale, integer) if choose else ["identity"] * len(keep)
         scaled = torch.tensor([kind == _SCALED for kind in kinds])
         centre, scale = torch.where(scaled, centre, 0.0), torch.where(scaled, scale, 1.0)
         positive = torch.tensor([kind in _POSITIVE for kind in kinds])
         # A new x below the smallest one seen stays in the domain of log and sqrt.
-        floor = torch.where(positive, kept.amin(dim=0) / 10, -torch.inf)
+        least = torch.stack([column.amin() for column in columns])
+        floor = torch.where(positive, least / 10, -torch.inf)
         fitted = {"centre": centre, "scale": scale, "floor": floor, "constant": wide[0]}
         as_x = {name: buffer.to(x.device, x.dtype) for name, buffer in fitted.items()}
-        return cls(kinds, keep=keep.to(x.device), integer=integer.to(x.device), **as_x)
+        new = cls(kinds, keep=keep.to(x.device), integer=integer.to(x.device), **as_x)
+        new.atoms = new._placed(found.to(x), x.detach()[:, new.keep])
+        return new
+
+    def _placed(self, found: Tensor, kept: Tensor) -> Atoms:
+        """The cells of the atoms found, `(2, dim_out)`, of kept outputs `(N, dim_out)`."""
+        continuous = ~(kept == found[:, None]).any(dim=0)
+        images = self._smooth(kept + 0.5 * self.integer)
+        others = [column[where] for column, where in zip(images.T, continuous.T)]
+        return Atoms.fit(found, self._smooth(found), kept, others)
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing: every dimension kept, as it is, none integer-valued."""
+        """Whether it changes nothing: every dimension kept, as it is, none with cells."""
         plain = all(kind == "identity" for kind in self.kinds)
-        return plain and self.dim_out == self.dim_in and not bool(self.integer.any())
+        return plain and self.dim_out == self.dim_in and not bool(self.has_cells.any())
+
+    @property
+    def has_cells(self) -> Tensor:
+        """Which kept outputs have values with a probability of their own, `(dim_out,)`."""
+        return self.integer | self.atoms.of
+
+    def in_cell(self, values: Tensor) -> Tensor:
+        """Where kept outputs have a cell: all integers, and atoms; `(*B, dim_out)`."""
+        return self.integer | self.atoms.at(values)
 
     def _scaled(self, v: Tensor) -> Tensor:
         return ((v - self.centre) / self.scale).clamp_min(self.floor)
 
-    def _values(self, v: Tensor) -> Tensor:
+    def _smooth(self, v: Tensor) -> Tensor:
+        """T(v) without the cells of atoms."""
         u = self._scaled(v)
         columns = [_KINDS[kind].value(u[..., d]) for d, kind in enumerate(self.kinds)]
         return torch.stack(columns, dim=-1)
 
+    def _values(self, v: Tensor) -> Tensor:
+        return self.atoms.add(v, self._smooth(v))
+
     def forward(self, x: Tensor) -> Tensor:
-        """T(x) at the midpoint of integer cells: `(*B, dim_in)` → `(*B, dim_out)`."""
+        """T(x) at the midpoint of cells: `(*B, dim_in)` → `(*B, dim_out)`."""
         return self._values(x[..., self.keep] + 0.5 * self.integer)
 
     def dequantise(self, x: Tensor) -> Tensor:
-        """T(x + u) with u uniform in the cell of integer dimensions: fresh noise each call."""
+        """T(x) with values that have a cell spread uniformly over it: fresh noise each call."""
         return self.dequantised(x)[0]
 
     def dequantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """T(x + u) as of `dequantise`, and log |det ∂T/∂x| there, `(*B,)`."""
+        """T(x) as of `dequantise`, and log |det ∂T/∂x| there, `(*B,)`."""
         kept = x[..., self.keep]
-        kept = kept + (torch.rand_like(kept) - 0.5) * self.integer
-        return self._values(kept + 0.5 * self.integer), self.log_slopes(kept).sum(dim=-1)
+        noisy = kept + (torch.rand_like(kept) - 0.5) * self.integer
+        # mutant: atoms-not-spread
+        y = self._values(noisy + 0.5 * self.integer) + self.atoms.noise(kept)
+        return y, self.log_slopes(noisy).sum(dim=-1)
 
     def log_det(self, x: Tensor) -> Tensor:
-        """log |det ∂T/∂x| at the midpoint of integer cells, shape `(*B,)`."""
+        """log |det ∂T/∂x| at the midpoint of cells, shape `(*B,)`."""
         return self.log_slopes(x[..., self.keep]).sum(dim=-1)
 
     def cell(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """T at both ends of the cells [n, n + 1) of kept outputs n, `(*B, dim_out)`."""
-        return self._values(values), self._values(values + 1.0)
+        """T at both ends of the cells of kept outputs, `(*B, dim_out)`; see `in_cell`.
+
+        Those of integers are [n, n + 1), those of atoms all that T⁻¹ takes to them.
+        """
+        low, high = self.atoms.ends(values, self._values(values))
+        return low, torch.where(self.integer, self._values(values + 1.0), high)
 
     def log_slopes(self, values: Tensor) -> Tensor:
-        """log |∂T/∂x| of each kept output at the midpoint of integer cells, `(*B, dim_out)`."""
+        """log |∂T/∂x| of each kept output at the midpoint of cells, `(*B, dim_out)`.
+
+        That of an atom is the log width of its cell.
+        """
         u = self._scaled(values + 0.5 * self.integer)
         slopes = [_KINDS[kind].log_slope(u[..., d]) for d, kind in enumerate(self.kinds)]
-        return torch.stack(slopes, dim=-1) - self.scale.log()
+        # mutant: atoms-as-densities
+        return self.atoms.log_slopes(values, torch.stack(slopes, dim=-1) - self.scale.log())
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest T(x) over simulations `(N, dim_in)`, whole cells included."""
+        """Smallest and largest T(x) of simulations `(N, dim_in)`, with whole cells of integers."""
         kept = x[..., self.keep]
         return self._values(kept.amin(0)), self._values(kept.amax(0) + 1.0 * self.integer)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x with T(x) = y, integers restored, dropped dimensions at their constant."""
-        columns = [_KINDS[kind].inverse(y[..., d]) for d, kind in enumerate(self.kinds)]
+        """x with T(x) = y, integers and atoms restored, dropped dimensions at their constant."""
+        smooth = self.atoms.remove(y)
+        columns = [_KINDS[kind].inverse(smooth[..., d]) for d, kind in enumerate(self.kinds)]
         v = torch.stack(columns, dim=-1) * self.scale + self.centre
         x = self.constant.expand(*y.shape[:-1], self.dim_in).clone()
-        x[..., self.keep] = torch.where(self.integer, v.floor(), v)
+        x[..., self.keep] = self.atoms.restore(torch.where(self.integer, v.floor(), v), y)
         return x

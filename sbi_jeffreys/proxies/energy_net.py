@@ -96,7 +96,7 @@ class EnergyNet(nn.Module):
         self, embedding: nn.Module, theta: Tensor, summary: Tensor, config: EnergyConfig
     ) -> None:
         super().__init__()
-        self.theta_transform = MarginalTransform.fit(theta)
+        self.theta_transform = MarginalTransform.fit(theta, atoms=False)
         z = self.theta_transform(theta)
         self.scale_theta, self.scale_summary = _Standardise(z), _Standardise(summary)
         build = classifier_nn(

@@ -145,7 +145,8 @@ class LikelihoodProxy(Proxy):
         """
         base = self.config.at_most(max_epochs, patience)
         self.check_prior(theta[train_indices])
-        self.theta_transform = MarginalTransform.fit(theta[train_indices])
+        # mutant: parameters-with-cells
+        self.theta_transform = MarginalTransform.fit(theta[train_indices], atoms=False)
         z = self.theta_transform(theta)
         self.columns = informative_outputs(theta[train_indices], x[train_indices])
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept

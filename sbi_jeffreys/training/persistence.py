@@ -28,7 +28,7 @@ from sbi_jeffreys._checks import JeffreysWarning
 
 __all__ = ["FORMAT_VERSION", "is_picklable", "load", "load_tensors", "place_step_counters", "save"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FORMAT = "sbi_jeffreys inference"
 _HEADER, _PAYLOAD, _TENSORS = "header.json", "inference.pt", "tensors.pt"
 _PACKAGES = ("sbi_jeffreys", "sbi", "torch")

@@ -62,12 +62,12 @@ class FittedExpert(nn.Module):
         return self.net.log_prob(self.transform(x).unsqueeze(0), z)[0] + self.transform.log_det(x)
 
     def log_probability(self, x: Tensor, z: Tensor, num_draws: int = 16) -> Tensor:
-        """As `log_prob`, but of the cell of integer outputs, by which experts can be compared.
+        """As `log_prob`, but of the cells of integers and atoms, by which experts can be compared.
 
         A density at the middle of a cell flatters a net that is peaked there.
         """
         # mutant: cells-by-their-middle
-        if not bool(self.transform.integer.any()) or getattr(self.net, "knows_cells", False):
+        if not bool(self.transform.has_cells.any()) or getattr(self.net, "knows_cells", False):
             return self.log_prob(x, z)
         draws = []
         for _ in range(num_draws):
@@ -105,10 +105,11 @@ class FittedExpert(nn.Module):
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
-        # What is below the smallest count is that count, however far below: judged by its cell.
+        # What is below the smallest count, or an atom at a limit, is that value, however far below:
+        # judged by its cell.
         x = self.transform.inverse(y)
         # mutant: latent-counts-dropped
-        y = torch.where(self.transform.integer, self.transform(x), y)
+        y = torch.where(self.transform.in_cell(x[:, self.transform.keep]), self.transform(x), y)
         allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
         outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
         near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)

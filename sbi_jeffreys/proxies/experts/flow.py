@@ -93,7 +93,7 @@ class FlowExpert(Expert):
             net = AroundRegression(net, regression)
         # Held-out losses are those of x, so that experts on different scales can be compared.
         log_det = float(transform.log_det(x[data.val]).mean())
-        noisy = bool(transform.integer.any())  # if not, each step would transform to the same y
+        noisy = bool(transform.has_cells.any())  # if not, each step would transform to the same y
 
         def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
             if not training:

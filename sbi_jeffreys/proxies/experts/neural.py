@@ -6,7 +6,8 @@ The right likelihood for a curve or a spectrum, a smooth signal in white noise: 
 simulation teach the same network, and the cost grows linearly with their number. An integer output
 has the probability of its cell, the normal integrated from T(n) to T(n + 1), with the smallest
 observed value open below, and the largest open above where few values were observed: an ordered
-probit, which for binary outputs is probit regression.
+probit, which for binary outputs is probit regression. So has an atom, whose cell is open at a limit
+of x: a tobit model (Tobin 1958).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class NeuralRegression(nn.Module):
         num_layers: Their number; 0: the means are linear in z.
     """
 
-    #: `log_prob` is that of the cell for integer outputs, spread evenly over it.
+    #: `log_prob` is that of the cell for integers and atoms, spread evenly over it.
     knows_cells = True
     low: Tensor
     high: Tensor
@@ -95,35 +96,37 @@ class NeuralRegression(nn.Module):
             log_scale = log_scale + self.shared_log_scale(scaled)
         return self.centre_y + self.scale_y * self.mean(scaled), log_scale.exp() * self.scale_y
 
-    def cells(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cells(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """T of both ends of the cells that y is the middle of, and their log width in x over y.
 
         Args:
-            y: T(x) at the middle of integer cells, `(*B, dim_y)`.
+            y: T(x) at the middle of cells, `(*B, dim_y)`.
 
         Returns:
-            Lower and upper ends, and log |∂T/∂x| there, of the integer outputs, `(*B, integers)`.
+            Lower and upper ends, log |∂T/∂x| there, and where y is in a cell at all, of the outputs
+            that have cells, `(*B, outputs)`.
         """
-        integer = self.transform.integer
+        has = self.transform.has_cells
         values = self.transform.inverse(y)[..., self.transform.keep]
         low, high = self.transform.cell(values)
-        low = torch.where(values <= self.low, -torch.inf, low)
-        high = torch.where(values >= self.high, torch.inf, high)
-        slope = self.transform.log_slopes(values)
-        return low[..., integer], high[..., integer], slope[..., integer]
+        integer = self.transform.integer
+        low = torch.where(integer & (values <= self.low), -torch.inf, low)
+        high = torch.where(integer & (values >= self.high), torch.inf, high)
+        slope, inside = self.transform.log_slopes(values), self.transform.in_cell(values)
+        return low[..., has], high[..., has], slope[..., has], inside[..., has]
 
     def log_prob(
-        self, y: Tensor, z: Tensor, cells: tuple[Tensor, Tensor, Tensor] | None = None
+        self, y: Tensor, z: Tensor, cells: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
         """log ℓ(y|z) as a density of y for `(*B, dim_y)`, `(B, D)`; shape `(*B,)`."""
         mean, deviation = self.moments(z)
-        integer = self.transform.integer
+        has = self.transform.has_cells
         e = (y - mean) / deviation
         log_prob = -0.5 * e**2 - deviation.log() - _HALF_LOG_2PI
-        if not bool(integer.any()):
+        if not bool(has.any()):
             return log_prob.sum(dim=-1)
-        low, high, slope = self.cells(y) if cells is None else cells
-        mean, deviation = mean[..., integer], deviation.expand_as(mean)[..., integer]
+        low, high, slope, inside = self.cells(y) if cells is None else cells
+        mean, deviation = mean[..., has], deviation.expand_as(mean)[..., has]
         # Open ends are infinite: gradients there would be NaN.
         low, high = (
             torch.where(
@@ -132,14 +135,16 @@ class NeuralRegression(nn.Module):
             for end in (low, high)
         )
         mass = _log_probability(low, high) - slope  # mutant: cells-as-densities
-        return mass.sum(dim=-1) + log_prob[..., ~integer].sum(dim=-1)
+        # mutant: atoms-without-tobit
+        mass = torch.where(inside, mass, log_prob[..., has])
+        return mass.sum(dim=-1) + log_prob[..., ~has].sum(dim=-1)
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
         return -self.log_prob(y, z)
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
-        """Draws of y, shape `(*sample_shape, B, dim_y)`; T⁻¹ takes integer outputs to a value."""
+        """Draws of y, shape `(*sample_shape, B, dim_y)`; T⁻¹ takes cells to their value."""
         mean, deviation = self.moments(z)
         return mean + deviation * torch.randn(*sample_shape, *mean.shape, device=mean.device)
 
@@ -172,8 +177,8 @@ class NeuralRegressionExpert(Expert):
         check_float("weight_decay", self.weight_decay, 0.0)
 
     def suits(self, data: ExpertData) -> bool:
-        """Without hidden layers: for counts alone, since regressions do as much for other x."""
-        return self.num_layers > 0 or bool(data.scales[0].integer.any())
+        """Without hidden layers: only where x has cells, or else regressions do as much."""
+        return self.num_layers > 0 or bool(data.scales[0].has_cells.any())
 
     def fit(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
@@ -189,7 +194,7 @@ class NeuralRegressionExpert(Expert):
         log_det = float(transform.log_det(data.x[data.val]).mean())
 
         def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-            own = (cells[0][indices], cells[1][indices], cells[2][indices])
+            own = (cells[0][indices], cells[1][indices], cells[2][indices], cells[3][indices])
             log_prob = net.log_prob(y[indices], z[indices], own)  # type: ignore[operator]
             return -log_prob - (0.0 if training else log_det)
 
