@@ -46,6 +46,9 @@ class JeffreysOptions:
             (N / 1,000)^0.8 from 1,000 simulations on, since a proxy of more simulations knows more
             that the main has to follow: 3,786 and 6,310 at 10,000.
         stage_length: Factor on the default of `num_steps`.
+        max_doublings: How often the stage may be made twice as long while main and proxy are far
+            apart at half of its length. Where they are close, it ends at three quarters of its
+            length. An explicit `num_steps` is kept to.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
             `learning_rate` (which is plain NPE's, on few simulations). None: 30; 20 where the proxy
@@ -96,6 +99,7 @@ class JeffreysOptions:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int | None = None
     stage_length: float = 1.0
+    max_doublings: int = 1
     steps_per_epoch: int = 30
     learning_rate_factor: float | None = None
     proxy_draws: int | None = None
@@ -190,7 +194,12 @@ class JeffreysOptions:
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"stage_length": 0.5, "proxy_batch_size": 256, "proxy_folds": 1},
+    "fast": {
+        "stage_length": 0.5,
+        "max_doublings": 0,
+        "proxy_batch_size": 256,
+        "proxy_folds": 1,
+    },
     "default": {},
     "thorough": {"stage_length": 3.0},
 }
@@ -208,6 +217,7 @@ _DRAWS_PER_STEP, _MAX_DRAWS, _MAX_ELEMENTS = 100, 1_000_000, 20_000_000
 _INT_MINIMA = {
     "proxy_folds": 1,
     "num_steps": 0,
+    "max_doublings": 0,
     "steps_per_epoch": 1,
     "proxy_draws": 1,
     "proxy_batch_size": 1,

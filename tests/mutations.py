@@ -50,6 +50,13 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),
+    Mutant("stage-never-shorter", "pass", "tests/training/test_symmetric.py -k shorter"),
+    Mutant(
+        "length-asked-for-adapted",
+        "if self._settled:",
+        "tests/training/test_symmetric.py -k shorter",
+    ),
     Mutant("absurd-at-some-x-followed", "pass", "tests/training/test_pool.py"),
     Mutant("own-space-always", "kept = Space.OWN", "tests/training/test_own_space.py -k kept"),
     Mutant("own-space-never", "kept = Space.PRIOR", "tests/training/test_own_space.py -k kept"),

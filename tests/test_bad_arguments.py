@@ -14,6 +14,7 @@ from contract_tools import PRIOR, TINY, fresh, simulate, trained
 from sbi_jeffreys import JeffreysOptions, MainBuilder, NPE_Jeffreys
 
 INTS = ("steps_per_epoch", "proxy_batch_size", "reverse_batch_size", "reverse_samples")
+INTS += ("max_doublings",)
 INTS_OR_NONE = ("proxy_folds", "num_steps", "proxy_draws")
 FLOATS = ("reverse_barrier", "max_multiplier", "slack_price", "dual_step_size", "tolerance")
 FLOATS_MORE = ("min_trust", "checkpoint_seconds", "stage_length")

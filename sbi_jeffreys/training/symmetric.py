@@ -117,14 +117,11 @@ class SymmetricTraining:
         stage = self.stage
         if self.status is StageStatus.STOPPED:
             return 0
-        left = -(-(stage.num_steps - stage.step) // stage.options.steps_per_epoch)
-        bar = tqdm(
-            range(min(left, max_epochs)), desc="Symmetric stage", disable=not show_progress_bars
-        )
+        bar = tqdm(total=stage.num_steps, desc="Symmetric stage", disable=not show_progress_bars)
         epochs = 0
         try:
             self.resume()
-            for _ in bar:
+            while not stage.finished and epochs < max_epochs:
                 start = time.perf_counter()
                 terms = stage.run_epoch(next_real)
                 losses = held_out.main_losses(stage.main, self.proxy)
@@ -135,12 +132,15 @@ class SymmetricTraining:
                 stage.update_multipliers(value)
                 if 2 * stage.step > stage.num_steps:
                     self.always_at_bound &= stage.at_bound
+                stage.adapt_length()
                 epochs += 1
+                bar.n, bar.total = stage.step, stage.num_steps
                 bar.set_postfix(held_out=f"{value:.3f}", best=f"{self.best.value:.3f}")
                 if self._diverged(held_out, losses) and not self._restart():
                     break
                 after_epoch()
         finally:
+            bar.close()
             self.pause()
         return epochs
 

@@ -208,3 +208,36 @@ def test_a_non_finite_gradient_skips_the_step():
     one_step(found)
     assert torch.equal(found.main.slope.detach(), before)  # type: ignore[union-attr]
     assert found.step == found.skipped == 1
+
+
+def length_after(losses: list[float], **changes) -> tuple[int, int]:
+    """Steps and doublings of a stage of 400 steps whose R has these losses, epoch by epoch."""
+    found, left = stage(**changes), iter(losses)
+    while not found.finished:
+        found.step = min(found.step + 20, found.num_steps)
+        found.latest["reverse"] = next(left)
+        found.adapt_length()
+    return found.num_steps, found.doublings
+
+
+def test_the_stage_is_longer_where_main_and_proxy_are_apart():
+    """Half the variance of log p − log q at half of the length: above 2, twice as long, once."""
+    assert length_after([5.0] * 100) == (800, 1)
+    assert length_after([5.0] * 100, max_doublings=2) == (1_600, 2)
+    assert length_after([5.0] * 100, max_doublings=0) == (400, 0)
+    assert length_after([50.0] * 7 + [1.0] * 100) == (400, 0)  # only the last epochs count
+    assert length_after([1.0] * 7 + [5.0] * 5 + [0.1] * 100) == (600, 1)
+
+
+def test_the_stage_is_shorter_where_main_and_proxy_agree():
+    assert length_after([9.0] * 7 + [0.1] * 100) == (300, 0)
+    assert length_after([9.0] * 7 + [0.1] * 100, num_steps=400) == (400, 0)  # as asked for
+    assert length_after([math.nan] * 100) == (400, 0)
+
+
+def test_a_gaussian_main_has_a_shorter_stage_because_it_reaches_its_proxy():
+    found = stage()
+    while not found.finished:
+        found.run_epoch(real)
+        found.adapt_length()
+    assert found.num_steps == 300
