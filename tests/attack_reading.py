@@ -42,7 +42,7 @@ TASKS = (
     "blurred_source",
     "damped_wave",
     "absorption_line",
-    "tune_trace",
+    "absorption_line_300",
 )
 FRESH, LONG, SHORT = 200, 2_048, 512
 

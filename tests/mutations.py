@@ -50,6 +50,8 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
+    Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),
     Mutant("stage-never-shorter", "pass", "tests/training/test_symmetric.py -k shorter"),
     Mutant(

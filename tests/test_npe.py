@@ -228,7 +228,7 @@ def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_structured_x_gets_an_energy():
+def test_structured_x_gets_an_energy_and_a_likelihood_of_summaries():
     embedding = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 3))
     inference = NPE_Jeffreys(
         PRIOR,
@@ -239,7 +239,9 @@ def test_structured_x_gets_an_energy():
     theta = PRIOR.sample((60,))
     x = theta[:, :1, None] + torch.randn(60, 3, 3)
     inference.append_simulations(theta, x).train(max_num_epochs=4)
-    assert inference.summary["proxy"][0].startswith("energy: x has shape (3, 3)")
+    assert inference.summary["proxy"][0].startswith(
+        "energy and likelihood of summaries: x has shape (3, 3)"
+    )
     assert len(inference.summary["trust"]) == 4
     inference.build_corrected_posterior(200).sample((5,), x=x[0], show_progress_bars=False)
 

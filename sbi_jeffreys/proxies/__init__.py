@@ -23,6 +23,7 @@ from sbi_jeffreys.proxies.experts import (
 )
 from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
+from sbi_jeffreys.proxies.pooled import PooledProxy
 from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "GivenProxy",
     "LikelihoodProxy",
     "NeuralRegressionExpert",
+    "PooledProxy",
     "Proxy",
     "RegressionExpert",
     "build_proxy",
@@ -80,6 +82,9 @@ def build_proxy(
     if options.proxy == "auto":
         obstacle = obstacle or ("the main embeds x" if _embeds(main) else None)
         reason = obstacle or "vector x"
+    if options.proxy == "auto" and _embeds(main):
+        proxy = PooledProxy(prior, options.energy, None, options.experts, options.proxy_fit)
+        return proxy, f"energy and likelihood of summaries: {reason}"
     if options.proxy == "energy" or (options.proxy == "auto" and obstacle is not None):
         return EnergyProxy(prior, options.energy), f"energy: {reason}"
     proxy = LikelihoodProxy(prior, options.experts, options.proxy_fit, options.proxy_folds)

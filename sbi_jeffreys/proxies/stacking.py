@@ -1,11 +1,16 @@
-"""Weights of a mixture of densities by their log densities at pairs that they have not seen."""
+"""Weights of densities in a mixture, and powers in a log-linear pool, by pairs not seen before."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["stacking_weights"]
+from sbi_jeffreys.objective import ranking_nce_losses
+
+__all__ = ["pooling_powers", "stacking_weights"]
+
+# Of the powers' prior, N(1/2, 0.3²) each: the mean of both estimates, unless pairs say otherwise.
+_POWER, _POWER_SCALE = 0.5, 0.3
 
 
 def stacking_weights(log_likelihoods: Tensor, num_iterations: int = 200) -> Tensor:
@@ -39,3 +44,40 @@ def stacking_weights(log_likelihoods: Tensor, num_iterations: int = 200) -> Tens
     out = torch.zeros(len(usable)).to(log_likelihoods)
     out[usable] = weights.to(out)
     return out
+
+
+def pooling_powers(log_factors: Tensor, offset: Tensor) -> Tensor:
+    """Powers v of a log-linear pool Σ_j v_j f_j under which true θ stand out among contrasts.
+
+    The mode of the ranking likelihood of `ranking_nce_losses`, which is concave in v, times a
+    prior N(1/2, 0.3²) for each power; negative powers are set to 0.
+
+    Args:
+        log_factors: f_j of the true θ of M pairs (row 0) and of K contrasts, `(J, 1 + K, M)`.
+        offset: log p(θ) − log m(θ|x) of the same, `(1 + K, M)`; −∞ for a contrast outside the
+            prior.
+
+    Returns:
+        Shape `(J,)`; 1/2 each where no pair is usable.
+    """
+    factors, offset = log_factors.double(), offset.double()
+    outside = torch.isneginf(offset)
+    usable = (torch.isfinite(factors) | outside).all(dim=0).all(dim=0)
+    usable &= (torch.isfinite(offset) | outside).all(dim=0) & torch.isfinite(offset[0])
+    factors = torch.where(outside, 0.0, factors)[..., usable]
+    offset = offset[:, usable]
+    powers = torch.full((len(factors),), _POWER).to(factors).requires_grad_()
+    optimizer = torch.optim.LBFGS([powers], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = offset + torch.einsum("j,jkm->km", powers, factors)
+        total = ranking_nce_losses(value[0], value[1:]).sum()
+        # mutant: powers-without-prior
+        total = total + ((powers - _POWER) ** 2).sum() / (2 * _POWER_SCALE**2)
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[arg-type]  # torch types the loss as a float
+    return powers.detach().clamp_min(0.0).to(log_factors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
-from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
+from sbi_jeffreys.proxies import LikelihoodProxy, PooledProxy, Proxy
 from sbi_jeffreys.training.own_space import KeptPlain
 from sbi_jeffreys.training.preparation import Prepared
 from sbi_jeffreys.training.report import (
@@ -111,7 +111,11 @@ def _estimate(losses: Tensor | None) -> Estimate | None:
 
 
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
-    """Names of a likelihood proxy's experts, with the sums of their weights, largest first."""
+    """Names of a proxy's parts, with their powers or the sums of their weights, largest first."""
+    if isinstance(proxy, PooledProxy):
+        likelihood, energy = proxy.powers.tolist()
+        parts = {"energy": energy, "likelihood of summaries": likelihood}
+        return tuple(sorted(parts.items(), key=lambda item: -item[1]))
     if not isinstance(proxy, LikelihoodProxy):
         return ()
     weights: dict[str, float] = {}
