@@ -50,6 +50,7 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("main-sees-distractors", "pass", "tests/proxies/test_screening.py"),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),

@@ -25,15 +25,25 @@ from sbi_jeffreys.networks.prior_space import PriorTransform, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
-__all__ = ["MainBuilder", "StandardisedInput", "UnconstrainedDensityEstimator", "main_builder"]
+__all__ = [
+    "WIDE",
+    "MainBuilder",
+    "StandardisedInput",
+    "UnconstrainedDensityEstimator",
+    "main_builder",
+]
 
+WIDE = 30  # outputs from which on x counts as wide, and those independent of θ may be left out
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 
 
 class StandardisedInput(nn.Module):
-    """Marginal transform of x followed by z-scoring, as the main's embedding net."""
+    """Marginal transform of x followed by z-scoring, as the main's embedding net.
+
+    Outputs may be left out: the network then sees their mean, whatever they are.
+    """
 
     def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
         super().__init__()
@@ -43,9 +53,15 @@ class StandardisedInput(nn.Module):
         # Constants, but parameters: sbi asks an embedding net's first parameter for its device.
         self.mean = nn.Parameter(y.mean(dim=0), requires_grad=False)
         self.std = nn.Parameter(std, requires_grad=False)
+        self.used = nn.Parameter(torch.ones_like(self.mean), requires_grad=False)
+
+    def use_only(self, columns: Tensor) -> None:
+        """Leave out every output whose index is not among `columns`."""
+        kept = torch.isin(self.transform.keep, columns.to(self.transform.keep))
+        self.used.copy_(kept)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.transform(x) - self.mean) / self.std
+        return self.used * (self.transform(x) - self.mean) / self.std
 
 
 class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
@@ -207,7 +223,9 @@ class MainBuilder:
         if self.marginal_transforms and x.ndim == 2 and not self._embeds():
             with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
                 transform = MarginalTransform.fit(x)
-                embedding = None if transform.is_identity else StandardisedInput(transform, x)
+                # Of wide x, outputs may be left out later.
+                if x.shape[1] > WIDE or not transform.is_identity:
+                    embedding = StandardisedInput(transform, x)
         # Copies, so that a second network does not start from the first one's trained embedding.
         if not isinstance(self.model, str):
             config = deepcopy(self.model)

@@ -42,6 +42,7 @@ __all__ = [
     "RegressionExpert",
     "build_proxy",
     "hand_back_embedding",
+    "leave_out_uninformative",
 ]
 
 
@@ -163,3 +164,16 @@ def hand_back_embedding(proxy: Proxy, main: ConditionalDensityEstimator) -> None
         embedding = main.embedding_net
         if embedding is not None and trained.keys() == embedding.state_dict().keys():
             embedding.load_state_dict(trained)
+
+
+def leave_out_uninformative(proxy: Proxy, main: ConditionalDensityEstimator) -> None:
+    """Leave those outputs out of the main's input that the proxy found independent of θ.
+
+    Plain NPE has learned some of their noise, and the symmetric stage would take long to unlearn
+    it: draws of the proxy have as much of that noise as simulations.
+    """
+    net = main.embedding_net
+    if isinstance(proxy, LikelihoodProxy) and proxy.can_sample and isinstance(net, nn.Module):
+        for part in net.modules():
+            if isinstance(part, StandardisedInput):
+                part.use_only(proxy.columns)  # mutant: main-sees-distractors

@@ -13,9 +13,10 @@ from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 from torch import Tensor
 
+from sbi_jeffreys.networks.builders import WIDE
+
 __all__ = ["WIDE", "informative_outputs"]
 
-WIDE = 30  # outputs from which on x counts as wide
 _LEVEL = 0.01  # of the test of one output
 _NOISE = 0.001  # level of the test of all outputs together that fail
 _PAIRS_PER_FEATURE = 4

@@ -16,7 +16,7 @@ from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import Proxy, hand_back_embedding
+from sbi_jeffreys.proxies import Proxy, hand_back_embedding, leave_out_uninformative
 from sbi_jeffreys.training import data
 from sbi_jeffreys.training.arguments import TrainArguments, check_resumable, lost_builder
 from sbi_jeffreys.training.conclusion import complete_summary, make_report
@@ -268,6 +268,7 @@ class Training:
         weights = deepcopy(main.state_dict())
         best = Best(found.main_value, found.main_losses, weights, Kept.PLAIN_NPE)
         hand_back_embedding(found.proxy, main)
+        leave_out_uninformative(found.proxy, main)
         stage = SymmetricStage(
             SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
             options,

@@ -3,9 +3,10 @@
 import torch
 from sbi.utils import BoxUniform
 
-from sbi_jeffreys import LikelihoodProxy, RegressionExpert
+from sbi_jeffreys import JeffreysOptions, LikelihoodProxy, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.screening import informative_outputs
+from sbi_jeffreys.training.report import Kept
 
 PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
 
@@ -58,3 +59,27 @@ def test_the_proxy_is_a_density_of_the_informative_outputs_and_draws_all_of_them
     distance = (y[:, None, rest] - x[None, train][:, :, rest]).abs().sum(-1)
     assert float(distance.amin(dim=1).max()) == 0.0
     assert float(torch.corrcoef(torch.stack([drawn[:, 0], y[:, 3]]))[0, 1]) > 0.7
+
+
+def test_the_main_does_not_see_them_after_the_symmetric_stage_but_plain_npe_does():
+    torch.manual_seed(0)
+    theta, x = simulate(900)
+    options = JeffreysOptions(
+        experts=(RegressionExpert(2, mixture=True),), num_steps=60, proxy_draws=2_000, min_trust=0.0
+    )
+    inference = NPE_Jeffreys(PRIOR, "maf", options=options, show_progress_bars=False)
+    main = inference.append_simulations(theta, x).train(max_num_epochs=10)
+    assert inference.training_report.kept is not Kept.PLAIN_NPE
+    proxy = inference.proxy
+    assert isinstance(proxy, LikelihoodProxy)
+    other = torch.randn(900, 60)
+    other[:, proxy.columns] = x[:, proxy.columns]
+
+    def differs(main) -> bool:
+        return not torch.equal(*(main.log_prob(theta.unsqueeze(0), each) for each in (x, other)))
+
+    assert not differs(main)
+    plain = NPE_Jeffreys(
+        PRIOR, "maf", options=JeffreysOptions(num_steps=0), show_progress_bars=False
+    )
+    assert differs(plain.append_simulations(theta, x).train(max_num_epochs=3))
