@@ -31,7 +31,8 @@ class JeffreysOptions:
 
     Attributes:
         proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
-            structured x), "auto" (likelihood for vector x without embedding net, else energy), or
+            structured x), "auto" (likelihood for vector x without embedding net; an energy times a
+            likelihood of summaries where the main embeds x; else energy), or
             a `Proxy` of your own, for instance `GivenProxy`.
         experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
             more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
