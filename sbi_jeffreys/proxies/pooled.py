@@ -48,6 +48,7 @@ _EXPERTS: tuple[Expert, ...] = (
     FlowExpert("maf", weight_decay=0.3, around_regression=True),
 )
 _CONTRASTS = 256  # per held-out pair
+_ROWS = 20  # held-out pairs at once
 
 
 class PooledProxy(EnergyProxy):
@@ -65,6 +66,7 @@ class PooledProxy(EnergyProxy):
         likelihood: Of the summaries that `fit` started from; None before `fit`, or where they have
             no density.
         powers: v and w, shape `(2,)`.
+        remark: Why there is no likelihood, in words; empty where there is one.
     """
 
     powers: Tensor
@@ -81,6 +83,7 @@ class PooledProxy(EnergyProxy):
         self.experts = None if experts is None else check_experts(experts)
         self.likelihood_fit = likelihood_fit
         self.likelihood: SummaryLikelihoodProxy | None = None
+        self.remark = ""
         self.register_buffer("powers", torch.tensor([0.0, 1.0]))
 
     def fit(
@@ -95,6 +98,7 @@ class PooledProxy(EnergyProxy):
     ) -> PooledProxy:
         """Fit both, then their powers; see `EnergyProxy.fit`."""
         self.likelihood, self.powers = None, torch.tensor([0.0, 1.0]).to(theta)
+        self.remark = ""
         pairs = theta, x, train_indices, val_indices
         super().fit(*pairs, on_epoch, max_epochs, patience)
         main = self._required_proposal()
@@ -107,7 +111,8 @@ class PooledProxy(EnergyProxy):
         ).to(theta)
         try:
             likelihood.fit(*pairs, on_epoch, max_epochs, patience)
-        except (ValueError, RuntimeError):  # constant summaries, or no expert that could be fitted
+        except (ValueError, RuntimeError) as error:  # constant summaries, or no expert was finite
+            self.remark = f"without a likelihood of summaries: {error}"
             return self
         held_out = theta[val_indices], x[val_indices]
         contrasts = self.draw(*held_out, _CONTRASTS, main)
@@ -122,20 +127,14 @@ class PooledProxy(EnergyProxy):
         every = torch.cat([theta.unsqueeze(0), contrasts.theta])
         offset = torch.cat([contrasts.offset_true.unsqueeze(0), contrasts.offset])
         inside = torch.isfinite(self.log_prior(every))
-        parts = [
-            # In parts: experts are evaluated at every pair of θ and x.
-            torch.cat(
-                [
-                    proxy(theta_part, x_part, inside_part)
-                    for theta_part, x_part, inside_part in zip(
-                        every.split(20, dim=1), x.split(20), inside.split(20, dim=1)
-                    )
-                ],
-                dim=1,
-            )
-            for proxy in (likelihood.log_factor_inside, self.log_factor_inside)
-        ]
-        return pooling_powers(torch.stack(parts), offset)
+
+        def factors(proxy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+            """`log_factor_inside` of all pairs of θ and x, some x at a time: bounds memory."""
+            parts = zip(every.split(_ROWS, dim=1), x.split(_ROWS), inside.split(_ROWS, dim=1))
+            return torch.cat([proxy(*part) for part in parts], dim=1)
+
+        both = factors(likelihood.log_factor_inside), factors(self.log_factor_inside)
+        return pooling_powers(torch.stack(both), offset)
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
         """v log ℓ(s₀(x)|θ) + w f_ψ(θ, s(x)); see `Proxy.log_factor`."""

@@ -13,7 +13,14 @@ from tqdm.auto import tqdm
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
 from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import EmpiricalPrior, EnergyProxy, LikelihoodProxy, Proxy, build_proxy
+from sbi_jeffreys.proxies import (
+    EmpiricalPrior,
+    EnergyProxy,
+    LikelihoodProxy,
+    PooledProxy,
+    Proxy,
+    build_proxy,
+)
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.multipliers import trust
@@ -141,7 +148,7 @@ def prepare(
             max_epochs=budget.max_epochs,
             patience=budget.patience,
         )
-    if isinstance(proxy, LikelihoodProxy) and proxy.remark:
+    if isinstance(proxy, (LikelihoodProxy, PooledProxy)) and proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
     draws = None if held_out.atomic else held_out.draws(proxy, main)

@@ -113,3 +113,4 @@ def test_summaries_without_a_density_leave_the_energy_alone():
     assert isinstance(proxy, PooledProxy)
     assert proxy.likelihood is None
     assert proxy.powers.tolist() == [0.0, 1.0]
+    assert "without a likelihood of summaries" in inference.training_report.proxy
