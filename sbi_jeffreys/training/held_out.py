@@ -141,14 +141,6 @@ class HeldOut:
             )
         return coverage_curve(torch.cat(parts), (0.5, 0.9))
 
-    def main(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> float:
-        """F_val of the main."""
-        return self.mean(self.main_losses(main, proxy))
-
-    def proxy(self, proxy: Proxy, main: ConditionalDensityEstimator) -> float:
-        """P_val of the proxy; inf where it cannot be evaluated."""
-        return self.mean(self.proxy_losses(proxy, main)[0])
-
     def _num_draws(self) -> int:
         """Draws per held-out pair."""
         return max(64, min(256, _EVALUATIONS // len(self.theta)))
