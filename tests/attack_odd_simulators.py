@@ -233,7 +233,8 @@ def report(arguments: argparse.Namespace) -> None:
             error = float(gaps.std() / math.sqrt(len(gaps))) if len(gaps) > 1 else math.nan
             worse = float(gaps.mean()) > 2 * error
             mark = " **worse**" if worse else ""
-            words[method] = f"{float(gaps.mean()):+.3f} ± {error:.3f}{mark}"
+            spread = "" if math.isnan(error) else f" ± {error:.3f}"  # of one seed
+            words[method] = f"{float(gaps.mean()):+.3f}{spread}{mark}"
             words[f"{method} worst"] = f"{float(gaps.max()):+.2f}"
         pairs = methods.get("jeffreys", [])
         if not pairs:
