@@ -220,7 +220,9 @@ def test_auto_chooses_by_x_and_embedding():
         return build_proxy(prior, main, x, JeffreysOptions())[1]  # type: ignore[arg-type]
 
     assert choice(Main(), torch.randn(9, 2)) == "likelihood: vector x"
-    assert choice(Main(torch.nn.Linear(2, 2)), torch.randn(9, 2)) == "energy: the main embeds x"
+    pooled = "energy and likelihood of summaries: the main embeds x"
+    assert choice(Main(torch.nn.Linear(2, 2)), torch.randn(9, 2)) == pooled
+    assert choice(Main(), torch.randn(9, 2, 2)).startswith("energy: x has shape (2, 2)")
     assert "constant" in choice(Main(), torch.ones(9, 2))
 
 
