@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -46,9 +46,16 @@ class NoTracker:
 
 
 @contextmanager
+def silent_unless(shown: bool) -> Iterator[None]:
+    """Suppress what sbi prints inside, except where progress is to be shown."""
+    with nullcontext() if shown else redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextmanager
 def silent_prior() -> Iterator[None]:
     """Suppress what a prior such as sbi's RestrictedPrior prints in `sample` and `log_prob`."""
-    with redirect_stdout(io.StringIO()):
+    with silent_unless(False):
         yield
 
 

@@ -190,7 +190,7 @@ class LikelihoodProxy(Proxy):
         return not any(expert.spec.expensive for expert in self._mixture())
 
     @property
-    def remark(self) -> str:
+    def remark(self) -> str:  # type: ignore[override]
         """What the fit found out about x, in words; empty where there is nothing to say."""
         if len(self.rest) == 0:
             return ""

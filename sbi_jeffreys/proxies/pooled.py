@@ -22,12 +22,7 @@ from sbi_jeffreys.networks.embedding import summaries_of
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
-from sbi_jeffreys.proxies.experts import (
-    FlowExpert,
-    NeuralRegressionExpert,
-    RegressionExpert,
-    check_experts,
-)
+from sbi_jeffreys.proxies.experts import REGRESSIONS, FlowExpert, check_experts
 from sbi_jeffreys.proxies.experts.base import Expert
 from sbi_jeffreys.proxies.partition import Contrasts
 from sbi_jeffreys.proxies.screening import WIDE
@@ -36,17 +31,7 @@ from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 
 __all__ = ["PooledProxy"]
 
-#: Those of the default experts that are fitted in a second or two, and one flow.
-_EXPERTS: tuple[Expert, ...] = (
-    RegressionExpert(1),
-    RegressionExpert(2),
-    RegressionExpert(1, kernel=True),
-    RegressionExpert(1, mixture=True),
-    RegressionExpert(2, mixture=True),
-    RegressionExpert(1, kernel=True, mixture=True),
-    NeuralRegressionExpert(),
-    FlowExpert("maf", weight_decay=0.3, around_regression=True),
-)
+_EXPERTS = (*REGRESSIONS, FlowExpert("maf", weight_decay=0.3, around_regression=True))
 _CONTRASTS = 256  # per held-out pair
 _ROWS = 20  # held-out pairs at once
 

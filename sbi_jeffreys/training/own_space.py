@@ -8,9 +8,7 @@ the prior by rejection, can be some tenths of a nat better.
 
 from __future__ import annotations
 
-import io
 import warnings
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,8 +127,7 @@ def _train_own(
         show_progress_bars=show_progress_bars,
     )
     anew = replace(arguments, resume_training=False, show_train_summary=False)
-    silence = nullcontext() if show_progress_bars else redirect_stdout(io.StringIO())
-    with silence, warnings.catch_warnings():
+    with _sbi.silent_unless(show_progress_bars), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first training has warned of the same
         own.append_simulations(theta, x, exclude_invalid_x=False, data_device=str(theta.device))
         network = own.train(**anew.for_sbi())

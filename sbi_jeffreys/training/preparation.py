@@ -17,7 +17,6 @@ from sbi_jeffreys.proxies import (
     EmpiricalPrior,
     EnergyProxy,
     LikelihoodProxy,
-    PooledProxy,
     Proxy,
     build_proxy,
 )
@@ -148,7 +147,7 @@ def prepare(
             max_epochs=budget.max_epochs,
             patience=budget.patience,
         )
-    if isinstance(proxy, (LikelihoodProxy, PooledProxy)) and proxy.remark:
+    if proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
     draws = None if held_out.atomic else held_out.draws(proxy, main)

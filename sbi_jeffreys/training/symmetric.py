@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sbi_jeffreys.diagnostics.calibration import CoverageCurve
+from sbi_jeffreys.diagnostics.calibration import CoverageCurve, mean_and_error
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
@@ -237,4 +236,4 @@ class SymmetricTraining:
 
 def _standard_error(losses: Tensor) -> float:
     """Of the mean of `(M,)` losses; 0 where there is one alone."""
-    return float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return mean_and_error(losses)[1] if len(losses) > 1 else 0.0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -171,10 +170,9 @@ class Training:
             self._forget()
             self.available = None
         epochs_before = len(trainer.summary["training_loss"])
-        silence = nullcontext() if show_progress_bars else redirect_stdout(io.StringIO())
         keywords = arguments.for_sbi() | {"show_train_summary": False}
         try:
-            with silence, self._timed(0):
+            with _sbi.silent_unless(show_progress_bars), self._timed(0):
                 train_plain(**keywords)
         except BaseException:
             _sbi.restore_best_weights(trainer)

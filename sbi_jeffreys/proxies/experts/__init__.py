@@ -13,6 +13,7 @@ from sbi_jeffreys.proxies.experts.regression import RegressionExpert
 __all__ = [
     "DEFAULT_EXPERTS",
     "EXPERT_KINDS",
+    "REGRESSIONS",
     "WIDE_EXPERTS",
     "Expert",
     "ExpertData",
@@ -30,11 +31,8 @@ EXPERT_KINDS: list[type[Expert]] = [
     FlowExpert,
 ]
 
-# They differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay sharp
-# ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural regression
-# counts, signals and means that are not smooth enough for kernels, and a flow around a regression a
-# smooth mean with noise that is not constant.
-DEFAULT_EXPERTS: tuple[Expert, ...] = (
+#: Those that are fitted in a second or two.
+REGRESSIONS: tuple[Expert, ...] = (
     RegressionExpert(1),
     RegressionExpert(2),
     RegressionExpert(1, kernel=True),
@@ -42,6 +40,14 @@ DEFAULT_EXPERTS: tuple[Expert, ...] = (
     RegressionExpert(2, mixture=True),
     RegressionExpert(1, kernel=True, mixture=True),
     NeuralRegressionExpert(),
+)
+
+# They differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay sharp
+# ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural regression
+# counts, signals and means that are not smooth enough for kernels, and a flow around a regression a
+# smooth mean with noise that is not constant.
+DEFAULT_EXPERTS: tuple[Expert, ...] = (
+    *REGRESSIONS,
     NeuralRegressionExpert(num_layers=0),
     FlowExpert("maf", weight_decay=0.3, around_regression=True),
     FlowExpert("maf", weight_decay=0.3),
