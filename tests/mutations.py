@@ -94,9 +94,20 @@ MUTANTS = (
     ),
     Mutant("stage-length-dead", "return steps", "tests/test_npe.py"),
     Mutant(
-        "hopeless-networks-fitted",
-        "if True",
-        "tests/proxies/test_folds.py",
+        "one-failure-spoils-all",
+        "for tensor, rows in ():",
+        "tests/networks/test_together.py -k recovers",
+    ),
+    Mutant(
+        "one-network-after-another",
+        "results = [t.fit(on_epoch) for t in tasks]",
+        "tests/proxies/test_experts.py -k in_one_pass",
+    ),
+    Mutant("late-learners-abandoned", "if False:", "tests/proxies/test_experts.py -k in_waves"),
+    Mutant(
+        "held-out-without-whitening",
+        "log_det = log_det + 0 * regression.log_det",
+        "tests/proxies/test_experts.py -k is_what_a_net",
     ),
     Mutant(
         "logit-instead-of-probit",
@@ -157,10 +168,10 @@ MUTANTS = (
         "tests/test_objective.py",
     ),
     Mutant("contrasts-off", "return -log_ratio", "tests/test_objective.py"),
-    Mutant("regressions-never-win", "if False:", "tests/proxies/test_experts.py -k has_won"),
+    Mutant("regressions-never-win", "while pending:", "tests/proxies/test_experts.py -k has_won"),
     Mutant(
         "nets-of-residuals-seen",
-        "return net.leave_one_out_loss(target, z[indices], net.regression.mean(z[indices]))",
+        "pass",
         "tests/proxies/test_kernel_regression.py -k trains_on",
     ),
     Mutant(
@@ -184,7 +195,11 @@ MUTANTS = (
         "return self.early + max(_RACE_MARGIN, 0.0 * gained)",
         "tests/proxies/test_likelihood_proxy.py -k far_behind",
     ),
-    Mutant("races-the-last-of-its-like", "if True:", "tests/proxies/test_experts.py -k races"),
+    Mutant(
+        "races-the-last-of-its-like",
+        "best = results[-1] if results else FitResult(math.inf, 0)",
+        "tests/proxies/test_experts.py -k races",
+    ),
     Mutant("mixture-of-one", "if False:", "tests/proxies/test_noise.py -k those_of_the_noise"),
     Mutant("mean-not-fitted-again", "if True:", "tests/proxies/test_noise.py -k outliers"),
     Mutant("worse-second-fit-taken", "if False:", "tests/proxies/test_noise.py -k predicts_worse"),
@@ -246,9 +261,8 @@ MUTANTS = (
     Mutant("no-folds", "return 1", "tests/proxies/test_folds.py -k for_few"),
     Mutant(
         "net-around-x-itself",
-        "if False:\n    net = AroundRegression(net, regression)",
+        "whole = net",
         "tests/proxies/test_experts.py -k is_what_a_net",
-        lines=2,
     ),
     Mutant(
         "ridge-off",

@@ -22,11 +22,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sbi_jeffreys._checks import check_float, check_int
 from sbi_jeffreys.networks.flat import flattened
 
-__all__ = ["FitConfig", "FitResult", "can_fuse", "fit_network"]
+__all__ = [
+    "RACE_EPOCHS",
+    "FitConfig",
+    "FitResult",
+    "can_fuse",
+    "cosine_factor",
+    "ema_decay",
+    "fit_network",
+]
 
 # A fit is abandoned after so many epochs if its loss exceeds that of an earlier fit by more than so
 # many nats, and by more than this share of what the earlier fit gained after these epochs.
-_RACE_EPOCHS, _RACE_MARGIN, _RACE_SHARE = 20, 0.4, 0.5
+RACE_EPOCHS = 20
+_RACE_MARGIN, _RACE_SHARE = 0.4, 0.5
 
 _LEAST_PATIENCE = 10  # epochs
 
@@ -84,6 +93,10 @@ class FitConfig:
             patience=min(self.patience, patience or self.patience),
         )
 
+    def batch_size_for(self, num_pairs: int) -> int:
+        """Pairs per step, of so many training pairs."""
+        return min(num_pairs, self.batch_size or max(20, min(200, num_pairs // 9)))
+
     def epochs_without_gain(self, steps_per_epoch: int) -> int:
         """Epochs without held-out improvement before stopping.
 
@@ -131,10 +144,19 @@ def _step(weights: _Weights, loss: Tensor, optimizer: AdamW, clip: float | None)
         optimizer.step()
 
 
+def cosine_factor(epoch: int, max_epochs: int) -> float:
+    """Learning-rate factor that decays from 1 to a hundredth along a cosine."""
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / max_epochs))
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """d of ema ← d·ema + (1 − d)·net; warms up, so that the initial weights are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
 def _average(ema: _Weights, weights: _Weights, decay: float, step: int) -> None:
-    """ema ← d·ema + (1 − d)·net; d warms up, so that the initial weights are soon forgotten."""
-    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average = get_ema_multi_avg_fn(ema_decay(decay, step))
     average(tuple(ema), tuple(weights), step)
 
 
@@ -161,8 +183,7 @@ def fit_network(
     """
     ema, best, early = deepcopy(net), math.inf, math.inf
     epoch = since = step = 0
-    batch_size = config.batch_size or max(20, min(200, len(train_indices) // 9))
-    batch_size = min(batch_size, len(train_indices))
+    batch_size = config.batch_size_for(len(train_indices))
     patience = config.epochs_without_gain(len(train_indices) // batch_size)
     with flattened(net) as weights, flattened(ema) as averages:
         kept = [p.detach().clone() for p in averages]
@@ -172,9 +193,8 @@ def fit_network(
         try:
             while epoch < config.max_epochs and since < patience:
                 net.train()
-                cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.max_epochs))
-                for group in optimizer.param_groups:  # decays to a hundredth
-                    group["lr"] = config.learning_rate * (0.01 + 0.99 * cosine)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * cosine_factor(epoch, config.max_epochs)
                 order = train_indices[torch.randperm(len(train_indices))]
                 for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
                     _step(weights, loss(net, batch, True).mean(), optimizer, config.clip_max_norm)
@@ -191,7 +211,7 @@ def fit_network(
                     since += 1
                 if on_epoch is not None:
                     on_epoch(epoch, value)
-                if epoch == _RACE_EPOCHS:
+                if epoch == RACE_EPOCHS:
                     early = best
                     if best > abandon_above:  # mutant: race-off
                         break

@@ -18,13 +18,9 @@ from torch import Tensor, nn
 
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
-from sbi_jeffreys.proxies.experts.fit import fit_experts
-from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
-from sbi_jeffreys.proxies.stacking import stacking_weights
+from sbi_jeffreys.proxies.experts.fit import fit_to_folds
 
 __all__ = ["Bag", "fit_folds"]
-
-_HARDLY = 0.05  # weight in a mixture below which a network that is clearly beaten is not worth it
 
 
 class Bag(nn.Module):
@@ -65,8 +61,6 @@ def fit_folds(
 ) -> list[FittedExpert]:
     """Fit every expert once per fold, then bag networks and refit closed forms to all pairs.
 
-    A network that turns out to be hopeless is dropped and not fitted in the folds that are left.
-
     Args:
         specs: What to fit.
         config: How networks are fitted.
@@ -82,36 +76,13 @@ def fit_folds(
     """
     scales = scales_of(x[train])
     folds = train[torch.randperm(len(train))].tensor_split(num_folds)
-    fits = []
+    parts = []
     for k, unseen in enumerate(folds):
         rest = torch.cat([*folds[:k], *folds[k + 1 :]])  # mutant: judged-by-pairs-seen
-        fitted = fit_experts(specs, config, z, x, rest, unseen, on_epoch, scales, stop=False)
-        fits.append({expert.spec: expert for expert in fitted})
-        specs = _worth_fitting(fits)
-    kept = [spec for spec in fits[0] if all(spec in fit for fit in fits)]
+        parts.append(ExpertData(z, x, rest, unseen, config, scales, on_epoch))
+    fits = fit_to_folds(specs, parts)
     data = ExpertData(z, x, train, train, config, scales, on_epoch)
-    return [_together(spec, [fit[spec] for fit in fits], data) for spec in kept]
-
-
-def _worth_fitting(fits: Sequence[dict[Expert, FittedExpert]]) -> list[Expert]:
-    """The experts that are worth their time in the folds that are left.
-
-    A network is not, once another expert clearly beats it on the pairs that are unseen so far and a
-    mixture gives it hardly any weight.
-    """
-    specs = [spec for spec in fits[0] if all(spec in fit for fit in fits)]
-    scores = torch.stack([torch.cat([fit[spec].held_out for fit in fits]) for spec in specs])
-    usable = torch.isfinite(scores).all(dim=1)
-    if not bool(usable.any()):
-        return specs
-    weights, means = stacking_weights(scores), scores.mean(dim=1)
-    best = scores[torch.where(usable, means, -torch.inf).argmax()]
-    return [
-        spec
-        for spec, score, weight in zip(specs, scores, weights)
-        # mutant: hopeless-networks-fitted
-        if spec.closed_form or weight > _HARDLY or not paired_gain(best, score) > CLEARLY
-    ]
+    return [_together(spec, [fit[spec] for fit in fits], data) for spec in fits[0]]
 
 
 def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> FittedExpert:

@@ -106,15 +106,15 @@ def test_what_is_allowed_is_accepted():
 )
 def test_an_experts_own_settings_take_precedence_over_the_fits(expert, expected, monkeypatch):
     """`proxy_fit.learning_rate` and `.weight_decay` are of all experts that have none."""
-    from sbi_jeffreys.proxies.experts import flow
+    from sbi_jeffreys.networks import together
 
-    seen, original = [], flow.fit_network
+    seen, original = [], together.fit_network
 
     def spy(net, loss, train, val, config, *rest):
         seen.append((config.learning_rate, config.weight_decay))
         return original(net, loss, train, val, config, *rest)
 
-    monkeypatch.setattr(flow, "fit_network", spy)
+    monkeypatch.setattr(together, "fit_network", spy)
     config = FitConfig(max_epochs=1, learning_rate=0.01, weight_decay=0.2)
     theta, rows = PRIOR.sample((40,)), torch.arange(40)
     proxy = LikelihoodProxy(PRIOR, (expert,), config, num_folds=1)

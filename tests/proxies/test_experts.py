@@ -8,10 +8,10 @@ from sbi.neural_nets import likelihood_nn
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import FlowExpert, JeffreysOptions, RegressionExpert
+from sbi_jeffreys.networks import together
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
-from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies import LikelihoodProxy
-from sbi_jeffreys.proxies.experts import FittedExpert
+from sbi_jeffreys.proxies.experts import base, fit
 from sbi_jeffreys.proxies.experts import flow as _flow
 from sbi_jeffreys.proxies.experts.fit import fit_experts, inexpensive_won
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
@@ -111,24 +111,19 @@ def test_the_regression_is_what_a_net_around_it_models():
     assert expert.result.held_out == pytest.approx(-float(exact), abs=0.4)  # after one epoch
 
 
-def fitted(held_out: torch.Tensor, spec: FlowExpert | RegressionExpert) -> FittedExpert:
-    transform = MarginalTransform.fit(torch.randn(5, 1))
-    return FittedExpert(torch.nn.Identity(), transform, FitResult(0.0, 1), held_out, spec)
-
-
 def test_a_regression_wins_where_it_beats_the_net_and_its_residuals_hold_nothing_more():
     torch.manual_seed(0)
     base, noise = torch.randn(100), 0.1 * torch.randn(100)
-    best = fitted(base, RegressionExpert(1))
-    same = fitted(base + noise, FlowExpert(around_regression=True))
-    found_more = fitted(base + noise + 0.1, FlowExpert(around_regression=True))
-    worse = fitted(base + noise - 0.1, FlowExpert())
-    failed = fitted(torch.full((100,), -math.inf), FlowExpert())
+    best = RegressionExpert(1), base
+    same = FlowExpert(around_regression=True), base + noise
+    found_more = FlowExpert(around_regression=True), base + noise + 0.1
+    worse = FlowExpert(), base + noise - 0.1
+    failed = FlowExpert(), torch.full((100,), -math.inf)
     assert inexpensive_won([best, same, worse])
     assert not inexpensive_won([best, same])  # a net of x itself was not asked yet
     assert not inexpensive_won([best, worse])
     assert not inexpensive_won([best, found_more, worse])
-    assert not inexpensive_won([best, same, fitted(base + noise, FlowExpert())])
+    assert not inexpensive_won([best, same, (FlowExpert(), base + noise)])
     assert not inexpensive_won([same, worse])
     assert not inexpensive_won([best, same, failed])
 
@@ -149,7 +144,7 @@ def test_nets_are_not_fitted_where_a_regression_has_won():
     assert len(fit_experts(specs, QUICK, z, x, train, val)) == 4
 
 
-def test_a_net_races_the_best_of_its_like(monkeypatch):
+def test_a_net_that_is_fitted_alone_races_the_best_of_its_like(monkeypatch):
     """The bar is that of the net which was best after twenty epochs, of x or of residuals."""
     early, bars = iter([5.0, 2.0, 9.0, 3.0]), []
 
@@ -157,12 +152,48 @@ def test_a_net_races_the_best_of_its_like(monkeypatch):
         bars.append(abandon_above)
         return FitResult(1.0, 150, next(early))
 
-    monkeypatch.setattr(_flow, "fit_network", fit)
+    monkeypatch.setattr(together, "fit_network", fit)
     z, x = linear(60)
-    around = FlowExpert("maf", 0.3, around_regression=True)
-    specs = (around, FlowExpert("maf"), FlowExpert("maf", 0.3), FlowExpert("maf", 1.0))
-    fit_experts(specs, QUICK, z, x, torch.arange(40), torch.arange(40, 60))
+    around = FlowExpert("maf_rqs", 0.3, around_regression=True)
+    plain = FlowExpert("maf_rqs"), FlowExpert("maf_rqs", 0.3), FlowExpert("maf_rqs", 1.0)
+    fit_experts((around, *plain), QUICK, z, x, torch.arange(40), torch.arange(40, 60))
     assert bars == [math.inf, math.inf, 2.5, 2.5]  # 2 + half of 2 − 1
+
+
+@pytest.mark.parametrize("model", ["maf", "nsf"])
+def test_flows_are_fitted_in_waves(model, monkeypatch):
+    """One flow of x and one of residuals, then the rest; together where vmap takes them."""
+    calls, original = [], fit.fit_networks
+
+    def spy(prepared, on_epoch, together):
+        calls.append(([one.task.config.weight_decay for one in prepared], together))
+        assert all(one.task.abandon_above == math.inf for one in prepared) or not together
+        return original(prepared, on_epoch, together)
+
+    monkeypatch.setattr(fit, "fit_networks", spy)
+    z, x = linear(60)
+    config = FitConfig(max_epochs=20, patience=20)
+    specs = [FlowExpert(model, decay, num_transforms=1) for decay in (0.1, 0.2, 0.3)]
+    specs.append(FlowExpert(model, 0.4, num_transforms=1, around_regression=True))
+    fit_experts(specs, config, z, x, torch.arange(40), torch.arange(40, 60))
+    if model == "maf":
+        assert calls == [([0.1, 0.4], True), ([0.2, 0.3], True)]
+    else:
+        assert calls == [([decay], False) for decay in (0.1, 0.2, 0.3, 0.4)]
+
+
+def test_flows_of_one_architecture_are_fitted_in_one_pass(monkeypatch):
+    sizes, original = [], base.fit_together
+
+    def spy(tasks, on_epoch):
+        sizes.append(len(tasks))
+        return original(tasks, on_epoch)
+
+    monkeypatch.setattr(base, "fit_together", spy)
+    z, x = linear(60)
+    specs = [FlowExpert("maf", decay, num_transforms=1) for decay in (0.1, 0.2, 0.3)]
+    fit_experts(specs, FitConfig(max_epochs=1), z, x, torch.arange(40), torch.arange(40, 60))
+    assert sizes == [1, 2]
 
 
 @pytest.mark.parametrize(("model", "passed"), [("maf", True), ("mdn", False), ("made", False)])
@@ -176,8 +207,8 @@ def test_an_expert_that_is_no_flow_has_no_transforms(model, passed, monkeypatch)
 
     monkeypatch.setattr(_flow, "likelihood_nn", recorded)
     z, x = linear(60)
-    spec, fit = FlowExpert(model, num_transforms=2), FitConfig(max_epochs=1)
-    fit_experts((spec,), fit, z, x, torch.arange(40), torch.arange(40, 60))
+    spec, config = FlowExpert(model, num_transforms=2), FitConfig(max_epochs=1)
+    fit_experts((spec,), config, z, x, torch.arange(40), torch.arange(40, 60))
     assert settings == [{"num_transforms": 2} if passed else {}]
 
 

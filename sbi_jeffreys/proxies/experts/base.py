@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,9 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
+from sbi_jeffreys.networks.together import FitTask, fit_together
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
-__all__ = ["FEW_VALUES", "NARROW", "Expert", "ExpertData", "FittedExpert", "OnEpoch", "scales_of"]
+__all__ = [
+    "FEW_VALUES",
+    "NARROW",
+    "Expert",
+    "ExpertData",
+    "FittedExpert",
+    "NetworkExpert",
+    "OnEpoch",
+    "Prepared",
+    "fit_networks",
+    "scales_of",
+]
 
 OnEpoch = Callable[[int, float], object] | None
 
@@ -195,3 +207,48 @@ class Expert(ABC):
     def on_one_scale(self) -> Expert:
         """The same settings where the chosen scale of x is its own; equal ones are fitted once."""
         return self
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is ready to be fitted.
+
+    Attributes:
+        task: The network and what it is fitted to.
+        finish: Makes the expert, once the network is fitted, from the fit's result.
+    """
+
+    task: FitTask
+    finish: Callable[[FitResult], FittedExpert]
+
+
+class NetworkExpert(Expert):
+    """An expert that is a network, fitted by gradient steps."""
+
+    @property
+    def architecture(self) -> Hashable:
+        """Experts whose values are equal, and not None, can be fitted together."""
+        return None
+
+    @abstractmethod
+    def prepare(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> Prepared:
+        """Build the network and what it is fitted to; arguments as those of `fit`."""
+
+    def fit(
+        self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
+    ) -> FittedExpert:
+        """Fit the network, or abandon the fit early; see `Expert.fit`."""
+        (expert,) = fit_networks([self.prepare(data, before, abandon_above)], data.on_epoch)
+        return expert
+
+
+def fit_networks(
+    prepared: Sequence[Prepared], on_epoch: OnEpoch = None, together: bool = True
+) -> list[FittedExpert]:
+    """Fit networks, of one architecture if `together`, and make experts of them."""
+    tasks = [one.task for one in prepared]
+    # mutant: one-network-after-another
+    results = fit_together(tasks, on_epoch) if together else [t.fit(on_epoch) for t in tasks]
+    return [one.finish(result) for one, result in zip(prepared, results)]

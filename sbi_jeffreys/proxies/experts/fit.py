@@ -1,9 +1,11 @@
 """Which experts of a likelihood proxy are worth fitting, and in what order.
 
-Experts in closed form come first, then other inexpensive ones, then one flow after the other. A
-flow's fit is abandoned where it falls far behind those of its like. The flows that are left are not
-fitted where an inexpensive expert predicts held-out x clearly better than the flows of x do, and a
-flow around a regression does not improve on it: they would cost time and get no weight.
+Experts in closed form come first, then other inexpensive ones, then flows: one flow of x and one of
+a regression's residuals, then the rest of their architecture, then others. Flows of one
+architecture are fitted together, to all folds at once. The flows that are left are not fitted where
+an inexpensive expert predicts held-out x clearly better than the flows of x do, and a flow around a
+regression does not improve on it: they would cost time and get no weight. A flow that is fitted
+alone is abandoned where it falls far behind an earlier one of its like.
 """
 
 from __future__ import annotations
@@ -11,14 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
-from sbi_jeffreys.networks.transforms import MarginalTransform
-from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
+from sbi_jeffreys.proxies.experts.base import (
+    Expert,
+    ExpertData,
+    FittedExpert,
+    NetworkExpert,
+    OnEpoch,
+    fit_networks,
+    scales_of,
+)
 from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
 
-__all__ = ["fit_experts"]
+__all__ = ["fit_experts", "fit_to_folds"]
+
+#: The experts fitted so far to one part of the data.
+Fits = dict[Expert, FittedExpert]
 
 
 def fit_experts(
@@ -29,8 +42,6 @@ def fit_experts(
     train: Tensor,
     val: Tensor,
     on_epoch: OnEpoch = None,
-    scales: tuple[MarginalTransform, MarginalTransform] | None = None,
-    stop: bool = True,
 ) -> list[FittedExpert]:
     """Fit the inexpensive experts, then flows until they are clearly beaten.
 
@@ -42,50 +53,116 @@ def fit_experts(
         train: Indices of training pairs.
         val: Indices of held-out pairs.
         on_epoch: Called after every epoch of a network.
-        scales: As from `scales_of`; None: those of the training pairs.
-        stop: Whether to skip the flows that are left once an inexpensive expert has won.
 
     Returns:
         The experts fitted, at least one.
     """
-    chosen, plain = scales_of(x[train]) if scales is None else scales
-    data = ExpertData(z, x, train, val, config, (chosen, plain), on_epoch)
+    data = ExpertData(z, x, train, val, config, scales_of(x[train]), on_epoch)
+    (fitted,) = fit_to_folds(specs, [data])
+    return list(fitted.values())
+
+
+def fit_to_folds(specs: Sequence[Expert], folds: Sequence[ExpertData]) -> list[Fits]:
+    """As `fit_experts`, to several parts of the same data, on the same scales of x.
+
+    Args:
+        specs: What to fit, flows in this order.
+        folds: The parts.
+
+    Returns:
+        The experts fitted to each part, the same ones everywhere.
+    """
+    chosen, plain = folds[0].scales
     if chosen.kinds == plain.kinds:
         specs = list(dict.fromkeys(spec.on_one_scale() for spec in specs))
-    suitable = [spec for spec in specs if spec.suits(data)] or list(specs)
+    suitable = [spec for spec in specs if all(spec.suits(data) for data in folds)] or list(specs)
     suitable.sort(key=lambda spec: not spec.closed_form)
-    fitted: list[FittedExpert] = []
+    fits: list[Fits] = [{} for _ in folds]
     for spec in suitable:
         if not spec.expensive:
-            fitted.append(spec.fit(data, fitted, math.inf))
-    # The best after twenty epochs so far, of flows around a regression and of the others.
-    rivals = {True: FitResult(math.inf, 0), False: FitResult(math.inf, 0)}
-    for spec in (spec for spec in suitable if spec.expensive):
-        rival = rivals[spec.around_regression]
-        expert = spec.fit(data, fitted, rival.abandon_threshold)
-        if expert.result.early < rival.early:  # mutant: races-the-last-of-its-like
-            rivals[spec.around_regression] = expert.result
-        fitted.append(expert)
-        if stop and inexpensive_won(fitted):  # mutant: regressions-never-win
-            break
-    return fitted
+            _fit([spec], folds, fits)
+    pending = [spec for spec in suitable if spec.expensive]
+    while pending and not inexpensive_won(_pooled(fits)):  # mutant: regressions-never-win
+        wave = _next_wave(pending, fits[0])
+        _fit(wave, folds, fits)
+        pending = [spec for spec in pending if spec not in wave]
+    return fits
 
 
-def inexpensive_won(fitted: Sequence[FittedExpert]) -> bool:
+def _next_wave(pending: Sequence[Expert], fitted: Fits) -> list[Expert]:
+    """The flows to fit next: of one architecture; the first of each kind before all others."""
+    alike = [spec for spec in pending if _architecture(spec) == _architecture(pending[0])]
+    if _architecture(pending[0]) is None:
+        alike = alike[:1]
+    known = {spec.around_regression for spec in fitted if spec.expensive}
+    first = {spec.around_regression: spec for spec in reversed(alike)}
+    new = [s for s in alike if s == first[s.around_regression] and s.around_regression not in known]
+    return new or alike
+
+
+def _architecture(spec: Expert) -> object:
+    return spec.architecture if isinstance(spec, NetworkExpert) else None
+
+
+def _fit(specs: Sequence[Expert], folds: Sequence[ExpertData], fits: Sequence[Fits]) -> None:
+    """Fit one expert, or networks of one architecture, to every fold, and add them to `fits`."""
+    if not isinstance(specs[0], NetworkExpert):
+        for data, fitted in zip(folds, fits):
+            fitted[specs[0]] = specs[0].fit(data, list(fitted.values()), math.inf)
+        return
+    together = _architecture(specs[0]) is not None
+    pairs = [(spec, data, fitted) for spec in specs for data, fitted in zip(folds, fits)]
+    prepared = [
+        spec.prepare(data, list(fitted.values()), _threshold(spec, fitted, together))
+        for spec, data, fitted in pairs
+        if isinstance(spec, NetworkExpert)
+    ]
+    experts = fit_networks(prepared, folds[0].on_epoch, together)
+    for (spec, _, fitted), expert in zip(pairs, experts):
+        fitted[spec] = expert
+
+
+def _threshold(spec: Expert, fitted: Fits, together: bool) -> float:
+    """The loss after twenty epochs above which a fit is abandoned, by its best rival so far.
+
+    A fit that costs little beside others goes on: strong weight decay learns late, and well.
+    """
+    if together:  # mutant: late-learners-abandoned
+        return math.inf
+    results = [
+        expert.result
+        for other, expert in fitted.items()
+        if other.expensive and other.around_regression == spec.around_regression
+    ]
+    # mutant: races-the-last-of-its-like
+    best = min(results, key=lambda result: result.early, default=FitResult(math.inf, 0))
+    return best.abandon_threshold
+
+
+def _pooled(fits: Sequence[Fits]) -> list[tuple[Expert, Tensor]]:
+    """Every expert's log densities of all held-out pairs, those of all folds."""
+    specs = list(fits[0])
+    return [(spec, torch.cat([fitted[spec].held_out for fitted in fits])) for spec in specs]
+
+
+def inexpensive_won(scores: Sequence[tuple[Expert, Tensor]]) -> bool:
     """Whether an inexpensive expert clearly beats every flow of x itself.
 
     No flow of residuals may clearly beat that expert either, and flows of both kinds must have been
     fitted. A failed fit, whose gain is NaN, decides nothing.
+
+    Args:
+        scores: Experts and their log densities of held-out pairs, `(M,)`.
     """
     flows: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether around a regression
-    for expert in fitted:
-        if expert.spec.expensive:
-            flows[expert.spec.around_regression].append(expert.held_out)
+    for spec, score in scores:
+        if spec.expensive:
+            flows[spec.around_regression].append(score)
     if not all(flows.values()):
         return False
     return any(
-        all(paired_gain(expert.held_out, other) > CLEARLY for other in flows[False])
-        and all(paired_gain(expert.held_out, other) > -CLEARLY for other in flows[True])
-        for expert in fitted
-        if not expert.spec.expensive
+        all(paired_gain(score, other) > CLEARLY for other in flows[False])
+        and all(paired_gain(score, other) > -CLEARLY for other in flows[True])
+        for spec, score in scores
+        if not spec.expensive
     )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from sbi.neural_nets import likelihood_nn
 from torch import Tensor, nn
 
 from sbi_jeffreys._checks import check_bool, check_choice, check_float, check_int
 from sbi_jeffreys._sbi import model_builders
-from sbi_jeffreys.networks.fitting import fit_network
+from sbi_jeffreys.networks.fitting import FitResult
 from sbi_jeffreys.networks.spline import with_fast_splines
-from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert
+from sbi_jeffreys.networks.together import FitTask
+from sbi_jeffreys.proxies.experts.base import (
+    ExpertData,
+    FittedExpert,
+    NetworkExpert,
+    Prepared,
+)
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression
 from sbi_jeffreys.proxies.experts.regression import best_regression
 
@@ -24,10 +29,12 @@ __all__ = ["FlowExpert"]
 _MODELS = sorted(set(model_builders) - {"mnle", "mnpe", "tabpfn"})
 # Those of them that are no flow: sbi after 0.27 refuses a number of transforms for them.
 _NO_FLOWS = ("made", "mdn")
+# Those that `torch.func.vmap` can evaluate: without steps that depend on values.
+_TOGETHER = ("maf",)
 
 
 @dataclass(frozen=True)
-class FlowExpert(Expert):
+class FlowExpert(NetworkExpert):
     """One likelihood net.
 
     Attributes:
@@ -72,39 +79,54 @@ class FlowExpert(Expert):
         """With `marginal_transform`, whose value does not matter there."""
         return replace(self, marginal_transform=True)
 
-    def fit(
+    @property
+    def architecture(self) -> Hashable:
+        """Affine autoregressive flows are fitted together, whatever they are flows of."""
+        if self.model not in _TOGETHER:
+            return None
+        return self.model, self.num_transforms, self.learning_rate
+
+    def prepare(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
-    ) -> FittedExpert:
-        """Fit the net, or abandon the fit early; see `Expert.fit`."""
+    ) -> Prepared:
+        """Build the net and its targets; see `NetworkExpert.prepare`."""
         transform = data.scales[0 if self.marginal_transform else 1]
         z, x, train = data.z, data.x, data.train
         y = transform(x)
-        target, leave_one_out, regression = y[train], torch.zeros_like(y), None
+        target, leave_one_out, regression = y[train], y, None
         if self.around_regression:
             regression = best_regression(before, transform, z[train], x[train])
+            leave_one_out = regression.mean(z)
+            # mutant: nets-of-residuals-seen
             leave_one_out[train] = regression.leave_one_out
             target = regression.whiten(target, z[train], regression.leave_one_out)
         no_flow = self.model in _NO_FLOWS  # mutant: transforms-for-every-expert
         size: dict[str, Any] = {} if no_flow else {"num_transforms": self.num_transforms}
         builder = likelihood_nn(self.model, **size)
         net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
-        # mutant: net-around-x-itself
-        if regression is not None:
-            net = AroundRegression(net, regression)
         # Held-out losses are those of x, so that experts on different scales can be compared.
-        log_det = float(transform.log_det(x[data.val]).mean())
+        log_det = transform.log_det(x[data.val]).mean()
+        if regression is not None:
+            log_det = log_det + regression.log_det  # mutant: held-out-without-whitening
         noisy = bool(transform.has_cells.any())  # if not, each step would transform to the same y
 
-        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-            if not training:
-                return net.loss(y[indices], z[indices]) - log_det  # type: ignore[operator]
-            target = transform.dequantise(x[indices]) if noisy else y[indices]
-            if isinstance(net, AroundRegression):
-                # mutant: nets-of-residuals-seen
-                return net.leave_one_out_loss(target, z[indices], leave_one_out[indices])
-            return net.loss(target, z[indices])  # type: ignore[operator]
+        def batch(indices: Tensor, training: bool) -> tuple[Tensor, ...]:
+            own = transform.dequantise(x[indices]) if noisy and training else y[indices]
+            if regression is not None:
+                own = regression.whiten(own, z[indices], leave_one_out[indices])
+            return own, z[indices]
+
+        def finish(result: FitResult) -> FittedExpert:
+            # mutant: net-around-x-itself
+            whole = net if regression is None else AroundRegression(net, regression)
+            return data.fitted(self, whole, transform, result)
 
         own = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         config = replace(data.config, **{k: v for k, v in own.items() if v is not None})
-        result = fit_network(net, loss, train, data.val, config, data.on_epoch, abandon_above)
-        return data.fitted(self, net, transform, result)
+        task = FitTask(net, batch, _loss, train, data.val, config, -float(log_det), abandon_above)
+        return Prepared(task, finish)
+
+
+def _loss(net: Any, y: Tensor, z: Tensor) -> Tensor:
+    """−log ℓ of pairs by one of sbi's estimators, shape `(B,)`."""
+    return net.loss(y, z)

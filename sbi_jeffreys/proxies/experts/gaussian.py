@@ -202,17 +202,6 @@ class AroundRegression(nn.Module):
         # mutant: jacobian-of-the-whitening
         return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
 
-    def leave_one_out_loss(self, y: Tensor, z: Tensor, leave_one_out: Tensor) -> Tensor:
-        """As `loss`, of pairs that the regression was fitted to: leave-one-out residuals.
-
-        Args:
-            y: Shape `(B, dim_y)`.
-            z: Shape `(B, dim_z)`.
-            leave_one_out: Their rows of the regression's `leave_one_out`, `(B, dim_y)`.
-        """
-        e = self.regression.whiten(y, z, leave_one_out)
-        return self.net.loss(e, z) - self.regression.log_det
-
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
         """Draws of y, shape `(*sample_shape, B, dim_y)`."""
         return self.regression.colour(self.net.sample(sample_shape, z), z)

@@ -13,17 +13,25 @@ of x: a tobit model (Tobin 1958).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys._checks import check_float, check_int
-from sbi_jeffreys.networks.fitting import fit_network
+from sbi_jeffreys.networks.fitting import FitResult
+from sbi_jeffreys.networks.together import FitTask
 from sbi_jeffreys.networks.transforms import MarginalTransform
-from sbi_jeffreys.proxies.experts.base import FEW_VALUES, Expert, ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.base import (
+    FEW_VALUES,
+    ExpertData,
+    FittedExpert,
+    NetworkExpert,
+    Prepared,
+)
 
 __all__ = ["NeuralRegression", "NeuralRegressionExpert"]
 
@@ -150,7 +158,7 @@ class NeuralRegression(nn.Module):
 
 
 @dataclass(frozen=True)
-class NeuralRegressionExpert(Expert):
+class NeuralRegressionExpert(NetworkExpert):
     """A network's mean of every output, and noise that is independent between outputs.
 
     Attributes:
@@ -180,10 +188,15 @@ class NeuralRegressionExpert(Expert):
         """Without hidden layers: only where x has cells, or else regressions do as much."""
         return self.num_layers > 0 or bool(data.scales[0].has_cells.any())
 
-    def fit(
+    @property
+    def architecture(self) -> Hashable:
+        """The same network is fitted to several parts of the data together."""
+        return self.hidden_features, self.num_layers
+
+    def prepare(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
-    ) -> FittedExpert:
-        """Fit the network by maximum likelihood; see `Expert.fit`. It is never abandoned."""
+    ) -> Prepared:
+        """Build the network and its targets; see `NetworkExpert.prepare`. It is never abandoned."""
         transform = data.scales[0]
         z, train = data.z, data.train
         net = NeuralRegression(
@@ -193,11 +206,17 @@ class NeuralRegressionExpert(Expert):
         cells = net.cells(y)
         log_det = float(transform.log_det(data.x[data.val]).mean())
 
-        def loss(net: nn.Module, indices: Tensor, training: bool) -> Tensor:
-            own = (cells[0][indices], cells[1][indices], cells[2][indices], cells[3][indices])
-            log_prob = net.log_prob(y[indices], z[indices], own)  # type: ignore[operator]
-            return -log_prob - (0.0 if training else log_det)
+        def batch(indices: Tensor, training: bool) -> tuple[Tensor, ...]:
+            own = (y, z, *cells)
+            return tuple(tensor[indices] for tensor in own)
+
+        def finish(result: FitResult) -> FittedExpert:
+            return data.fitted(self, net, transform, result)
 
         config = replace(data.config, weight_decay=self.weight_decay)
-        result = fit_network(net, loss, train, data.val, config, data.on_epoch)
-        return data.fitted(self, net, transform, result)
+        return Prepared(FitTask(net, batch, _loss, train, data.val, config, -log_det), finish)
+
+
+def _loss(net: Any, y: Tensor, z: Tensor, *cells: Tensor) -> Tensor:
+    """−log ℓ of pairs with their cells, shape `(B,)`."""
+    return -net.log_prob(y, z, cells)
