@@ -50,6 +50,12 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("pools-not-shared", "pass", "tests/proxies/test_energy.py -k share_their_pools"),
+    Mutant(
+        "contrasts-never-drawn-anew",
+        "if not self.pools:",
+        "tests/proxies/test_energy.py -k share_their_pools",
+    ),
     Mutant("main-sees-distractors", "pass", "tests/proxies/test_screening.py"),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),

@@ -154,7 +154,7 @@ class EnergyProxy(Proxy):
         loss = _Loss(self, main, theta, x, cached, held_out)
         fits: list[tuple[FitResult, EnergyNet]] = []
         for _ in range(self.config.num_nets):
-            loss.restart()
+            loss.restart()  # mutant: pools-not-shared
             parts = theta[train_indices], summary[train_indices]
             net = EnergyNet(deepcopy(embedding), *parts, self.config)
             result = fit_network(net, loss, train_indices, val_indices, config, on_epoch)
@@ -243,6 +243,7 @@ class _Loss:
         # As many as memory is for: after those, the first ones come again.
         num = 2 * self.proxy.config.num_contrasts
         most = max(1, _MAX_KEPT // (num * self.theta.numel()))
+        # mutant: contrasts-never-drawn-anew
         if turn >= len(self.pools) and len(self.pools) < most:
             self.pools.append(self.proxy.draw(self.theta, self.x, num, self.main))
         return self.pools[turn % len(self.pools)]

@@ -170,6 +170,22 @@ def test_several_networks_are_averaged_and_the_best_comes_first():
     assert several.net is several.nets[0]
 
 
+def test_networks_share_their_pools_of_contrasts_which_are_drawn_anew_every_few_epochs(monkeypatch):
+    """Drawing them from the main is most of the cost of a fit."""
+    numbers, draw = [], EnergyProxy.draw
+
+    def spy(self, theta, x, num, main):
+        numbers.append(num)
+        return draw(self, theta, x, num, main)
+
+    monkeypatch.setattr(EnergyProxy, "draw", spy)
+    config = FitConfig(max_epochs=6, patience=6, patience_steps=None)
+    prior, theta, x = gaussian_pairs(50)
+    settings = {"fit": config, "refresh_epochs": 2, "num_contrasts": 8, "num_nets": 3}
+    fitted(prior, theta, x, WideMain(x), **settings)
+    assert numbers[1:] == [16, 16, 16]  # after those of the held-out pairs
+
+
 def test_padded_trials_with_a_permutation_invariant_net():
     prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
     theta = prior.sample((1_200,))
