@@ -50,6 +50,9 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant(
+        "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
+    ),
     Mutant("pools-not-shared", "pass", "tests/proxies/test_energy.py -k share_their_pools"),
     Mutant(
         "contrasts-never-drawn-anew",

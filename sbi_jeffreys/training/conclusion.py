@@ -23,6 +23,7 @@ from sbi_jeffreys.training.report import (
     StageStatus,
     TrainingReport,
 )
+from sbi_jeffreys.training.stage import APART
 from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 
 __all__ = ["complete_summary", "make_report"]
@@ -74,6 +75,7 @@ def make_report(
         main=_estimate(main_losses),
         gap=gap,
         multiplier=None if stage is None else float(stage.multipliers.multipliers[0]),
+        apart=None if stage is None else stage.latest["reverse"],
         skipped_steps=0 if stage is None else stage.skipped,
         restarts=0 if symmetric is None else symmetric.restarts,
         seconds=(seconds[0], seconds[1], seconds[2]),
@@ -160,6 +162,8 @@ def _problems(
             found.append(Problem.MAIN_BEHIND_PROXY)
         elif stage.at_bound and stage.options.adaptive and symmetric.always_at_bound:
             found.append(Problem.MULTIPLIER_AT_BOUND)
+        elif stage.latest["reverse"] > APART:  # mutant: apart-in-silence
+            found.append(Problem.MAIN_APART)
     if _covers_less(symmetric.coverage_before, coverage):
         found.append(Problem.COVERS_LESS)
     if stage.skipped:

@@ -84,6 +84,11 @@ class Problem(Enum):
         "raise JeffreysOptions.num_steps, use a larger density_estimator, or correct the draws "
         "with build_corrected_posterior()"
     )
+    MAIN_APART = (
+        "the main was trained for too few steps or is too small; pass options='thorough' or a "
+        "larger density_estimator, such as MainBuilder('nsf', hidden_features=100), or correct the "
+        "draws with build_corrected_posterior()"
+    )
     COVERS_LESS = (
         "its credible regions are too small; correct the draws with build_corrected_posterior(), "
         "check held_out_report() on new simulations, or use plain NPE, "
@@ -168,6 +173,8 @@ class TrainingReport:
         problems: What keeps the result from being what the method promises.
         atomic: Whether held-out losses are those of a classifier of θ among other pairs' θ (later
             rounds), not negative log densities.
+        apart: How far main and proxy are apart at observations that the proxy draws, at the end of
+            the stage: half the variance of log p − log q̃ over the main's samples, in nats.
         uncertain: Share of the held-out pairs at which the proxy's loss could not be bounded well.
         coverage_before: Of plain NPE's 50 and 90 % regions on held-out pairs; None in later rounds.
         coverage: Of the kept main's.
@@ -192,6 +199,7 @@ class TrainingReport:
     seconds: tuple[float, float, float]
     problems: tuple[Problem, ...]
     atomic: bool = False
+    apart: float | None = None
     uncertain: float = 0.0
     coverage_before: CoverageCurve | None = None
     coverage: CoverageCurve | None = None
@@ -209,6 +217,8 @@ class TrainingReport:
             words = f"NPE_Jeffreys falls back to plain NPE. {words} ({self.proxy})"
         elif problem is Problem.MAIN_BEHIND_PROXY and self.gap is not None:
             words += f" by {self.gap} nats"
+        elif problem is Problem.MAIN_APART:
+            words += f" ({self.apart:.1f} nats)"
         elif problem is Problem.STEPS_SKIPPED:
             words += f" ({self.skipped_steps} steps)"
         return f"{words}: {problem.value}."
@@ -270,6 +280,7 @@ _NAMES = {
     Problem.STAGE_STOPPED: "The symmetric stage diverged and was stopped",
     Problem.MULTIPLIER_AT_BOUND: "The multiplier was at its bound at the end",
     Problem.MAIN_BEHIND_PROXY: "The main is behind its proxy on held-out simulations",
+    Problem.MAIN_APART: "Main and proxy are far apart on the proxy's own draws",
     Problem.COVERS_LESS: "The main covers less of the held-out parameters than plain NPE did",
     Problem.STEPS_SKIPPED: "Steps were skipped because their gradient was not finite",
 }

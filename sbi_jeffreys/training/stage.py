@@ -25,13 +25,13 @@ from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.loss import RealBatch, StageLoss, SymmetricLoss
 from sbi_jeffreys.training.multipliers import ResilientMultipliers
 
-__all__ = ["SymmetricStage"]
+__all__ = ["APART", "SymmetricStage"]
 
 _FACTOR, _FACTOR_WITHOUT_PAIRS = 30.0, 20.0  # peak learning rate over plain NPE's
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 # Half the variance of log p − log q shortly before half of the stage: above the first, mains were
 # still 0.3 to 1.6 nats behind their proxies at its end; below the second, hardly 0.1.
-_APART, _CLOSE = 2.0, 0.35
+APART, _CLOSE = 2.0, 0.35
 
 
 def annealed(step: int, num_steps: int) -> float:
@@ -163,7 +163,7 @@ class SymmetricStage:
             return
         apart = sum(self._reverse) / len(self._reverse)
         self._reverse = []
-        if apart > _APART and self.doublings < self.options.max_doublings:
+        if apart > APART and self.doublings < self.options.max_doublings:
             self.num_steps *= 2  # mutant: stage-never-longer
             self.doublings += 1
             return

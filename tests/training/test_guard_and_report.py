@@ -13,9 +13,10 @@ import torch
 from contract_tools import PRIOR, TINY, X_O, fresh, simulate, train, trained, weights
 
 from sbi_jeffreys import GivenProxy, JeffreysWarning, NPE_Jeffreys
-from sbi_jeffreys.training import own_space, symmetric
+from sbi_jeffreys.training import conclusion, own_space, symmetric
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus, StageStatus
+from sbi_jeffreys.training.stage import SymmetricStage
 
 STEPS = replace(TINY, num_steps=40, steps_per_epoch=4)
 
@@ -214,3 +215,29 @@ def test_a_parameter_that_is_constant_is_named():
     with pytest.warns(JeffreysWarning, match=r"constant in dimensions \[1\]"):
         inference.train(max_num_epochs=3)
     assert inference.proxy is None
+
+
+@pytest.mark.parametrize("apart", [1.9, 2.1])
+def test_a_main_that_has_not_reached_its_proxy_on_the_proxys_draws_is_named(apart, monkeypatch):
+    """Also where held-out losses, of few pairs and of a proxy that is read badly, show nothing."""
+    run_epoch = SymmetricStage.run_epoch
+
+    def run(self, next_real):
+        run_epoch(self, next_real)
+        self.latest["reverse"] = apart
+        return dict(self.latest)
+
+    monkeypatch.setattr(SymmetricStage, "run_epoch", run)
+    monkeypatch.setattr(conclusion, "_GAP", float("inf"))
+    options = replace(STEPS, max_multiplier=1e9)
+    inference = fresh(options=options).append_simulations(*simulate(200))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inference.train(max_num_epochs=20)
+    report = inference.training_report
+    assert report.apart == apart
+    assert (Problem.MAIN_APART in report.problems) == (apart > 2)
+    said = [str(w.message) for w in caught if issubclass(w.category, JeffreysWarning)]
+    assert any("far apart on the proxy's own draws (2.1 nats)" in text for text in said) == (
+        apart > 2
+    )
