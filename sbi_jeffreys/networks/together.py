@@ -195,25 +195,21 @@ class _Fits:
         return self._evaluate()
 
     def _take_step(self, batch: list[Tensor], rate: float) -> None:
-        """One gradient step; networks whose loss or gradient is not finite do not move."""
+        """One step; a gradient that is not finite, or that of such a loss, counts as zero."""
         weights = self.weights.detach()
         losses = self._losses(self.views, batch).mean(dim=1)
         grads = torch.autograd.grad(losses.sum(), list(self.views.values()), materialize_grads=True)
         grad = torch.cat([part.reshape(len(weights), -1) for part in grads], dim=1)
         norms = torch.linalg.vector_norm(grad, dim=1)
         bad = ~torch.isfinite(norms + losses.detach())
-        state = self.optimizer.state.get(self.weights, {})
-        moving = [weights, *(v for v in state.values() if v.shape == weights.shape)]
-        before = [tensor[bad].clone() for tensor in moving] if bool(bad.any()) else []
         if self.config.clip_max_norm is not None:
             grad.mul_((self.config.clip_max_norm / (norms + 1e-6)).clamp_max(1.0).unsqueeze(1))
+        grad[bad] = 0.0  # mutant: one-failure-spoils-all
         self.weights.grad = grad
         weights.mul_(1 - rate * self.decay[self.active])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        for tensor, rows in zip(moving, before):  # mutant: one-failure-spoils-all
-            tensor[bad] = rows
 
     @torch.no_grad()
     def _evaluate(self) -> Tensor:
