@@ -53,11 +53,10 @@ MUTANTS = (
     Mutant(
         "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
     ),
-    Mutant("pools-not-shared", "pass", "tests/proxies/test_energy.py -k share_their_pools"),
     Mutant(
         "contrasts-never-drawn-anew",
-        "if not self.pools:",
-        "tests/proxies/test_energy.py -k share_their_pools",
+        "if self.pool is None:",
+        "tests/proxies/test_energy.py -k drawn_anew",
     ),
     Mutant("main-sees-distractors", "pass", "tests/proxies/test_screening.py"),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),

@@ -35,7 +35,6 @@ from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
 __all__ = ["EnergyConfig", "EnergyProxy"]
 
 _MAX_EVALUATIONS = 100_000  # of the energy per held-out value
-_MAX_KEPT = 20_000_000  # numbers in the pools of contrasts: bounds memory
 
 
 class EnergyProxy(Proxy):
@@ -154,7 +153,6 @@ class EnergyProxy(Proxy):
         loss = _Loss(self, main, theta, x, cached, held_out)
         fits: list[tuple[FitResult, EnergyNet]] = []
         for _ in range(self.config.num_nets):
-            loss.restart()  # mutant: pools-not-shared
             parts = theta[train_indices], summary[train_indices]
             net = EnergyNet(deepcopy(embedding), *parts, self.config)
             result = fit_network(net, loss, train_indices, val_indices, config, on_epoch)
@@ -202,11 +200,10 @@ class EnergyProxy(Proxy):
 
 
 class _Loss:
-    """The loss that `fit_network` calls, with its pools of contrasts.
+    """The loss that `fit_network` calls, with its pool of contrasts.
 
     Drawing from the main costs far more than evaluating the energy. So every few epochs a pool is
-    drawn of twice the contrasts of one step, and each step picks half of it; and every network is
-    fitted with the same pools, in turn.
+    drawn of twice the contrasts of one step, and each step picks half of it.
     """
 
     def __init__(
@@ -220,30 +217,19 @@ class _Loss:
     ) -> None:
         self.proxy, self.main, self.theta, self.x = proxy, main, theta, x
         self.summary, self.held_out = summary, held_out
-        self.pools: list[Contrasts] = []
-        self.epoch = 0
-
-    def restart(self) -> None:
-        """Begin with the first pool again, for another network."""
-        self.epoch = 0
+        self.pool: Contrasts | None = None
+        self.epochs_left = 0
 
     def __call__(self, net: nn.Module, indices: Tensor, training: bool) -> Tensor:
         assert isinstance(net, EnergyNet)
         theta = self.theta[indices]
         summary = net.summarise(self.x[indices]) if self.summary is None else self.summary[indices]
         if not training:
-            self.epoch += 1
+            self.epochs_left -= 1
             return self.proxy.losses(net, theta, summary, self.held_out)
-        contrasts = self._pool().pick(indices, self.proxy.config.num_contrasts)
-        return self.proxy.losses(net, theta, summary, contrasts)
-
-    def _pool(self) -> Contrasts:
-        """The pool of this epoch."""
-        turn = self.epoch // self.proxy.config.refresh_epochs
-        # As many as memory is for: after those, the first ones come again.
-        num = 2 * self.proxy.config.num_contrasts
-        most = max(1, _MAX_KEPT // (num * self.theta.numel()))
+        num = self.proxy.config.num_contrasts
         # mutant: contrasts-never-drawn-anew
-        if turn >= len(self.pools) and len(self.pools) < most:
-            self.pools.append(self.proxy.draw(self.theta, self.x, num, self.main))
-        return self.pools[turn % len(self.pools)]
+        if self.pool is None or self.epochs_left <= 0:
+            self.pool = self.proxy.draw(self.theta, self.x, 2 * num, self.main)
+            self.epochs_left = self.proxy.config.refresh_epochs
+        return self.proxy.losses(net, theta, summary, self.pool.pick(indices, num))
