@@ -13,8 +13,6 @@ sampling. Cells that are in the file are skipped.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +20,8 @@ from statistics import mean
 from typing import Any
 
 import torch
+from attack_odd_simulators import Simulator, evaluate
+from cells import append, finished, rows, simulations
 from sbi.utils import BoxUniform
 from torch import Tensor
 
@@ -112,24 +112,19 @@ def of_proxy(proxy: Any, main: Any, theta: Tensor, x: Tensor) -> dict[str, float
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from attack_odd_simulators import Simulator, evaluate
     from sbi.inference import NPE
 
     from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys
     from sbi_jeffreys._sbi import NoTracker
 
     out, simulator = Path(arguments.out), Simulator(PRIOR, simulate)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(json.loads(line)["cell"]) for line in lines}
+    done = finished(out)
     for seed in range(arguments.seeds):
         for method in arguments.methods:
             cell = ("neuron", arguments.simulations, seed, method)
             if cell in done:
                 continue
-            torch.manual_seed(seed)
-            theta = PRIOR.sample((arguments.simulations,))
-            x = simulate(theta)
-            torch.manual_seed(seed + 1)
+            theta, x = simulations(simulator, arguments.simulations, seed)
             quiet = {"prior": PRIOR, "show_progress_bars": False, "tracker": NoTracker()}
             start = time.process_time()
             if method == "npe":
@@ -146,13 +141,12 @@ def run(arguments: argparse.Namespace) -> None:
                 more = of_proxy(inference.proxy, main, fresh, simulate(fresh))
                 more["words"] = str(inference.training_report)
             result = {"seconds": took, **evaluate(main, simulator), **more}
-            with out.open("a") as file:
-                file.write(json.dumps({"cell": cell, **result}) + "\n")
+            append(out, cell, result)
             print(*cell, result, flush=True)
 
 
 def report(arguments: argparse.Namespace) -> None:
-    cells = [json.loads(line) for line in Path(arguments.out).read_text().splitlines()]
+    cells = rows(Path(arguments.out))
     keys = ("nll", "coverage_50", "coverage_90", "proxy_nll", "proxy_coverage_50")
     print("| method | runs | " + " | ".join((*keys, "proxy_coverage_90", "seconds")) + " |")
     print("|" + "---|" * 9)
@@ -168,7 +162,6 @@ def report(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("out")

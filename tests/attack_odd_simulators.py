@@ -14,7 +14,6 @@ Results are appended one line a cell, and cells that are there are skipped, so a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cells import append, finished, rows, simulations
 from sbi.inference import NPE
 from sbi.utils import BoxUniform
 from torch import Tensor
@@ -189,8 +189,7 @@ def evaluate(estimator, simulator: Simulator) -> dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(json.loads(line)["cell"]) for line in lines}
+    done = finished(out)
     for seed in range(arguments.seeds):
         for num in arguments.simulations:
             for name, simulator in SIMULATORS.items():
@@ -198,10 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
                     cell = (name, num, seed, method)
                     if cell in done or (arguments.only and name not in arguments.only):
                         continue
-                    torch.manual_seed(seed)
-                    theta = simulator.prior.sample((num,))
-                    x = simulator.simulate(theta)
-                    torch.manual_seed(seed + 1)
+                    theta, x = simulations(simulator, num, seed)
                     start = time.process_time()
                     try:
                         estimator, words = train(method, simulator.prior, theta, x)
@@ -209,13 +205,12 @@ def run(arguments: argparse.Namespace) -> None:
                         result = {**evaluate(estimator, simulator), "words": words}
                     except Exception as error:
                         took, result = math.nan, {"error": f"{type(error).__name__}: {error}"}
-                    with out.open("a") as file:
-                        file.write(json.dumps({"cell": cell, "seconds": took, **result}) + "\n")
+                    append(out, cell, {"seconds": took, **result})
                     print(*cell, {k: v for k, v in result.items() if k != "words"}, flush=True)
 
 
 def report(arguments: argparse.Namespace) -> None:
-    cells = [json.loads(line) for line in Path(arguments.out).read_text().splitlines()]
+    cells = rows(Path(arguments.out))
     found = {tuple(cell["cell"]): cell for cell in cells}
     groups: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for (name, num, seed, method), cell in found.items():

@@ -12,13 +12,13 @@ appended one line a cell, and cells that are there are skipped, so a run can be 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import append, finished, rows, simulations
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
@@ -90,18 +90,14 @@ def read(inference: NPE_Jeffreys, task) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(json.loads(line)["cell"]) for line in lines}
+    done = finished(out)
     for seed in range(arguments.seeds):
         for name in arguments.only or TASKS:
             cell = (name, arguments.simulations, seed)
             if cell in done:
                 continue
             task = get_task(name)
-            torch.manual_seed(seed)
-            theta = task.prior.sample((arguments.simulations,))
-            x = task.simulate(theta)
-            torch.manual_seed(seed + 1)
+            theta, x = simulations(task, arguments.simulations, seed)
             inference = NPE_Jeffreys(
                 task.prior,
                 main_network(task, "nsf"),
@@ -111,16 +107,14 @@ def run(arguments: argparse.Namespace) -> None:
             start = time.process_time()
             inference.append_simulations(theta, x).train()
             result = {"seconds": time.process_time() - start, **read(inference, task)}
-            with out.open("a") as file:
-                file.write(json.dumps({"cell": cell, **result}) + "\n")
+            append(out, cell, result)
             print(*cell, result, flush=True)
 
 
 def report(arguments: argparse.Namespace) -> None:
     print("| task | seed | trust | uncertain | believed | long run, both sides | bias ", end="")
     print("| fresh: proxy, main | NPE, main, held out |\n|" + "---|" * 9)
-    for line in Path(arguments.out).read_text().splitlines():
-        row = json.loads(line)
+    for row in rows(Path(arguments.out)):
         bias = row["believed"] - row["long_run_upper"]
         print(
             f"| {row['cell'][0]} | {row['cell'][2]} | {row['trust']:.2f} | "

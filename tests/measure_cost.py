@@ -5,7 +5,7 @@
     python tests/measure_cost.py figure OUT.jsonl
 
 sbi's NPE, the presets, and options that make training cheaper, on the same 1,000 simulations of
-each task; on 2,000 fresh pairs the mean negative log density, corrected for leakage, and coverage.
+each task; on 500 fresh pairs the mean negative log density, corrected for leakage, and coverage.
 Two of the default tasks are tuning tasks, three are reported ones. Cells that are in the file are
 skipped, so a run can be resumed.
 """
@@ -13,8 +13,6 @@ skipped, so a run can be resumed.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -23,6 +21,8 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from attack_odd_simulators import Simulator, evaluate
+from cells import append, finished, rows, simulations
 
 TASKS = ("two_moons", "gaussian_linear", "slcp", "tune_poisson", "tune_narrow")
 
@@ -76,36 +76,30 @@ def reduced_chi_square(task: Any, estimator: Any) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from attack_odd_simulators import Simulator, evaluate
-
     from sbi_jeffreys.benchmark.tasks import get_task
+    from sbi_jeffreys.benchmark.tasks.tuning import TUNING_TASKS
 
     out = Path(arguments.out)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(json.loads(line)["cell"]) for line in lines}
+    done = finished(out)
     for seed in range(arguments.seeds):
         for name in arguments.tasks:
             for method in arguments.methods or ("npe", *settings()):
                 cell = (name, arguments.simulations, seed, method)
                 if cell in done:
                     continue
-                task = get_task(name)
-                torch.manual_seed(seed)
-                theta = task.prior.sample((arguments.simulations,))
-                x = task.simulate(theta)
-                torch.manual_seed(seed + 1)
+                task = TUNING_TASKS[name] if name in TUNING_TASKS else get_task(name)
+                theta, x = simulations(task, arguments.simulations, seed)
                 start = time.process_time()
                 estimator = train(task, method, theta, x)
                 took = time.process_time() - start
                 result = evaluate(estimator, Simulator(task.prior, task.simulate))
                 if hasattr(task, "signal"):
                     result["chi_square"] = reduced_chi_square(task, estimator)
-                with out.open("a") as file:
-                    file.write(json.dumps({"cell": cell, "seconds": took, **result}) + "\n")
+                append(out, cell, {"seconds": took, **result})
 
 
 def report(arguments: argparse.Namespace) -> None:
-    cells = [json.loads(line) for line in Path(arguments.out).read_text().splitlines()]
+    cells = rows(Path(arguments.out))
     base = {tuple(cell["cell"][:3]): cell for cell in cells if cell["cell"][3] == "npe"}
     groups: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
     for cell in cells:
@@ -134,7 +128,7 @@ def figure(arguments: argparse.Namespace) -> None:
     """Draw gain over NPE against processor time for the presets, a line for each task."""
     import matplotlib.pyplot as plt
 
-    cells = [json.loads(line) for line in Path(arguments.out).read_text().splitlines()]
+    cells = rows(Path(arguments.out))
     plt.figure(figsize=(6, 4), layout="constrained")
     for task in dict.fromkeys(cell["cell"][0] for cell in cells):
         points = []
@@ -157,7 +151,6 @@ def figure(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "report", "figure"))
     parser.add_argument("out")

@@ -188,6 +188,11 @@ class Expert(ABC):
         """How reports call it."""
         return type(self).__name__.removesuffix("Expert").lower()
 
+    @property
+    def architecture(self) -> Hashable:
+        """Networks whose values are equal, and not None, can be fitted together."""
+        return None
+
     @abstractmethod
     def fit(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
@@ -224,11 +229,6 @@ class Prepared:
 
 class NetworkExpert(Expert):
     """An expert that is a network, fitted by gradient steps."""
-
-    @property
-    def architecture(self) -> Hashable:
-        """Experts whose values are equal, and not None, can be fitted together."""
-        return None
 
     @abstractmethod
     def prepare(

@@ -91,17 +91,13 @@ def fit_to_folds(specs: Sequence[Expert], folds: Sequence[ExpertData]) -> list[F
 
 def _next_wave(pending: Sequence[Expert], fitted: Fits) -> list[Expert]:
     """The flows to fit next: of one architecture; the first of each kind before all others."""
-    alike = [spec for spec in pending if _architecture(spec) == _architecture(pending[0])]
-    if _architecture(pending[0]) is None:
+    alike = [spec for spec in pending if spec.architecture == pending[0].architecture]
+    if pending[0].architecture is None:
         alike = alike[:1]
     known = {spec.around_regression for spec in fitted if spec.expensive}
     first = {spec.around_regression: spec for spec in reversed(alike)}
     new = [s for s in alike if s == first[s.around_regression] and s.around_regression not in known]
     return new or alike
-
-
-def _architecture(spec: Expert) -> object:
-    return spec.architecture if isinstance(spec, NetworkExpert) else None
 
 
 def _fit(specs: Sequence[Expert], folds: Sequence[ExpertData], fits: Sequence[Fits]) -> None:
@@ -110,7 +106,7 @@ def _fit(specs: Sequence[Expert], folds: Sequence[ExpertData], fits: Sequence[Fi
         for data, fitted in zip(folds, fits):
             fitted[specs[0]] = specs[0].fit(data, list(fitted.values()), math.inf)
         return
-    together = _architecture(specs[0]) is not None
+    together = specs[0].architecture is not None
     pairs = [(spec, data, fitted) for spec in specs for data, fitted in zip(folds, fits)]
     prepared = [
         spec.prepare(data, list(fitted.values()), _threshold(spec, fitted, together))

@@ -86,9 +86,7 @@ class KernelRegression(GaussianRegression):
     def _kernel(self, points: Tensor, length: Tensor) -> Tensor:
         """k of standardised points `(N, dim_z)` and those of the fit, shape `(N, K)`."""
         inner = points @ self.points.T
-        norms = points.pow(2).sum(dim=1, keepdim=True) + self.points.pow(2).sum(dim=1)
-        squares = (norms - 2 * inner).clamp_min(0.0)
-        smooth = torch.exp(-0.5 * squares / (length**2 * points.shape[1]))
+        smooth = self._smooth(points, length)
         return smooth + _LINEAR * (1.0 + inner)  # mutant: kernel-without-smooth-part
 
     def mean(self, z: Tensor) -> Tensor:
@@ -98,17 +96,17 @@ class KernelRegression(GaussianRegression):
         slopes = _LINEAR * (self.points.T @ self.coefficients)
         shift = self.shift + _LINEAR * self.coefficients.sum(dim=0)
         parts = points.reshape(-1, points.shape[-1]).split(_ROWS)
-        smooth = torch.cat([self._smooth(part) @ self.coefficients for part in parts])
+        smooth = torch.cat([self._smooth(part, self.length) @ self.coefficients for part in parts])
         mean = smooth.reshape(*z.shape[:-1], smooth.shape[-1]) + points @ slopes + shift
         return mean.to(z)
 
-    def _smooth(self, points: Tensor) -> Tensor:
+    def _smooth(self, points: Tensor, length: Tensor) -> Tensor:
         """exp(−|z − z'|² / 2ℓ²D) of standardised points `(N, dim_z)` and those of the fit."""
-        width = float(self.length**2 * points.shape[1])
+        width = float(length**2 * points.shape[1])
         norms = points.pow(2).sum(dim=1, keepdim=True) + self.points.pow(2).sum(dim=1)
         # One pass for the exponent: this is most of the cost of every evaluation.
         exponent = torch.addmm(norms, points, self.points.T, beta=-0.5 / width, alpha=1 / width)
-        return exponent.exp()
+        return exponent.clamp_max(0.0).exp()
 
 
 def _leave_one_out_residuals(
