@@ -437,6 +437,11 @@ MUTANTS = (
         "tests/test_npe.py -k annealed_weights",
     ),
     Mutant(
+        "npe-by-its-luck",
+        "floor = stage.npe_nll",
+        "tests/test_npe.py -k lucky_npe",
+    ),
+    Mutant(
         "lucky-epochs-kept",
         "margin = stage.options.tolerance",
         "tests/test_npe.py -k lucky_epoch",

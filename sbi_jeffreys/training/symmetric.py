@@ -162,8 +162,9 @@ class SymmetricTraining:
 
         The minimum over an epoch-by-epoch trace of ten or a hundred held-out pairs is a lucky epoch
         rather than a good one. All iterates within the tolerance satisfy the constraint, and of
-        those the last one has the smallest R: it is kept, unless it falls behind plain NPE, or
-        behind the best one by more than the tolerance and three standard errors of the difference.
+        those the last one has the smallest R: it is kept, unless it falls behind the best one by
+        more than the tolerance and three standard errors of the difference, or behind plain NPE,
+        whose epoch was chosen by these very pairs, by more than one standard error.
 
         Args:
             value: Held-out value of the main as it is now.
@@ -172,7 +173,8 @@ class SymmetricTraining:
         stage = self.stage
         # mutant: lucky-epochs-kept
         margin = stage.options.tolerance + _ERRORS * _standard_error(losses - self.best.losses)
-        bound = min(self.best.value + margin, stage.npe_nll)  # mutant: npe-not-a-floor
+        floor = stage.npe_nll + _standard_error(losses - self.plain)  # mutant: npe-by-its-luck
+        bound = min(self.best.value + margin, floor)  # mutant: npe-not-a-floor
         annealed = stage.finished and value <= bound
         if value < self.best.value or annealed:
             kept = Kept.LAST if stage.finished else Kept.BEST
