@@ -54,6 +54,22 @@ class SamplerFit(FittedMethod):
 
 
 @dataclass
+class RefitFit(FittedMethod):
+    """A posterior that is fitted at each observation that it is sampled at.
+
+    Attributes:
+        posterior_at: A posterior of sbi's for one x, its default x.
+    """
+
+    posterior_at: Callable[[Tensor], Any] = field(kw_only=True)
+
+    def sample(self, x: Tensor, num_samples: int) -> Tensor:
+        """See `FittedMethod.sample`."""
+        drawn = self.posterior_at(x).sample((num_samples,), show_progress_bars=False)
+        return drawn.detach()
+
+
+@dataclass
 class EstimatorFit(FittedMethod):
     """One or several density estimators; several are an equal-weight ensemble.
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from sbi_jeffreys import FlowExpert, JeffreysOptions, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys._sbi import NoTracker
 from sbi_jeffreys.benchmark._running import derive_seed, measured, quiet, seeded
-from sbi_jeffreys.benchmark.fitted import CorrectedFit, EstimatorFit, FittedMethod, SamplerFit
+from sbi_jeffreys.benchmark.fitted import (
+    CorrectedFit,
+    EstimatorFit,
+    FittedMethod,
+    RefitFit,
+    SamplerFit,
+)
 from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.training.report import ProxyStatus
@@ -201,14 +207,43 @@ def _sampler(members: list[Trained], context: FitContext) -> SamplerFit:
     return SamplerFit(info=members[0].info, posterior=members[0].posterior)
 
 
-def _corrected(members: list[Trained], context: FitContext) -> FittedMethod:
-    """Draws corrected through the proxy, or uncorrected ones where no proxy was trusted."""
+def _variational(members: list[Trained], context: FitContext) -> RefitFit:
+    """Variational inference on a trained NLE at each x: the reverse divergence alone.
+
+    sbi's amortised one does not train under a bounded prior: its flow leaves the support.
+    """
+    steps = {"max_num_iters": 3} if context.fast else {}
+
+    def posterior_at(x: Tensor) -> Any:
+        posterior = members[0].inference.build_posterior(sample_with="vi").set_default_x(x[None])
+        return posterior.train(show_progress_bar=False, **steps)
+
+    return RefitFit(info=members[0].info, posterior_at=posterior_at)
+
+
+def _corrected(
+    members: list[Trained], context: FitContext, power: float | None = None
+) -> FittedMethod:
+    """Draws corrected through the proxy, or uncorrected ones where no proxy was trusted.
+
+    With power 1 they are draws of the proxy alone, to which the main is a proposal.
+    """
     main, inference = _estimators(members, context), members[0].inference
     if not proxy_is_usable(inference):
         return main
     num_candidates = 1000 if context.fast else 20_000
-    posterior = inference.build_corrected_posterior(num_candidates=num_candidates)
+    posterior = inference.build_corrected_posterior(num_candidates=num_candidates, power=power)
     return CorrectedFit(info=main.info, main=main, posterior=posterior)
+
+
+def _focused(members: list[Trained], context: FitContext) -> FittedMethod:
+    """The main refined at each observation, or as it is where no proxy was trusted."""
+    main, inference = _estimators(members, context), members[0].inference
+    if not proxy_is_usable(inference):
+        return main
+    steps = {"num_steps": 10} if context.fast else {}
+    focus = partial(inference.focus, show_progress_bars=False, **steps)
+    return RefitFit(info=main.info, posterior_at=focus)
 
 
 def proxy_is_usable(inference: NPE_Jeffreys) -> bool:
@@ -249,16 +284,28 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+_NLE = partial(_other, trainer="NLE")
 _MAF, _FIXED = partial(_jeffreys, name="maf"), partial(_jeffreys, adaptive=False)
 for _method in (
     TrainerMethod("npe_nsf", "NPE", "npe_nsf", _npe, _estimators),
     TrainerMethod("npe_maf", "NPE (maf)", "npe_maf", partial(_npe, name="maf"), _estimators),
     TrainerMethod("ensemble2", "Ensemble of 2", "npe_nsf", _npe, _estimators, 2),
     TrainerMethod("ensemble5", "Ensemble of 5", "npe_nsf", _npe, _estimators, 5),
-    TrainerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", partial(_other, trainer="NLE"), _sampler),
+    TrainerMethod("nle_mcmc", "NLE + MCMC", "nle_mcmc", _NLE, _sampler),
+    TrainerMethod("nle_vi", "NLE + VI", "nle_mcmc", _NLE, _variational),
     TrainerMethod("npe_jeffreys", "NPE_Jeffreys", "npe_jeffreys", _jeffreys, _estimators),
     TrainerMethod(
         "npe_jeffreys_corrected", "NPE_Jeffreys corrected", "npe_jeffreys", _jeffreys, _corrected
+    ),
+    TrainerMethod(
+        "npe_jeffreys_proxy",
+        "Proxy alone",
+        "npe_jeffreys",
+        _jeffreys,
+        partial(_corrected, power=1.0),
+    ),
+    TrainerMethod(
+        "npe_jeffreys_focused", "NPE_Jeffreys focused", "npe_jeffreys", _jeffreys, _focused
     ),
     TrainerMethod("npe_jeffreys_maf", "NPE_Jeffreys (maf)", "npe_jeffreys_maf", _MAF, _estimators),
     TrainerMethod(

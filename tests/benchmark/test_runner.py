@@ -178,13 +178,32 @@ def test_ensembles_and_corrected_draws_share_their_trainings():
     assert corrected.pair_draws(theta[:5], x[:5], 7).log_weights.shape == (7, 5)
 
 
-@pytest.mark.parametrize("name", ["fmpe", "npe_maf"])
+def test_proxy_alone_and_focused_share_the_training_of_the_main():
+    task = get_task("two_moons")
+    theta, x = simulations_for(task, 60, 0)
+    context = FitContext(fast=True)
+    names = ("npe_jeffreys", "npe_jeffreys_proxy", "npe_jeffreys_focused")
+    main, proxy, focused = (get_method(n).fit(task, theta, x, 0, context) for n in names)
+    assert len(context.shared) == 1
+    assert proxy.main.posteriors[0] is main.posteriors[0]
+    at, main_says = theta[:5, None], torch.randn(5, 1)
+    trained = context.shared["npe_jeffreys", 0].inference
+    with torch.no_grad():
+        gap = proxy.posterior.log_potential(at, x[:1], main_says)
+        gap = gap - trained.proxy.log_potential(at, x[:1])
+    assert torch.allclose(gap, gap[0], atol=1e-4)  # whatever the main says
+    assert focused.sample(x[0], 20).shape == (20, 2)
+    assert focused.posterior_at(x[0]).x_o.equal(x[:1])
+    assert focused.pair_draws(theta[:5], x[:5], 7) is None
+
+
+@pytest.mark.parametrize("name", ["fmpe", "npe_maf", "nle_vi"])
 def test_other_methods_of_sbi_run(name):
     task = get_task("two_moons")
     theta, x = simulations_for(task, 60, 0)
     fitted = get_method(name).fit(task, theta, x, 0, FitContext(fast=True))
     assert fitted.sample(x[0], 5).shape == (5, 2)
-    assert (fitted.pair_draws(theta[:3], x[:3], 4) is None) == (name == "fmpe")
+    assert (fitted.pair_draws(theta[:3], x[:3], 4) is None) == (name != "npe_maf")
 
 
 def test_unknown_and_incomplete_methods():
