@@ -47,9 +47,9 @@ class JeffreysOptions:
             (N / 1,000)^0.8 from 1,000 simulations on, since a proxy of more simulations knows more
             that the main has to follow: 3,786 and 6,310 at 10,000.
         stage_length: Factor on the default of `num_steps`.
-        max_doublings: How often the stage may be made twice as long while main and proxy are far
-            apart at half of its length. Where they are close, it ends at three quarters of its
-            length. An explicit `num_steps` is kept to.
+        max_doublings: How often the stage may be made twice as long where main and proxy are far
+            apart at half of its length, the second time twice as far. Where they are close, it ends
+            at three quarters of its length. An explicit `num_steps` is kept to.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
             `learning_rate` (which is plain NPE's, on few simulations). None: 30; 20 where the proxy
@@ -100,7 +100,7 @@ class JeffreysOptions:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int | None = None
     stage_length: float = 1.0
-    max_doublings: int = 1
+    max_doublings: int = 2
     steps_per_epoch: int = 30
     learning_rate_factor: float | None = None
     proxy_draws: int | None = None
@@ -202,7 +202,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "proxy_folds": 1,
     },
     "default": {},
-    "thorough": {"stage_length": 3.0},
+    "thorough": {"stage_length": 3.0, "max_doublings": 1},
 }
 # None: chosen by the data
 _NONE_ALLOWED = (

@@ -61,6 +61,11 @@ MUTANTS = (
     Mutant("main-sees-distractors", "pass", "tests/proxies/test_screening.py"),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
+    Mutant(
+        "second-doubling-as-cheap-as-the-first",
+        "bound = APART",
+        "tests/training/test_symmetric.py -k longer",
+    ),
     Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),
     Mutant("stage-never-shorter", "pass", "tests/training/test_symmetric.py -k shorter"),
     Mutant(

@@ -151,9 +151,10 @@ class SymmetricStage:
         """After an epoch: at half of its length, make the stage twice as long, or end it sooner.
 
         By the loss of R, half the variance of log p − log q, which is zero where main and proxy
-        agree, costs nothing more, and needs neither held-out pairs nor log Z. The learning rate is
-        annealed over the new length from where it is. An explicit `JeffreysOptions.num_steps` is
-        not touched.
+        agree, costs nothing more, and needs neither held-out pairs nor log Z. Each doubling costs
+        twice what the one before did, so they have to be twice as far apart for it. The learning
+        rate is annealed over the new length from where it is. An explicit
+        `JeffreysOptions.num_steps` is not touched.
         """
         if self._settled or self.options.num_steps is not None:  # mutant: length-asked-for-adapted
             return
@@ -163,7 +164,8 @@ class SymmetricStage:
             return
         apart = sum(self._reverse) / len(self._reverse)
         self._reverse = []
-        if apart > APART and self.doublings < self.options.max_doublings:
+        bound = APART * 2**self.doublings  # mutant: second-doubling-as-cheap-as-the-first
+        if apart > bound and self.doublings < self.options.max_doublings:
             self.num_steps *= 2  # mutant: stage-never-longer
             self.doublings += 1
             return

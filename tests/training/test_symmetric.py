@@ -221,9 +221,12 @@ def length_after(losses: list[float], **changes) -> tuple[int, int]:
 
 
 def test_the_stage_is_longer_where_main_and_proxy_are_apart():
-    """Half the variance of log p − log q at half of the length: above 2, twice as long, once."""
-    assert length_after([5.0] * 100) == (800, 1)
-    assert length_after([5.0] * 100, max_doublings=2) == (1_600, 2)
+    """Half the variance of log p − log q at half of the length: above 2, and then above 4."""
+    assert length_after([3.0] * 100) == (800, 1)
+    assert length_after([5.0] * 100) == (1_600, 2)
+    assert length_after([50.0] * 100) == (1_600, 2)
+    assert length_after([50.0] * 100, max_doublings=1) == (800, 1)
+    assert length_after([5.0] * 100, max_doublings=3) == (1_600, 2)
     assert length_after([5.0] * 100, max_doublings=0) == (400, 0)
     assert length_after([50.0] * 7 + [1.0] * 100) == (400, 0)  # only the last epochs count
     assert length_after([1.0] * 7 + [5.0] * 5 + [0.1] * 100) == (600, 1)
