@@ -3,6 +3,10 @@
 from sbi_jeffreys import diagnostics, objective
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys.diagnostics import plots
+from sbi_jeffreys.diagnostics.misspecification import (
+    MisspecificationTest,
+    misspecification_test,
+)
 from sbi_jeffreys.diagnostics.report import HeldOutReport, held_out_report
 from sbi_jeffreys.networks.builders import MainBuilder
 from sbi_jeffreys.npe import NPE_Jeffreys, register
@@ -32,6 +36,7 @@ __all__ = [
     "JeffreysWarning",
     "LikelihoodProxy",
     "MainBuilder",
+    "MisspecificationTest",
     "NPE_Jeffreys",
     "NeuralRegressionExpert",
     "Proxy",
@@ -39,6 +44,7 @@ __all__ = [
     "TrainingReport",
     "diagnostics",
     "held_out_report",
+    "misspecification_test",
     "multipliers",
     "objective",
     "plots",

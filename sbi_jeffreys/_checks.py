@@ -149,12 +149,12 @@ def check_rows(
     return check_tensor(name, values, shape, finite, remedy)
 
 
-def check_observations(x: Any, shape: Sequence[int]) -> Tensor:
+def check_observations(x: Any, shape: Sequence[int], name: str = "x") -> Tensor:
     """Require at least one finite observation of a shape; returns `(B, *shape)`."""
     remedy = "pass one row of finite numbers for each of B observations"
-    values = check_rows("x", x, ("B", *shape), finite=True, remedy=remedy)
+    values = check_rows(name, x, ("B", *shape), finite=True, remedy=remedy)
     if len(values) == 0:
-        raise ValueError(f"x must have B ≥ 1 rows, got shape {tuple(values.shape)}; {remedy}.")
+        raise ValueError(f"{name} must have B ≥ 1 rows, got shape {tuple(values.shape)}; {remedy}.")
     return values
 
 

@@ -62,6 +62,11 @@ MUTANTS = (
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant(
+        "the-probable-are-suspicious",
+        "as_low = (simulated >= observed.unsqueeze(1)).sum(dim=1)",
+        "tests/diagnostics/test_misspecification.py",
+    ),
+    Mutant(
         "second-doubling-as-cheap-as-the-first",
         "bound = APART",
         "tests/training/test_symmetric.py -k longer",

@@ -13,6 +13,10 @@ from sbi_jeffreys.diagnostics.calibration import (
     marginal_ranks,
 )
 from sbi_jeffreys.diagnostics.findings import Finding, FindingKind, Measurement, Statistic
+from sbi_jeffreys.diagnostics.misspecification import (
+    MisspecificationTest,
+    misspecification_test,
+)
 from sbi_jeffreys.diagnostics.plots import (
     plot_c2st_against_budget,
     plot_coverage,
@@ -29,6 +33,7 @@ __all__ = [
     "FindingKind",
     "HeldOutReport",
     "Measurement",
+    "MisspecificationTest",
     "PairDraws",
     "Statistic",
     "coverage_curve",
@@ -39,6 +44,7 @@ __all__ = [
     "inside_prior",
     "leakage",
     "marginal_ranks",
+    "misspecification_test",
     "plot_c2st_against_budget",
     "plot_coverage",
     "plot_divergences",

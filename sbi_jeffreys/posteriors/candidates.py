@@ -84,7 +84,8 @@ def resample(candidates: Candidates, num: int) -> Tensor:
         where = "this observation" if log_weights.shape[1] == 1 else f"observations {empty}"
         raise RuntimeError(
             f"No draw of the main model has mass under the proxy at {where}: the two disagree "
-            "entirely. Use the uncorrected posterior and check x for misspecification."
+            "entirely. Use the uncorrected posterior and ask misspecification_test() whether x is "
+            "like the simulations."
         )
     edges = torch.cumsum(log_weights.exp().double(), dim=0).T.contiguous()
     batch, places = len(edges), torch.arange(num, device=edges.device)

@@ -148,7 +148,8 @@ def focus(
         warnings.warn(
             f"The posterior at x_o was not focused: of {_DRAWS} adaptive draws only "
             f"{effective:.0f} are effective, so that its target is not known well enough. Use "
-            "build_corrected_posterior(), more rounds, or check x_o for misspecification.",
+            "build_corrected_posterior(), more rounds, or ask misspecification_test() whether x_o "
+            "is like the simulations.",
             JeffreysWarning,
             stacklevel=3,
         )

@@ -45,6 +45,8 @@ class Proxy(nn.Module, ABC):
     can_sample: bool = False
     #: Whether f_ψ was fitted to x instead of θ, so that held-out pairs can improve its scale.
     can_be_tempered: bool = False
+    #: Whether the normaliser Z_ψ(x) = ∫ q̃_ψ dθ is a density of x, up to a constant.
+    has_evidence: bool = False
     #: What `fit` found out that a report should say, in words; empty where there is nothing.
     remark: str = ""
     inverse_temperature: Tensor

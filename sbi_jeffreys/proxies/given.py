@@ -60,7 +60,8 @@ class GivenProxy(Proxy):
         if sample_x is not None:
             check_callable("sample_x", sample_x, "callable", remedy)
         self.log_likelihood, self.sample_x = log_likelihood, sample_x
-        self.can_sample = sample_x is not None
+        # A function without a sampler may be a likelihood up to a function of x, or a ratio.
+        self.can_sample = self.has_evidence = sample_x is not None
 
     @classmethod
     def from_nle(cls, prior: Distribution, estimator: Any) -> GivenProxy:

@@ -97,7 +97,7 @@ class LikelihoodProxy(Proxy):
         drawn: How many pairs the last draw asked for, made and kept; None before any.
     """
 
-    can_sample = True
+    can_sample = has_evidence = True
     weights: Tensor
     columns: Tensor
     rest: Tensor
