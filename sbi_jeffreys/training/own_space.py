@@ -76,7 +76,7 @@ def choose_space(
 ) -> KeptPlain | None:
     """Train plain NPE with θ in its own space, and keep it or the trainer's main.
 
-    In the first round alone: in later ones, a main in θ's own space leaks more and more.
+    In the first round alone: over later ones, more and more mass of such a main leaks out.
 
     Args:
         trainer: The trainer; it stays as it is.
