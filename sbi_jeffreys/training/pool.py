@@ -3,8 +3,8 @@
 A proxy with a density of x draws pairs (θ̃, x̃) of its joint, as many as are needed. A proxy without
 one has the observations of the training simulations alone, and several θ̃_k ∼ q_ψ(·|x) for each of
 them, drawn once, before the symmetric stage, by adaptive importance resampling from the stage-0
-main and the prior. On either pool G is plain maximum likelihood. (Reweighting samples of the main
-while it moves is not: once the main has lost a region, no weight brings it back.)
+main and the prior. On either pool G is plain maximum likelihood. (Reweighting samples of the
+changing main is not: once the main has lost a region, no weight brings it back.)
 """
 
 from __future__ import annotations
