@@ -1,17 +1,18 @@
 r"""`NPE_Jeffreys`: neural posterior estimation with the symmetric Jeffreys divergence.
 
 Training in six sentences. Plain NPE is trained first, by sbi's own `train()`, which gives the
-first main p_φ(θ|x) and an upper bound on the held-out loss of any result. A proxy q_ψ(θ|x) is then
-fitted to the same simulations, by default p(θ) times a mixture of likelihoods of x, and the proxy's
-loss on held-out simulations determines how far it is trusted. In the symmetric stage the main
-minimises its reverse divergence R to the proxy, subject to the constraint that its held-out loss is
-as low as the lowest of main and proxy so far; gradients of that constraint come from the
-simulations (F) and from pairs that the proxy generates (G). The multiplier λ, which weighs
-constraint against R, adapts after every epoch, and the constraint has a slack at a price, for a
-constraint that cannot be met. At the end the main has the last, annealed weights if they satisfy
-the constraint, otherwise the best ones on held-out simulations, plain NPE's included. Where it is
-plain NPE that is kept, in a first round and under a bounded prior, a second one with θ in its own
-space takes its place if it is better on held-out simulations.
+first main p_φ(θ|x) and the held-out loss that later weights are compared with. A proxy q_ψ(θ|x) is
+then fitted to the same simulations, by default p(θ) times a mixture of likelihoods of x, and the
+proxy's loss on held-out simulations determines how far it is trusted. In the symmetric stage the
+main minimises its reverse divergence R to the proxy, subject to the constraint that its held-out
+loss is as low as the lowest that main and proxy have reached so far; gradients of that constraint
+come from the simulations (F) and from pairs that are drawn from the proxy (G). The multiplier λ,
+which weighs constraint against R, adapts after every epoch, and a slack, which has a price, relaxes
+a constraint that cannot be met. At the end the main has the last, annealed weights if they satisfy
+the constraint and are not clearly behind plain NPE, otherwise the best ones on held-out
+simulations, plain NPE's included. Where plain NPE is kept, in a first round and under a bounded
+prior, a second plain NPE, with θ as it is instead of in the prior's unconstrained space, takes its
+place if it is better on held-out simulations.
 
 Source: Ben-Dov & Chamon, *Adaptive Symmetrization of the KL Divergence*, arXiv 2511.11159. The
 mathematics is in `sbi_jeffreys.objective` and `sbi_jeffreys.training.multipliers`.

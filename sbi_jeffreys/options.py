@@ -31,9 +31,10 @@ class JeffreysOptions:
 
     Attributes:
         proxy: "likelihood" (a density of x; vector-valued x), "energy" (a learned log-ratio;
-            structured x), "auto" (likelihood for vector x without embedding net; an energy times a
-            likelihood of summaries where the main embeds x; else energy), or
-            a `Proxy` of your own, for instance `GivenProxy`.
+            structured x), "auto" (an energy times a likelihood of summaries where the main has a
+            trainable embedding net; a likelihood for vector x without a net, or of the summaries
+            of a net without trainable parameters; else energy), or a `Proxy` of your own, for
+            instance `GivenProxy`.
         experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
             more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
         proxy_fit: How the likelihood nets are fitted.
@@ -44,16 +45,17 @@ class JeffreysOptions:
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
             None: half as many again as plain NPE took (a main that was hard to fit to the
             simulations is hard to fit to the proxy), between 600 and 1,000. Both bounds grow as
-            (N / 1,000)^0.8 from 1,000 simulations on, since a proxy of more simulations knows more
-            that the main has to follow: 3,786 and 6,310 at 10,000.
+            (N / 1,000)^0.8 from 1,000 simulations on, since a proxy of more simulations has more
+            detail that the main has to fit: 3,786 and 6,310 at 10,000.
         stage_length: Factor on the default of `num_steps`.
         max_doublings: How often the stage may be made twice as long where main and proxy are far
-            apart at half of its length, the second time twice as far. Where they are close, it ends
-            at three quarters of its length. An explicit `num_steps` is kept to.
+            apart at half of its length; for the second time they have to be twice as far apart.
+            Where they are close, the stage ends at three quarters of its length. An explicit
+            `num_steps` is not changed.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
-        learning_rate_factor: Peak learning rate of the symmetric stage over `train`'s
-            `learning_rate` (which is plain NPE's, on few simulations). None: 30; 20 where the proxy
-            has no samples of x, as an energy, and embedding nets diverge at larger steps.
+        learning_rate_factor: Peak learning rate of the symmetric stage as a multiple of `train`'s
+            `learning_rate`. None: 30; 20 where the proxy, such as an energy, cannot draw x,
+            because embedding nets diverge at larger steps.
         proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
             again: too small a pool is overfitted like too few simulations. None: 100 for each
             step, at most a million, and at most 80 megabytes of x.
@@ -65,23 +67,23 @@ class JeffreysOptions:
         adaptive: Whether multipliers, slack, trust and temperature adapt; if False they stay at
             `initial_multiplier` and 1: the fixed-weight penalty.
         initial_multiplier: λ of the forward constraint at the start. None: 0.3 if it adapts, since
-            R, which clears mass from between the modes, does so best early; 1 if not.
-        max_multiplier: λ_max. At 10, R keeps a say while the constraint is missed by nats, which
-            early on is no sign that it cannot be met.
+            R removes mass between modes most easily at the start; 1 if not.
+        max_multiplier: λ_max. At 10, R keeps some weight while the constraint is missed by several
+            nats, which early on is no sign that it cannot be met.
         slack_price: α: a held-out gap of one nat that persists drives λ to α.
-        dual_step_size: How fast λ follows, in (0, 1]. Slower than the main, whose early lag is no
-            sign that the constraint cannot be met.
-        tolerance: Held-out gap, in nats, that the forward constraint forgives without slack.
+        dual_step_size: How fast λ changes, in (0, 1]. By default more slowly than the main, which
+            is behind early on even where the constraint can be met.
+        tolerance: Held-out gap, in nats, that the forward constraint allows without slack.
         temper: Whether the log-likelihood of a `LikelihoodProxy` is scaled by an inverse
             temperature γ found on held-out pairs, where it adapts. An energy is fitted by the
-            same criterion already, and a `GivenProxy` is taken at its word.
+            same criterion already, and a `GivenProxy` is used as it is.
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
-        marginal_transforms: Whether a network given *by name* sees x through marginal transforms
-            (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained space.
-            sbi's `posterior_nn(...)` gets the latter alone; other builders are used as they come.
-
+        marginal_transforms: Whether a main given by name or config gets x through marginal
+            transforms (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained
+            space. A `MainBuilder` has its own setting; other builders, such as sbi's
+            `posterior_nn(...)`, are used as they are.
         checkpoint: File that a long training is saved to after plain NPE, after the proxy's fit,
-            and during the symmetric stage; after a crash, `NPE_Jeffreys.load(path)` and
+            and during the symmetric stage. After a crash, `NPE_Jeffreys.load(path)` and
             `train(resume_training=True)` go on from there. None: no file.
         checkpoint_seconds: Least time between two checkpoints of the stage.
 
@@ -148,9 +150,10 @@ class JeffreysOptions:
     def preset(cls, name: Preset) -> JeffreysOptions:
         """Options by how long training may take: "fast", "default" or "thorough".
 
-        "fast" halves the symmetric stage and its batches, and fits the proxy once instead of
-        cross-fitting it, which is where the time goes with few simulations. "thorough" makes the
-        stage three times as long: at 1,000 simulations, .01 to .25 nats for twice the time.
+        "fast" halves the symmetric stage and its batches of pairs from the proxy, never doubles the
+        stage, and fits the proxy once instead of cross-fitting it, which takes most of the time
+        with few simulations. "thorough" makes the stage three times as long, and doubles it at
+        most once: at 1,000 simulations, .01 to .25 nats for twice the time.
 
         Raises:
             ValueError: If there is no preset of this name.

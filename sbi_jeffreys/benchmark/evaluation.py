@@ -24,8 +24,8 @@ class EvaluationSettings:
     Attributes:
         observations: Observations with a reference posterior, drawn from the prior predictive.
         observation_seed: Seed of the observations; all training seeds and budgets share them.
-        num_samples: Posterior and reference samples per observation. A classifier that sees few of
-            them finds smaller differences.
+        num_samples: Posterior and reference samples per observation. With few of them, a
+            classifier finds smaller differences.
         test_pairs: Fresh pairs (θ*, x) for NLL, coverage, leakage and divergences.
         draws_per_pair: Posterior draws at each of them.
         classifier: Classifier of the C2ST: "mlp", as in sbibm, or "rf".

@@ -226,7 +226,7 @@ def _corrected(
 ) -> FittedMethod:
     """Draws corrected through the proxy, or uncorrected ones where no proxy was trusted.
 
-    With power 1 they are draws of the proxy alone, to which the main is a proposal.
+    With power 1 they are draws of the proxy alone, for which the main is the proposal.
     """
     main, inference = _estimators(members, context), members[0].inference
     if not proxy_is_usable(inference):

@@ -30,7 +30,7 @@ Edit = Callable[[SymmetricStage, NPE_Jeffreys], None]
 
 
 class StageZero(Training):
-    """A training that ends with plain NPE as it is; what becomes of it is for the forks."""
+    """A training that ends with plain NPE as it is, from which the forks continue."""
 
     def _keep_plain(self, *arguments: Any) -> None:
         """Do nothing: train no second plain NPE, whose time the forks would be charged for."""

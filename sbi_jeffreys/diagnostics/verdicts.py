@@ -75,7 +75,7 @@ def healthy_words(num_pairs: int, num_parameters: int, with_proxy: bool) -> str:
     resolution = 100 * NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(0.09 / num_pairs)
     # 1/√(4π) is how fast a Gaussian's mean rank moves with its mean, per standard deviation.
     shift = _bound(alpha, 1 / 12, num_pairs) * math.sqrt(4 * math.pi)
-    blind = "; only a proxy or a lower NLL could show whether it uses all of x"
+    blind = "; only a proxy or the NLL of another method can show whether it uses all of x"
     return (
         f"healthy within what {num_pairs} pairs can show: the 90 % region's coverage is within "
         f"{resolution:.0f} points of nominal, and no parameter is off by more than about "

@@ -6,7 +6,7 @@ gets an interval of T(x), its cell, between those of smaller and of larger value
     … smaller values │ gap │ cell of width w │ gap │ larger values …
 
 Everything from one bar to the other stands for the atom, but an observed atom is spread over the
-cell alone: what a network smooths out over the cell's ends is then still the atom's.
+cell alone: density that a network smooths over the cell's ends then still counts for the atom.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def find_atoms(values: Tensor) -> Tensor:
 
 
 class Atoms(nn.Module):
-    """The atoms of outputs, and where in T(x) what stands for them is.
+    """The atoms of outputs, and the intervals of T(x) that stand for them.
 
-    The smallest value of all, if it is an atom, stands for everything below it as well, and is what
-    everything below its cell stands for; and so does the largest one above.
+    If the smallest value of all is an atom, every smaller x counts as this atom, and every T(x)
+    below its cell stands for it. The same holds above for the largest value.
 
     Attributes:
         values: The atoms, `(2, D)`, ∞ where there are fewer.
-        low: An atom is what x is from here to `high`, `(2, D)`.
+        low: Every x from `low` to `high` counts as the atom, `(2, D)`.
         high: See `low`.
-        start: T(x) stands for the atom from here to `end`, `(2, D)`.
+        start: Every T(x) from `start` to `end` stands for the atom, `(2, D)`.
         end: See `start`.
-        middle: Of the cell, `(2, D)`.
-        width: Of the cells, `(D,)`.
+        middle: The middle of the cell, `(2, D)`.
+        width: The width of the cells, `(D,)`.
         limits: T(x) without cells at a smallest and a largest atom, `(2, D)`, else ∓∞.
-        some: Whether there are any.
+        some: Whether there are any atoms.
     """
 
     values: Tensor
@@ -141,7 +141,7 @@ class Atoms(nn.Module):
         return y
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """T(x) `(*B, D)` from that without cells, y; an atom is at the middle of its cell."""
+        """T(x) `(*B, D)` from y, T(x) without cells; an atom is at the middle of its cell."""
         if not self.some:
             return y
         y = torch.minimum(torch.maximum(y, self.limits[0]), self.limits[1])
@@ -149,11 +149,11 @@ class Atoms(nn.Module):
         return self._placed(x, y + self._whole * larger, self.middle)
 
     def ends(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Both ends of what stands for the atoms among x, and y where there is none, `(*B, D)`."""
+        """Ends of the intervals that stand for the atoms among x, else y, `(*B, D)` each."""
         return self._placed(x, y, self.start), self._placed(x, y, self.end)
 
     def noise(self, x: Tensor) -> Tensor | float:
-        """What spreads the atoms among x `(*B, D)` over their cells; zero elsewhere."""
+        """Noise that spreads the atoms among x `(*B, D)` over their cells; zero elsewhere."""
         return (torch.rand_like(x) - 0.5) * self.width * self.at(x) if self.some else 0.0
 
     def log_slopes(self, x: Tensor, slopes: Tensor) -> Tensor:

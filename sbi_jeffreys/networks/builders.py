@@ -42,7 +42,7 @@ Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
 class StandardisedInput(nn.Module):
     """Marginal transform of x followed by z-scoring, as the main's embedding net.
 
-    Outputs may be left out: the network then sees their mean, whatever they are.
+    Outputs may be left out: the network then gets their mean in place of their values.
     """
 
     def __init__(self, transform: MarginalTransform, x: Tensor) -> None:

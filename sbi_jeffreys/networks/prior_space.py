@@ -17,7 +17,7 @@ from sbi_jeffreys._sbi import silent_prior
 
 __all__ = ["PriorTransform", "inside_support", "is_bounded"]
 
-_EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 tells
+_EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 resolves
 _FAR = 80.0  # a logit whose sigmoid is 2e-35: float32 still has it
 
 
@@ -44,8 +44,8 @@ class PriorTransform(nn.Module):
     its logit: a density that is flat up to the edge is then a Gaussian up to its tails, as the
     flow's base is, whereas a logistic one has tails that no flow with Gaussian ones can follow.
 
-    It keeps the bijection and the support, not the prior, so that it can be copied and pickled even
-    where the prior cannot.
+    It stores the bijection and the support, not the prior, so that it can be copied and pickled
+    even where the prior cannot.
 
     Args:
         prior: A prior with bounded support.
@@ -79,7 +79,7 @@ class PriorTransform(nn.Module):
         if prior is None or not is_bounded(prior):
             return None
         try:
-            # The trial leaves no trace in random numbers.
+            # The trial does not change the state of torch's generator.
             with torch.random.fork_rng(devices=[]), silent_prior():
                 transform = cls(prior)
                 theta = prior.sample(torch.Size((8,)))

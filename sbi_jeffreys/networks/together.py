@@ -136,7 +136,7 @@ class _Fits:
         self.decay = self.decay.to(weights)
         fixed = [_tensors(task.net) for task in tasks]
         stacked = {name: torch.stack([own[name] for own in fixed]) for name in fixed[0]}
-        # What is the same in all stays as it is: a network may decide by its values.
+        # Tensors that are equal in all are not stacked: a network may branch on their values.
         self.fixed = {n: t for n, t in stacked.items() if not bool((t == t[:1]).all())}
         self.average = weights.clone()
         self.kept = weights.clone()
@@ -217,7 +217,7 @@ class _Fits:
         self.module.eval()
         vals = [self.tasks[k].val for k in self.active]
         most = max(len(val) for val in vals)
-        # All need as many: the first pair is repeated, and not counted again.
+        # Equal numbers for vmap: the first pair is repeated, and not counted again.
         padded = [torch.cat([val, val[:1].expand(most - len(val))]) for val in vals]
         losses = self._losses(self.averages, self._batches(padded, False))
         own = [row[: len(val)].mean() for row, val in zip(losses, vals)]

@@ -124,8 +124,8 @@ class MarginalTransform(nn.Module):
             x: Simulations.
             choose: If False, every dimension keeps its scale; constants are still dropped and
                 integers dequantised.
-            atoms: Whether atoms get cells. Among conditions, the cells would be jumps of what is
-                smooth.
+            atoms: Whether atoms get cells. Where x is the input of a network, cells would add
+                jumps to a smooth function of x.
 
         Raises:
             TypeError: If x is no tensor of floats.

@@ -1,13 +1,13 @@
 r"""A posterior for one observation: the main, refined there by the symmetric objective.
 
-An amortised main serves every x, and at a narrow posterior its error is the largest part of the
-error that is left. At one observation x_o the target, the log-linear pool p_φ^{1−β} q_ψ^β of
-`posteriors.corrected`, can be evaluated as often as needed, and no θ or simulation is: a copy of
-the main minimises
+An amortised main is fitted to every x at once, and where the posterior is narrow the amortisation
+error is the largest part of what remains. At one observation x_o the target, the log-linear pool
+p_φ^{1−β} q_ψ^β of `posteriors.corrected`, can be evaluated as often as needed without new
+simulations. A copy of the main minimises
 
     J = −E_target[log p(θ|x_o)] + E_p[log p(θ|x_o) − log target(θ)]
 
-there. The forward half is taken over draws that adaptive importance sampling resamples to the
+there. The forward half is the mean over draws that adaptive importance sampling resamples to the
 target, so that modes which the main has are not lost; half of them are kept back to judge by.
 """
 
@@ -100,7 +100,7 @@ class FocusedPosterior(DirectPosterior):
         return super().map(self._checked(x), **kwargs)
 
     def set_default_x(self, x: Any) -> Any:
-        """The default x is the observation; another one is refused."""
+        """Refuse any x but the observation, which is the default x already."""
         self._checked(x)
         return super().set_default_x(x)
 

@@ -156,8 +156,8 @@ def _is_fixed(net: nn.Module | None) -> bool:
 def hand_back_embedding(proxy: Proxy, main: ConditionalDensityEstimator) -> None:
     """Load the weights of an embedding net that an energy has trained further into the main's.
 
-    The energy starts from a copy of that net, and its fit improves the summaries of x, which the
-    samples of θ in the symmetric stage do not.
+    The energy starts from a copy of that net, and its fit improves the summaries of x, whereas the
+    symmetric stage, which draws new θ but no new x, does not.
     """
     if isinstance(proxy, EnergyProxy) and proxy.net is not None and _embeds(main):
         trained = proxy.net.embedding.state_dict()
@@ -169,8 +169,8 @@ def hand_back_embedding(proxy: Proxy, main: ConditionalDensityEstimator) -> None
 def leave_out_uninformative(proxy: Proxy, main: ConditionalDensityEstimator) -> None:
     """Leave those outputs out of the main's input that the proxy found independent of θ.
 
-    Plain NPE has learned some of their noise, and the symmetric stage would take long to unlearn
-    it: draws of the proxy have as much of that noise as simulations.
+    Plain NPE has fitted some of their noise, and the symmetric stage would take long to undo that,
+    because draws of the proxy contain the same noise.
     """
     net = main.embedding_net
     if isinstance(proxy, LikelihoodProxy) and proxy.can_sample and isinstance(net, nn.Module):

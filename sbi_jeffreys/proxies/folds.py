@@ -1,6 +1,6 @@
 """Cross-fitted experts: what a likelihood proxy does with few simulations.
 
-Of a hundred simulations ten are held out, and ten pairs cannot tell which expert is best. So every
+Of a hundred simulations ten are held out, and ten pairs are too few to compare experts. So every
 expert is fitted once per fold of the *training* pairs, and the weights come from the pairs that
 each fit has not seen: all of the training pairs instead of ten, while the trainer's own held-out
 pairs, on which proxy and main are compared, stay untouched. The fits of a network are kept and

@@ -181,7 +181,7 @@ class LikelihoodProxy(Proxy):
 
     @property
     def can_be_tempered(self) -> bool:  # type: ignore[override]
-        """Of few outputs only: a pool of many could not be weighted by ℓ_ψ^{γ−1}."""
+        """Only with few outputs: with many, weights ℓ_ψ^{γ−1} of a pool would degenerate."""
         return 0 < len(self.columns) <= WIDE
 
     @property

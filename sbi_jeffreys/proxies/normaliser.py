@@ -1,8 +1,8 @@
 r"""The partition function of a proxy at given observations, by adaptive importance sampling.
 
 Importance sampling from a proposal that is wider than the proxy estimates log Z too low: E log Ẑ ≤
-log Z, and the more so the sharper the proxy. A held-out loss −log q̃ + log Ẑ then flatters a proxy
-exactly where it is overconfident. Two remedies stand here.
+log Z, and the more so the sharper the proxy. A held-out loss −log q̃ + log Ẑ is then too low
+exactly where the proxy is overconfident. Two remedies are implemented here.
 
 *Adaptation.* Draws θ_k of main and prior are weighted by (q̃/m)^τ, with the largest τ ≤ 1 that keeps
 a fifth of them effective. The next proposal is one third each of main and prior, of a Student
@@ -61,7 +61,7 @@ class Normaliser:
 
     @property
     def pessimistic(self) -> Tensor:
-        """The larger of both, under which the proxy looks worst, `(B,)`."""
+        """The larger of both, with which the loss of the proxy is highest, `(B,)`."""
         return torch.maximum(self.lower, self.upper)  # mutant: normaliser-own-theta-left-out
 
     @property
@@ -281,7 +281,7 @@ def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
     centred = draws - (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
     covariance = torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
-    # As wide as the spacing of the draws in the least: one heavy weight must not collapse it.
+    # At least as wide as the spacing of the draws: one heavy weight must not collapse it.
     floor = draws.var(dim=1).clamp_min(1e-24) * (1e-2 / draws.shape[1]) ** 2
     effective = 1 / weights.square().sum(dim=1)
     shrinkage = (dim / (effective + dim)).reshape(-1, 1, 1)

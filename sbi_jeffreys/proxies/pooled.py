@@ -3,8 +3,8 @@ r"""Pooled proxy: the product of an energy and a likelihood of summaries, each t
     q̃_ψ(θ, x) = p(θ) ℓ(s₀(x)|θ)^v e^{w f(θ, s(x))}.
 
 Where the main embeds x, plain NPE has trained a summary s₀ of it. A likelihood of that summary and
-an energy are two estimates of one posterior, whose errors have little to do with each other: one is
-fitted to x, the other to θ. Their log-linear pool (Genest & Zidek 1986) averages these errors. Its
+an energy are two estimates of one posterior, whose errors are nearly independent: one is fitted
+to x, the other to θ. Their log-linear pool (Genest & Zidek 1986) averages these errors. Its
 two powers have the best ranking loss on held-out pairs, in which log Z cancels; they need not sum
 to one, since a likelihood of few simulations, on a summary that was trained on the same ones, is
 too sharp.

@@ -1,6 +1,6 @@
 """Which outputs of a wide x depend on θ at all.
 
-Outputs that neither θ nor the other outputs have a part in (distractors, dead pixels, a baseline)
+Outputs that are independent of θ and of all other outputs (distractors, dead pixels, a baseline)
 carry no information, but a density of them costs as much as one of the others, and its errors add
 up. With enough simulations they can be told apart one by one: does a quadratic of θ explain the
 ranks of an output, or their distance from the middle?
@@ -28,7 +28,7 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
     Each column's normal scores, and their absolute values, are regressed on a quadratic of the
     normal scores of θ (a line where pairs are few); an F-test at 1 % decides. The others are left
     out only where they are at least half of the columns, and where their p-values together are
-    those of noise (Fisher's test at 0.1 %): many weak dependences together may say much.
+    those of noise (Fisher's test at 0.1 %): many weak dependences together may be informative.
 
     Args:
         theta: Training parameters `(N, D)`.

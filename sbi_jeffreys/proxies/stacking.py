@@ -9,7 +9,7 @@ from sbi_jeffreys.objective import ranking_nce_losses
 
 __all__ = ["pooling_powers", "stacking_weights"]
 
-# Of the powers' prior, N(1/2, 0.3²) each: the mean of both estimates, unless pairs say otherwise.
+# Of the powers' prior, N(1/2, 0.3²) each: the mean of both, unless the pairs favour others.
 _POWER, _POWER_SCALE = 0.5, 0.3
 
 

@@ -83,8 +83,8 @@ class HeldOut:
         """Loss of a main cut off at the prior, −log p_φ(θ|x) + log P(θ' inside | x), `(M,)`.
 
         The second term is estimated by draws. Where none of them is inside, it would be −∞, and a
-        main with next to no mass inside would be the best of all. So a few draws count as inside
-        at least, which bounds such a pair's loss from above.
+        main with next to no mass inside would be the best of all. So at least a few draws
+        count as inside, which makes the estimate an upper bound on such a pair's loss.
         """
         num = max(_FEWEST_DRAWS, min(_ACCEPTANCE_DRAWS, _ALL_ACCEPTANCE_DRAWS // len(self.theta)))
         inside = []

@@ -63,8 +63,8 @@ class SymmetricLoss:
 
     G is in every step. R and F are in every fourth, in turn, and count fourfold: unbiased at a
     quarter of their cost. F has little weight beside G, and the samples of R are expensive. F has
-    none while its average over training pairs is below Ĥ, the best value that any model reached on
-    held-out ones: the constraint is satisfied there, and what is below is overfitted.
+    no weight while its average over training pairs is below Ĥ, the best value that any model
+    reached on held-out ones: the constraint is satisfied there, and lower values are overfitting.
 
     Args:
         main: The density estimator.
@@ -94,7 +94,7 @@ class SymmetricLoss:
         """L and the terms it is made of.
 
         Args:
-            step: Number of the step, from 0: says whose turn it is.
+            step: Number of the step, from 0, which decides whether R or F is evaluated.
             multiplier: λ.
             next_real: Returns the next batch of training simulations.
         """
@@ -109,7 +109,7 @@ class SymmetricLoss:
         self._forward = _AVERAGE * before + (1 - _AVERAGE) * value
 
     def _renew_pool(self, step: int) -> None:
-        """Draw the pool anew once its pairs were seen twice each: a small one is overfitted."""
+        """Draw the pool anew once each pair was used twice on average, to avoid overfitting."""
         size = len(self.pool.x)
         every = max(1, _SEEN * size // self.options.proxy_batch_size)
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed

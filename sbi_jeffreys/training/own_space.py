@@ -25,10 +25,11 @@ from sbi_jeffreys.training.report import Estimate, Space, SpaceChoice
 
 __all__ = ["KeptPlain", "choose_space"]
 
-# Standard errors of the paired difference by which θ's own space must be better. A tie is for the
-# present main, from which no mass leaks and later rounds go on; with none, a second network that is
-# as good would take its place by luck half of the time, with one, in a sixth. Two would refuse most
-# true gains, which are as large as the standard error of thirty held-out pairs.
+# Standard errors of the paired difference by which θ's own space must be better. In a tie the main
+# is kept, because no mass leaks from it and later rounds continue with it. With no margin, a second
+# network that is just as good would replace it by chance half of the time, with a margin of one, a
+# sixth of the time. Two would refuse most true gains, which are as large as the standard error of
+# thirty held-out pairs.
 _MARGIN = 1.0
 
 
@@ -76,7 +77,7 @@ def choose_space(
 ) -> KeptPlain | None:
     """Train plain NPE with θ in its own space, and keep it or the trainer's main.
 
-    In the first round alone: in later ones, a main in θ's own space leaks more and more.
+    In the first round alone: over later ones, more and more mass of such a main leaks out.
 
     Args:
         trainer: The trainer; it stays as it is.

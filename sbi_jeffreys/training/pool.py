@@ -3,8 +3,8 @@
 A proxy with a density of x draws pairs (θ̃, x̃) of its joint, as many as are needed. A proxy without
 one has the observations of the training simulations alone, and several θ̃_k ∼ q_ψ(·|x) for each of
 them, drawn once, before the symmetric stage, by adaptive importance resampling from the stage-0
-main and the prior. On either pool G is plain maximum likelihood. (Reweighting samples of the main
-while it moves is not: once the main has lost a region, no weight brings it back.)
+main and the prior. On either pool G is plain maximum likelihood. (Reweighting samples of the
+changing main is not: once the main has lost a region, no weight brings it back.)
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def resampled_pool(
 
 
 def local_trust(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Weights of observations by what proxy and main say of the θ that each was simulated with.
+    r"""Weights of observations by the densities of main and proxy at the pairs' own θ.
 
     If θ follows q, the mean of p(θ|x) / q(θ|x) is 1 whatever p is, so by Markov's inequality the
-    ratio exceeds e³ at fewer than one in twenty pairs. Where it does, the proxy is more likely to
-    be wrong than unlucky, and the weight is e³ q / p.
+    ratio exceeds e³ at fewer than one in twenty pairs. Where it does, the proxy is probably wrong,
+    and the weight is e³ q / p.
 
     Args:
         log_p: log p(θ|x) of the main, `(B,)`.

@@ -122,7 +122,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SpaceChoice:
-    """In which space a plain NPE that was kept models θ; the other one was trained as well.
+    """The space in which plain NPE models θ, where it was kept and trained in both spaces.
 
     Attributes:
         kept: The one that was kept.
@@ -178,8 +178,9 @@ class TrainingReport:
         uncertain: Share of the held-out pairs at which the proxy's loss could not be bounded well.
         coverage_before: Of plain NPE's 50 and 90 % regions on held-out pairs; None in later rounds.
         coverage: Of the kept main's.
-        space: Where plain NPE models θ; None where there was no choice: the symmetric stage's
-            weights were kept, the prior is unbounded, θ is not in its space, or in later rounds.
+        space: Where plain NPE models θ. None where there was no choice: where the symmetric stage's
+            weights were kept, in later rounds, and where the main does not model θ in the
+            unconstrained space of a bounded prior.
     """
 
     proxy_status: ProxyStatus
@@ -274,7 +275,7 @@ class TrainingReport:
 
 _NAMES = {
     Problem.NO_PROXY: "There is no proxy",
-    Problem.PROXY_REFUSED: "The proxy is not as good as plain NPE or not like the simulations",
+    Problem.PROXY_REFUSED: "The proxy is worse than plain NPE, or its draws are implausible",
     Problem.KERNEL: "The calibration kernel excludes every draw of the proxy",
     Problem.STAGE_PAUSED: "The epoch budget max_num_epochs ended the symmetric stage",
     Problem.STAGE_STOPPED: "The symmetric stage diverged and was stopped",

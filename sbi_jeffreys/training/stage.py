@@ -4,7 +4,7 @@ r"""The symmetric stage: a thin loop of gradient steps and dual steps over an ex
 
 The forward constraint is evaluated on held-out simulations, while its gradient comes from
 surrogates (the proxy-Lagrangian of Cotter et al. 2019): F on training simulations and G on pairs
-drawn from the proxy, which are unlimited and let λ grow without overfitting. Per step the main
+drawn from the proxy, which are unlimited, so that λ can grow without overfitting. Per step the main
 descends the loss (`sbi_jeffreys.training.loss`), per epoch λ takes a resilient dual step
 (`sbi_jeffreys.training.multipliers`).
 """
@@ -51,7 +51,8 @@ class SymmetricStage:
         learning_rate: `train`'s learning rate; the peak is `learning_rate_factor` times that.
         clip_max_norm: Gradient norm bound or None.
         entropy: Ĥ at the start: the best held-out NLL of main and proxy so far.
-        npe_nll: V_NPE, plain NPE's held-out value, which no result may fall behind.
+        npe_nll: V_NPE, plain NPE's held-out value, which the result may exceed by one standard
+            error at most.
         num_steps: Length of the stage; the learning rate is annealed over it.
 
     Attributes:
@@ -108,7 +109,7 @@ class SymmetricStage:
     def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
         """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in.
 
-        A term that had no turn in a short epoch keeps its last mean; NaN before its first turn.
+        A term that was in no step of a short epoch keeps its last mean; NaN before its first.
         """
         self.main.train()
         seen: dict[str, list[float]] = {name: [] for name in self.latest}
@@ -150,10 +151,10 @@ class SymmetricStage:
     def adapt_length(self) -> None:
         """After an epoch: at half of its length, make the stage twice as long, or end it sooner.
 
-        By the loss of R, half the variance of log p − log q, which is zero where main and proxy
-        agree, costs nothing more, and needs neither held-out pairs nor log Z. Each doubling costs
-        twice what the one before did, so they have to be twice as far apart for it. The learning
-        rate is annealed over the new length from where it is. An explicit
+        The decision is by the loss of R, half the variance of log p − log q, which is zero where
+        main and proxy agree, costs nothing more, and needs neither held-out pairs nor log Z. Each
+        doubling costs twice as much as the one before, so the bound on that loss is twice as high.
+        The learning rate is annealed over the new length from where it is. An explicit
         `JeffreysOptions.num_steps` is not touched.
         """
         if self._settled or self.options.num_steps is not None:  # mutant: length-asked-for-adapted

@@ -146,7 +146,7 @@ class SymmetricTraining:
     def evaluate(self, held_out: HeldOut) -> None:
         """Evaluate the main that is kept, and the proxy once more with it as the proposal.
 
-        Both estimates of the proxy's losses are bounds from below, so the larger one counts.
+        Both estimates of the proxy's losses tend to be too low, so the larger one counts.
 
         Args:
             held_out: Held-out pairs.
@@ -160,11 +160,12 @@ class SymmetricTraining:
     def keep(self, value: float, losses: Tensor) -> None:
         """Keep the main's weights if they are the best yet; at the end, prefer the annealed ones.
 
-        The minimum over an epoch-by-epoch trace of ten or a hundred held-out pairs is a lucky epoch
-        rather than a good one. All iterates within the tolerance satisfy the constraint, and of
-        those the last one has the smallest R: it is kept, unless it falls behind the best one by
-        more than the tolerance and three standard errors of the difference, or behind plain NPE,
-        whose epoch was chosen by these very pairs, by more than one standard error.
+        The minimum over epochs of a loss on ten or a hundred held-out pairs is more often low by
+        chance than because the epoch is better. All iterates within the tolerance satisfy the
+        constraint, and of those the last one has the smallest R. So the last one is kept, unless it
+        is behind the best one by more than the tolerance and three standard errors of the
+        difference, or by more than one standard error behind plain NPE, whose epoch was chosen by
+        these very pairs.
 
         Args:
             value: Held-out value of the main as it is now.

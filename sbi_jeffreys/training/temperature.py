@@ -1,17 +1,17 @@
 r"""Temperature of a proxy: the scale of its log factor that held-out pairs support.
 
 A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. One that
-takes many outputs for independent, and errs in their common mean, is too narrow. One number mends
-the bulk of both (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
+takes many outputs for independent, and errs in their common mean, is too narrow. One number
+corrects most of either (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
 
     q_{ψ,γ}(θ|x) ∝ p(θ) e^{γ f_ψ(θ,x)},      γ > 0.
 
 γ has a posterior of its own, given held-out pairs: their ranking likelihood, in which the partition
 function cancels, so that it needs no estimate (which would be the worse the sharper q is), under
-log γ ∼ N(0, 0.15²). A proxy is sharpened to one standard deviation below its mean: the pairs
-stopped the proxy's fit and weighed its members, so they are optimistic about it. It is widened to
-the mean, where that is clearly below 0: by more than two standard deviations. An energy is left
-alone: it was fitted by these very losses, its scale included.
+log γ ∼ N(0, 0.15²). A proxy is sharpened to one standard deviation below the mean of log γ,
+because the same pairs stopped the proxy's fit and weighed its members, which makes them optimistic
+evidence. It is widened to the mean where that is more than two standard deviations below 0. An
+energy is left alone: it was fitted by these very losses, its scale included.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def inverse_temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | No
     """The inverse temperature at which true θ of held-out pairs stand out among contrasts.
 
     With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is
-    ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. What is
-    taken of it, and why: see the module.
+    ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. The
+    module's docstring explains which value is taken from it.
 
     Args:
         offset: log p(θ) − log m(θ|x) of the true θ (row 0) and its contrasts θ_k ∼ m(·|x), shape

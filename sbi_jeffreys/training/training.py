@@ -113,7 +113,7 @@ class Training:
         builder: Any,
         show_progress_bars: bool,
     ) -> ConditionalDensityEstimator:
-        """Train, on a random stream of our own; whatever ends it, the best weights are left.
+        """Train on an own random stream; however training ends, the best weights are left.
 
         Args:
             trainer: The trainer, with its simulations.
@@ -286,8 +286,8 @@ class Training:
     ) -> KeptPlain | None:
         """Where plain NPE is the result, keep it with θ in the space that suits it better.
 
-        On random numbers of its own, so that a training that is resumed goes on as if there had
-        been no pause.
+        It draws from a random stream of its own, so that a training that is resumed goes on as if
+        there had been no pause.
         """
         if self.symmetric is not None and not self.symmetric.ended_with_plain:
             return None

@@ -76,7 +76,7 @@ class FittedExpert(nn.Module):
     def log_probability(self, x: Tensor, z: Tensor, num_draws: int = 16) -> Tensor:
         """As `log_prob`, but of the cells of integers and atoms, by which experts can be compared.
 
-        A density at the middle of a cell flatters a net that is peaked there.
+        The density at the middle of a cell overrates a net that is peaked there.
         """
         # mutant: cells-by-their-middle
         if not bool(self.transform.has_cells.any()) or getattr(self.net, "knows_cells", False):
@@ -106,19 +106,19 @@ class FittedExpert(nn.Module):
     def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """A draw of x for each row of z, and whether it is plausible.
 
-        An estimator extrapolates outside the simulations, and the main would be trained on what no
-        simulation has shown. Integer columns with few observed values, such as binary ones, are
-        clamped to these. A draw is plausible if every other column is inside the box widened by a
-        tenth; of more than ten columns, where simulations themselves would often be outside in
-        one, a tenth of them may be outside it. No column may be outside the box widened by its own
+        An estimator extrapolates outside the simulations, and the main would be trained on draws
+        that resemble no simulation. Integer columns with few observed values, such as binary ones,
+        are clamped to these. A draw is plausible if every other column is inside the box widened by
+        a tenth; of more than ten columns, a tenth may be outside that box, because simulations
+        themselves often are in one column. No column may be outside the box widened by its own
         width, or NaN.
 
         Returns:
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
-        # What is below the smallest count, or an atom at a limit, is that value, however far below:
-        # judged by its cell.
+        # A value below the smallest count, or an atom at a limit, counts as that value, however far
+        # below it is: its cell decides.
         x = self.transform.inverse(y)
         # mutant: latent-counts-dropped
         y = torch.where(self.transform.in_cell(x[:, self.transform.keep]), self.transform(x), y)
@@ -185,7 +185,7 @@ class Expert(ABC):
 
     @property
     def name(self) -> str:
-        """How reports call it."""
+        """Its name in reports."""
         return type(self).__name__.removesuffix("Expert").lower()
 
     @property

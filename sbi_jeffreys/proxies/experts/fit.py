@@ -5,7 +5,7 @@ a regression's residuals, then the rest of their architecture, then others. Flow
 architecture are fitted together, to all folds at once. The flows that are left are not fitted where
 an inexpensive expert predicts held-out x clearly better than the flows of x do, and a flow around a
 regression does not improve on it: they would cost time and get no weight. A flow that is fitted
-alone is abandoned where it falls far behind an earlier one of its like.
+alone is abandoned where it falls far behind an earlier one of the same kind.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _fit(specs: Sequence[Expert], folds: Sequence[ExpertData], fits: Sequence[Fi
 def _threshold(spec: Expert, fitted: Fits, together: bool) -> float:
     """The loss after twenty epochs above which a fit is abandoned, by its best rival so far.
 
-    A fit that costs little beside others goes on: strong weight decay learns late, and well.
+    A fit that costs little beside others goes on, since strong weight decay learns late.
     """
     if together:  # mutant: late-learners-abandoned
         return math.inf

@@ -185,7 +185,7 @@ class NeuralRegressionExpert(NetworkExpert):
         check_float("weight_decay", self.weight_decay, 0.0)
 
     def suits(self, data: ExpertData) -> bool:
-        """Without hidden layers: only where x has cells, or else regressions do as much."""
+        """Without hidden layers: only where x has cells; a regression does the same elsewhere."""
         return self.num_layers > 0 or bool(data.scales[0].has_cells.any())
 
     @property
