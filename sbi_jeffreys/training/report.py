@@ -266,10 +266,10 @@ class TrainingReport:
             return ""
         half, most = (100 * float(value) for value in self.coverage.values)
         low, high = 100 * self.coverage.lower, 100 * self.coverage.upper
-        num = self.coverage.num_pairs
+        num, chance = self.coverage.num_pairs, [f"{a:.0f}–{b:.0f}" for a, b in zip(low, high)]
         return (
-            f" Its 50 and 90 % regions hold {half:.0f} and {most:.0f} % of {num} parameters "
-            f"(by chance {low[0]:.0f}–{high[0]:.0f} and {low[1]:.0f}–{high[1]:.0f})."
+            f" The main's 50 and 90 % regions hold {half:.0f} and {most:.0f} % of the true "
+            f"parameters of {num} pairs (by chance {chance[0]} and {chance[1]})."
         )
 
 
