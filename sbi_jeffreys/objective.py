@@ -215,5 +215,9 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     Returns:
         Between 0 (no finite weight) and K, shape `()` or `(B,)`.
     """
+    peak = log_weights.amax(dim=0, keepdim=True)
+    # Weights are known up to a factor, which may be huge: the difference below would cancel.
+    peak = torch.where(torch.isfinite(peak), peak, 0.0)
+    log_weights = log_weights - peak  # mutant: sample-size-cancels
     ess = torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
-    return torch.nan_to_num(ess, nan=0.0)
+    return torch.nan_to_num(ess, nan=0.0).clamp_max(len(log_weights))

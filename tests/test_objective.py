@@ -146,3 +146,14 @@ def test_effective_sample_size_of_equal_and_degenerate_weights():
     one[3] = 0.0
     assert float(objective.effective_sample_size(one)) == pytest.approx(1.0)
     assert float(objective.effective_sample_size(torch.full((5,), -torch.inf))) == 0.0
+
+
+@pytest.mark.parametrize("constant", [1e5, -1e5, 1e6])
+def test_effective_sample_size_knows_weights_up_to_a_factor(constant):
+    """In float32 the weights themselves are rounded: to 1/16 at 1e6."""
+    torch.manual_seed(0)
+    log_weights = torch.randn(1000, 3)
+    expected = objective.effective_sample_size(log_weights)
+    found = objective.effective_sample_size(log_weights + constant)
+    assert torch.allclose(found, expected, rtol=0.02)
+    assert bool((objective.effective_sample_size(3e8 * torch.rand(1000, 3)) <= 1000).all())

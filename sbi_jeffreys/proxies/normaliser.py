@@ -40,6 +40,7 @@ _WIDTHS = (1.0, 0.3, 0.1)  # of the kernels, relative to the spread of the weigh
 _DEGREES = 5.0  # of freedom of the Student kernels
 _AGREE = 0.1  # nats within which the bounds count as one
 _POWERS = torch.logspace(0, -3, 25)
+_FAR = 1e15  # a larger θ has no finite square in float32
 _MIN_EFFECTIVE = 20.0  # effective draws below which an estimate is uncertain
 
 
@@ -98,8 +99,9 @@ class AdaptedDraws:
 
     @property
     def offset(self) -> Tensor:
-        """log p(θ) − log m(θ|x), −∞ outside the prior, `(1 + K, B)`."""
-        return self.log_prior - self.log_m
+        """log p(θ) − log m(θ|x), −∞ outside the prior and where m is not known, `(1 + K, B)`."""
+        known = torch.isfinite(self.log_prior) & ~torch.isnan(self.log_m)
+        return torch.where(known, self.log_prior - self.log_m, -torch.inf)
 
     def log_weights(self, inverse_temperature: Tensor | float) -> Tensor:
         """log q̃ − log m at an inverse temperature, `(1 + K, B)`."""
@@ -222,7 +224,7 @@ class _Kernels:
         """One component with the moments of draws `(K, B, D)` of log weights `(K, B)`."""
         weights, draws = _normalised(theta, log_weights)
         mean = (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
-        factor = torch.linalg.cholesky(_covariance(weights, draws))
+        factor = _cholesky(_covariance(weights, draws))
         return cls(mean, factor, torch.ones(1).to(draws))
 
     @classmethod
@@ -233,7 +235,7 @@ class _Kernels:
         rows = torch.multinomial(weights, _CENTRES, replacement=True)
         centres = draws.gather(1, rows.unsqueeze(-1).expand(-1, -1, dim))
         bandwidth = (4.0 / (_CENTRES * (dim + 2))) ** (2.0 / (dim + 4))
-        factor = torch.linalg.cholesky(bandwidth * _covariance(weights, draws))
+        factor = _cholesky(bandwidth * _covariance(weights, draws))
         scales = torch.tensor(_WIDTHS).repeat(_CENTRES // len(_WIDTHS) + 1)[:_CENTRES]
         return cls(centres, factor, scales.to(draws))
 
@@ -270,9 +272,16 @@ class _Kernels:
 
 
 def _normalised(theta: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(B, K)` that sum to one, equal where none is positive, and draws `(B, K, D)`."""
+    """Weights `(B, K)` that sum to one, equal where none is positive, and draws `(B, K, D)`.
+
+    A main may draw θ as far away as infinity. Such draws have no weight, but their moments would
+    be NaN: they are replaced by 0.
+    """
     usable = torch.isfinite(log_weights).any(dim=0)
-    return torch.softmax(torch.where(usable, log_weights, 0.0), dim=0).T, theta.transpose(0, 1)
+    weights = torch.softmax(torch.where(usable, log_weights, 0.0), dim=0)
+    counts = (weights > 0) & (theta.abs() < _FAR).all(dim=-1)  # mutant: far-draws-in-moments
+    theta = torch.where(counts.unsqueeze(-1), theta, 0.0)
+    return weights.T, theta.transpose(0, 1)
 
 
 def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
@@ -282,8 +291,18 @@ def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
     covariance = torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     # At least as wide as the spacing of the draws: one heavy weight must not collapse it.
-    floor = draws.var(dim=1).clamp_min(1e-24) * (1e-2 / draws.shape[1]) ** 2
+    # By quartiles, which a few draws far away do not move.
+    low, high = draws.quantile(torch.tensor([0.25, 0.75]).to(draws), dim=1)
+    spread = ((high - low) / 1.35).square()
+    floor = spread.clamp_min(1e-24) * (1e-2 / draws.shape[1]) ** 2
     effective = 1 / weights.square().sum(dim=1)
     shrinkage = (dim / (effective + dim)).reshape(-1, 1, 1)
     shrunk = (1 - shrinkage) * covariance + shrinkage * torch.diag_embed(diagonal)
     return shrunk + torch.diag_embed(floor)
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """Cholesky factors `(B, D, D)`; of the diagonal where rounding made a matrix indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    variances = covariance.diagonal(dim1=1, dim2=2).clamp_min(1e-24)
+    return torch.where(failed.reshape(-1, 1, 1) > 0, torch.diag_embed(variances.sqrt()), factor)

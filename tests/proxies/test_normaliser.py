@@ -140,3 +140,35 @@ def test_without_annealing_the_peak_is_not_reached(monkeypatch):
     plain = estimate_log_normaliser(proxy, Main(1.0, 5), theta, x, NUM, max_rounds=4)
     errors = [float((e.lower - truth).abs().mean()) for e in (annealed, plain)]
     assert errors[0] < 0.5 * errors[1]
+
+
+class Wild(Main):
+    """A main that draws one θ per observation far away, where its density is not known."""
+
+    far: float = 0.0
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs) -> Tensor:
+        drawn = super().sample(sample_shape, condition)
+        drawn[0] = self.far
+        return drawn
+
+
+@pytest.mark.parametrize("far", [1e6, 1e10, 1e20, math.inf, math.nan])
+def test_one_draw_far_away_changes_nothing(far):
+    proxy, main = Known(2, 0.05), Wild(1.0, 2)
+    main.far = far
+    torch.manual_seed(0)
+    x = torch.randn(20, 2)
+    draws = adapted_draws(proxy, main, x.clone(), x, 256)
+    found = draws.log_normaliser(1.0)
+    assert torch.allclose(found.lower, proxy.log_z(x), atol=0.5)
+    assert bool((found.effective > 0.2 * 256).all())
+
+
+def test_an_observation_from_far_away_is_improbable_and_no_error():
+    proxy, main = Known(2, 0.05), Wild(1.0, 2)
+    x = torch.tensor([[1e15, 0.0], [3e38, -3e38], [0.1, 0.2]])
+    torch.manual_seed(0)
+    found = adapted_draws(proxy, main, x.clone(), x, 256).log_normaliser(1.0)
+    assert bool((found.lower[:2] < -1e10).all())
+    assert abs(float(found.lower[2] - proxy.log_z(x)[2])) < 0.5
