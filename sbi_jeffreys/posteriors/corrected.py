@@ -35,6 +35,7 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.posteriors.candidates import CandidateCache, Candidates, draw_candidates, resample
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
 from sbi_jeffreys.posteriors.power import log_pool
+from sbi_jeffreys.posteriors.proxy import PooledPotential
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["CorrectedPosterior"]
@@ -85,6 +86,8 @@ class CorrectedPosterior(DirectPosterior):
         remedy = "1 corrects all the way to the proxy; for the main itself use build_posterior()"
         self.power = float(check_float("power", power, 0.0, 1.0, low_open=True, remedy=remedy))
         super().__init__(posterior_estimator=main, prior=prior, **kwargs)
+        # mutant: map-of-the-main
+        self.potential_fn = PooledPotential(main, proxy, self.power, str(device_of(self)))
         self.proxy, self.num_candidates = proxy, num_candidates
         self._cache = CandidateCache()
 

@@ -24,9 +24,10 @@ from sbi_jeffreys._sbi import (
     PosteriorParameters,
     RejectionPosteriorParameters,
 )
+from sbi_jeffreys.posteriors.power import log_pool
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
+__all__ = ["PooledPotential", "ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
 
 SampleWith = Literal["mcmc", "importance", "rejection"]
 ProxyPosterior = MCMCPosterior | ImportanceSamplingPosterior | RejectionPosterior
@@ -83,6 +84,43 @@ class ProxyPotential(BasePotential):
             return torch.where(inside, potential - rest, -torch.inf)
 
 
+def _one_observation(potential: ProxyPotential) -> Tensor:
+    """The potential's observation, `(1, *x_shape)`; several are refused."""
+    x = potential.x_o.reshape(-1, *potential.x_shape)
+    if len(x) != 1:
+        raise ValueError(
+            f"x must be one observation, got {len(x)}; the main is a posterior given one "
+            "observation. Use build_proxy_posterior(sample_with='mcmc') for several independent "
+            "ones."
+        )
+    return x
+
+
+class PooledPotential(ProxyPotential):
+    """log p_φ^{1−β} q̃_ψ^β at one observation, what a `CorrectedPosterior` has draws of.
+
+    Args:
+        main: The main model p_φ(θ|x).
+        proxy: A fitted proxy.
+        power: β in (0, 1].
+        device: Where to evaluate it.
+    """
+
+    def __init__(
+        self, main: ConditionalDensityEstimator, proxy: Proxy, power: float, device: str = "cpu"
+    ) -> None:
+        super().__init__(proxy, main.condition_shape, device)
+        self.main, self.power = main, power
+
+    def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
+        """Of θ `(N, D)` at the observation, `(N,)`, −∞ outside the prior."""
+        x = _one_observation(self)
+        theta = torch.atleast_2d(torch.as_tensor(theta)).to(self.device).unsqueeze(1)
+        with torch.set_grad_enabled(track_gradients):
+            log_p = self.main.log_prob(theta, x)
+            return log_pool(log_p, self.proxy.log_potential(theta, x), self.power)[:, 0]
+
+
 class _MainProposal:
     """The main as a proposal at the potential's x_o, since sbi sets x_o on the potential alone."""
 
@@ -90,14 +128,7 @@ class _MainProposal:
         self.main, self.potential = main, potential
 
     def _x(self) -> Tensor:
-        x = self.potential.x_o.reshape(-1, *self.main.condition_shape)
-        if len(x) != 1:
-            raise ValueError(
-                f"x must be one observation for importance sampling, got {len(x)}; the main is a "
-                "posterior given one observation. Use sample_with='mcmc' for several independent "
-                "ones."
-            )
-        return x
+        return _one_observation(self.potential)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:

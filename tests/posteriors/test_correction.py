@@ -43,6 +43,15 @@ def test_best_power_is_where_the_pool_of_two_gaussians_is_the_truth(main, proxy,
     )
 
 
+@pytest.mark.parametrize("power", [0.3, 1.0])
+def test_map_is_the_mode_of_the_target(power):
+    posterior = corrected(power).set_default_x(X)
+    found = posterior.map(num_iter=300, learning_rate=0.01, show_progress_bars=False)
+    assert torch.allclose(found, X / 1.25 + (1 - power) * SPREAD, atol=0.02)
+    with pytest.raises(ValueError, match="one observation"):
+        posterior.set_default_x(torch.stack([X, X])).potential(torch.zeros(1, 2))
+
+
 def test_best_power_survives_a_proxy_without_mass_at_a_true_parameter():
     true = torch.zeros(20)
     true[3] = -math.inf
@@ -72,6 +81,8 @@ def test_draws_and_density_are_those_of_the_pool(power):
     theta = pool.sample((50,))
     error = (posterior.log_prob(theta, x=X) - pool.log_prob(theta)).abs().max()
     assert float(error) < 4 * math.sqrt((math.exp(2 * power**2) - 1) / 10_000) + 1e-4
+    potential = posterior.set_default_x(X).potential(theta)
+    assert torch.allclose(potential, posterior.log_prob(theta, norm_posterior=False), atol=1e-4)
     batched = posterior.log_prob_batched(theta.unsqueeze(1), X.unsqueeze(0))[:, 0]
     assert float((batched - pool.log_prob(theta)).abs().max()) < 0.15
 
