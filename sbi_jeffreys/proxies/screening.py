@@ -62,8 +62,13 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
 def _normal_scores(values: Tensor) -> Tensor:
     """Columns `(N, D)` by their ranks as normal quantiles, on the processor, in float64."""
     values = values.detach().cpu().double()
-    # Ties, as of counts, are broken at random by the order of the rows.
-    ranks = values.argsort(dim=0, stable=True).argsort(dim=0).double()
+    # Ties, as of counts or of dead pixels, are broken at random, and in each column otherwise: by
+    # the order of the rows, columns of ties would all have the same ranks.
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(values.shape, generator=generator)
+    order = noise.argsort(dim=0)  # mutant: ties-alike-in-all-columns
+    ranks = values.gather(0, order).argsort(dim=0, stable=True).argsort(dim=0)
+    ranks = torch.empty_like(ranks).scatter_(0, order, ranks).double()
     return torch.special.ndtri((ranks + 0.5) / len(values))
 
 
