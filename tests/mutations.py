@@ -67,6 +67,31 @@ MUTANTS = (
         "tests/diagnostics/test_misspecification.py",
     ),
     Mutant(
+        "sample-size-cancels",
+        "pass",
+        "tests/test_objective.py -k up_to_a_factor",
+    ),
+    Mutant(
+        "anchor-seeds-every-device",
+        "torch.manual_seed(0)",
+        "tests/proxies/test_likelihood_proxy.py -k seed_every_device",
+    ),
+    Mutant(
+        "far-draws-in-moments",
+        "counts = weights > -1",
+        "tests/proxies/test_normaliser.py -k far_away",
+    ),
+    Mutant(
+        "ties-alike-in-all-columns",
+        "order = noise[:, :1].argsort(dim=0).expand_as(noise)",
+        "tests/proxies/test_screening.py -k constant",
+    ),
+    Mutant(
+        "map-of-the-main",
+        "self.proxy = proxy",
+        "tests/posteriors/test_correction.py -k mode_of_the_target",
+    ),
+    Mutant(
         "second-doubling-as-cheap-as-the-first",
         "bound = APART",
         "tests/training/test_symmetric.py -k longer",

@@ -142,7 +142,8 @@ class Proxy(nn.Module, ABC):
         """One θ of the prior's support (the same at every call), shape `(D,)`."""
         if getattr(self, "_anchor", None) is None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                # torch.manual_seed would also seed every GPU, which is not restored.
+                torch.default_generator.manual_seed(0)  # mutant: anchor-seeds-every-device
                 self._anchor = self.sample_prior(1)[0].detach()
         return self._anchor.to(like)
 

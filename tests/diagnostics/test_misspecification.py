@@ -75,7 +75,7 @@ def test_p_values_are_uniform_under_the_simulator_and_small_elsewhere():
     assert len(found.simulated) == len(inference.val_indices) == 100
     assert float((found.p_values <= 0.05).float().mean()) < 0.05 + 3.5 * 0.031
     assert abs(float(found.p_values.mean()) - 0.5) < 3.5 * 0.041
-    far = torch.tensor([[5.0, 0.0], [0.0, 15.0], [4.0, -9.0]])
+    far = torch.tensor([[5.0, 0.0], [0.0, 15.0], [4.0, -9.0], [1e8, 0.0], [1e15, 1.0], [3e38, 0.0]])
     assert bool((misspecification_test(inference, far).p_values < 0.02).all())
 
 

@@ -37,6 +37,17 @@ def fitted() -> tuple[LikelihoodProxy, torch.Tensor, torch.Tensor]:
     return proxy.fit(theta, x, TRAIN, VAL), theta, x
 
 
+def test_the_point_inside_the_prior_does_not_seed_every_device(fitted, monkeypatch):
+    proxy = copy.deepcopy(fitted[0])
+    proxy._anchor = None
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded a GPU"))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeded every device"))
+    before = torch.get_rng_state()
+    proxy.log_potential(torch.zeros(1, 1, 2), torch.zeros(1, 2))
+    assert proxy._anchor is not None
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def fresh(num: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     theta = BoxUniform(-torch.ones(2), torch.ones(2)).sample((num,))
     return theta, theta + SCALE * torch.randn_like(theta)
