@@ -104,6 +104,22 @@ MUTANTS = (
         "return self.main_losses(main)",
         "tests/training/test_own_space.py -k loss",
     ),
+    Mutant("refused-call-forgets", "pass", "tests/training/test_refused.py -k refuses"),
+    Mutant(
+        "plain-npe-after-a-refusal",
+        "if True:",
+        "tests/training/test_refused.py -k keeps_its_weights",
+    ),
+    Mutant(
+        "refused-call-swaps-the-main",
+        "self.put_back(trainer)\nheld_out = data.held_out_pairs(trainer, self.starting_round, arguments)",
+        "tests/training/test_refused.py -k bad_kernel",
+    ),
+    Mutant(
+        "report-of-an-earlier-training",
+        'self.report: TrainingReport | None = getattr(self, "report", None)',
+        "tests/training/test_refused.py -k interrupted",
+    ),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),
