@@ -120,6 +120,13 @@ MUTANTS = (
         'self.report: TrainingReport | None = getattr(self, "report", None)',
         "tests/training/test_refused.py -k interrupted",
     ),
+    Mutant(
+        "coverage-of-a-changed-npe",
+        "hand_back_embedding(found.proxy, main)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
+        "tests/training/test_beginning.py -k coverage",
+    ),
+    Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
+    Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),

@@ -64,6 +64,7 @@ class SymmetricTraining:
         restarts: How often it went back to its best weights at half the step size.
         coverage_before: Of plain NPE on held-out pairs; None in later rounds.
         coverage_after: Of the main that is kept.
+        start: Weights that the stage started from: plain NPE's after the changes of `begin_stage`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
     """
 
@@ -77,6 +78,7 @@ class SymmetricTraining:
     always_at_bound: bool = True
     coverage_before: CoverageCurve | None = None
     coverage_after: CoverageCurve | None = None
+    start: dict[str, Tensor] | None = None  # None in pickles from before there was one
 
     @property
     def proxy(self) -> Proxy:
@@ -195,12 +197,20 @@ class SymmetricTraining:
         return not held_out.mean(excess) <= margin  # also where either is NaN
 
     def _restart(self) -> bool:
-        """Go back to the best weights at half the step size; False once that was done twice."""
+        """Go back to the best weights at half the step size; False once that was done twice.
+
+        While plain NPE's are the best ones, to those that the stage started from: plain NPE's own
+        lack what the stage had got from the proxy.
+        """
         if self.stage.finished or self.restarts >= _MAX_RESTARTS:
             self.status = StageStatus.STOPPED
             return False
         self.restarts += 1
-        self.stage.restart_slower(self.best.weights)
+        weights = self.best.weights
+        # mutant: restarted-from-plain-npe
+        if self.best.kept is Kept.PLAIN_NPE and self.start is not None:
+            weights = self.start
+        self.stage.restart_slower(weights)
         return True
 
     def pause(self) -> None:

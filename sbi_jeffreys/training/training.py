@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,19 +12,24 @@ import torch
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import Proxy, hand_back_embedding, leave_out_uninformative
+from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training import data
 from sbi_jeffreys.training.arguments import TrainArguments, check_resumable, lost_builder
 from sbi_jeffreys.training.before import Before
 from sbi_jeffreys.training.conclusion import announce, complete_summary, make_report
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.own_space import KeptPlain, choose_space
-from sbi_jeffreys.training.preparation import Budget, Prepared, Simulations, prepare
+from sbi_jeffreys.training.preparation import (
+    Budget,
+    Prepared,
+    Simulations,
+    begin_stage,
+    prepare,
+)
 from sbi_jeffreys.training.randomness import RandomStream
-from sbi_jeffreys.training.report import Kept, ProxyStatus, Space, TrainingReport
+from sbi_jeffreys.training.report import ProxyStatus, Space, TrainingReport
 from sbi_jeffreys.training.stage import SymmetricStage
-from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
+from sbi_jeffreys.training.symmetric import SymmetricTraining
 
 __all__ = ["Training"]
 
@@ -269,28 +273,8 @@ class Training:
         )
         trainer.summary["proxy"].append(found.note)
         trainer.summary["proxy_held_out"].append(found.proxy_value)
-        if found.status is not ProxyStatus.USED:
-            return
-        assert found.proxy is not None
-        assert found.pool is not None
-        assert found.main_losses is not None
-        weights = deepcopy(main.state_dict())
-        best = Best(found.main_value, found.main_losses, weights, Kept.PLAIN_NPE)
-        hand_back_embedding(found.proxy, main)
-        leave_out_uninformative(found.proxy, main)
-        stage = SymmetricStage(
-            SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
-            options,
-            arguments.learning_rate,
-            arguments.clip_max_norm,
-            entropy=min(found.proxy_value, found.main_value),
-            npe_nll=found.main_value,
-            num_steps=num_steps,
-        )
-        self.symmetric = SymmetricTraining(stage, best, found.main_losses, found.proxy_losses)
-        if not held_out.atomic:
-            main.eval()
-            self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)
+        if found.status is ProxyStatus.USED:
+            self.symmetric = begin_stage(found, main, held_out, options, arguments, num_steps)
 
     def _keep_plain(
         self, trainer: NPE, arguments: TrainArguments, builder: Any, show_progress_bars: bool
