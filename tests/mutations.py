@@ -127,6 +127,16 @@ MUTANTS = (
     ),
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
     Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
+    Mutant(
+        "last-epoch-not-judged",
+        "elif self.stage.finished:",
+        "tests/contract/test_contract_saving.py -k last_epoch",
+    ),
+    Mutant(
+        "interrupted-last-epoch-left-out",
+        "while not stage.finished and epochs < max_epochs:",
+        "tests/contract/test_contract_saving.py -k last_epoch",
+    ),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),
