@@ -128,6 +128,11 @@ MUTANTS = (
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
     Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
     Mutant(
+        "second-npe-must-not-fail",
+        "except NotImplementedError as error:",
+        "tests/training/test_own_space.py -k fails",
+    ),
+    Mutant(
         "last-epoch-not-judged",
         "elif self.stage.finished:",
         "tests/contract/test_contract_saving.py -k last_epoch",
