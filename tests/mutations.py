@@ -72,6 +72,7 @@ MUTANTS = (
         "tests/training/test_symmetric.py -k longer",
     ),
     Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),
+    Mutant("annealed-stage-adapted", "if False:", "tests/training/test_symmetric.py -k few_epochs"),
     Mutant("stage-never-shorter", "pass", "tests/training/test_symmetric.py -k shorter"),
     Mutant(
         "length-asked-for-adapted",
