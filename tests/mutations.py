@@ -97,6 +97,7 @@ MUTANTS = (
         "tests/training/test_symmetric.py -k longer",
     ),
     Mutant("stage-never-longer", "pass", "tests/training/test_symmetric.py -k longer"),
+    Mutant("annealed-stage-adapted", "if False:", "tests/training/test_symmetric.py -k few_epochs"),
     Mutant("stage-never-shorter", "pass", "tests/training/test_symmetric.py -k shorter"),
     Mutant(
         "length-asked-for-adapted",
@@ -128,6 +129,44 @@ MUTANTS = (
         "leakage-not-corrected",
         "return self.main_losses(main)",
         "tests/training/test_own_space.py -k loss",
+    ),
+    Mutant("refused-call-forgets", "pass", "tests/training/test_refused.py -k refuses"),
+    Mutant(
+        "plain-npe-after-a-refusal",
+        "if True:",
+        "tests/training/test_refused.py -k keeps_its_weights",
+    ),
+    Mutant(
+        "refused-call-swaps-the-main",
+        "self.put_back(trainer)\nheld_out = data.held_out_pairs(trainer, self.starting_round, arguments)",
+        "tests/training/test_refused.py -k bad_kernel",
+    ),
+    Mutant(
+        "report-of-an-earlier-training",
+        'self.report: TrainingReport | None = getattr(self, "report", None)',
+        "tests/training/test_refused.py -k interrupted",
+    ),
+    Mutant(
+        "coverage-of-a-changed-npe",
+        "hand_back_embedding(found.proxy, main)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
+        "tests/training/test_beginning.py -k coverage",
+    ),
+    Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
+    Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
+    Mutant(
+        "second-npe-must-not-fail",
+        "except NotImplementedError as error:",
+        "tests/training/test_own_space.py -k fails",
+    ),
+    Mutant(
+        "last-epoch-not-judged",
+        "elif self.stage.finished:",
+        "tests/contract/test_contract_saving.py -k last_epoch",
+    ),
+    Mutant(
+        "interrupted-last-epoch-left-out",
+        "while not stage.finished and epochs < max_epochs:",
+        "tests/contract/test_contract_saving.py -k last_epoch",
     ),
     Mutant("constant-parameters-modelled", "if False:", "tests/training/test_guard_and_report.py"),
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),

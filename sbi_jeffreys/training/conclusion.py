@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from sbi_jeffreys import _sbi
+from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies import LikelihoodProxy, PooledProxy, Proxy
@@ -26,7 +28,7 @@ from sbi_jeffreys.training.report import (
 from sbi_jeffreys.training.stage import APART
 from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 
-__all__ = ["complete_summary", "make_report"]
+__all__ = ["announce", "complete_summary", "make_report"]
 
 _GAP = 0.5  # nats by which a main may be behind its proxy
 _CLEARLY = 2.0  # standard errors
@@ -106,6 +108,18 @@ def complete_summary(trainer: NPE, epochs: int, plain: bool, best: float) -> Non
         for step, value in enumerate(summary[name][first:], start=first):
             tracker.log_metric(name=name, value=value, step=step)
     tracker.flush()
+
+
+def announce(
+    report: TrainingReport, trainer: NPE, show_train_summary: bool, show_progress_bars: bool
+) -> None:
+    """Print a report, and warn the caller of `train` of what is not as the method promises."""
+    if show_train_summary:
+        print(_sbi.describe_round(trainer))
+    if show_progress_bars or show_train_summary:
+        print(f"\n{report}")
+    for problem in report.problems:
+        warnings.warn(report.describe(problem), JeffreysWarning, stacklevel=4)
 
 
 def _estimate(losses: Tensor | None) -> Estimate | None:

@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
+from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, NoTracker
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.networks.builders import MainBuilder, UnconstrainedDensityEstimator
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.data import held_out_pairs
+from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Estimate, Space, SpaceChoice
 
 __all__ = ["KeptPlain", "choose_space"]
@@ -87,7 +90,11 @@ def choose_space(
 
     Returns:
         The better one; None if there is no second one: the main is not one of ours in the prior's
-        space, this is a later round, or the second one's loss was not finite.
+        space, this is a later round, the second one's loss was not finite, or it failed.
+
+    Warns:
+        JeffreysWarning: If the second one failed, for instance for want of memory. The first one
+            is trained already, and must not be lost to an error of an optional second one.
     """
     main, prior = _sbi.network_of(trainer), _sbi.prior_of(trainer)
     # mutant: own-space-of-later-rounds
@@ -96,14 +103,32 @@ def choose_space(
     if not (first_round and ours and isinstance(main, UnconstrainedDensityEstimator)):
         return None
     held_out = held_out_pairs(trainer, 0, arguments)
+    main_losses = held_out.main_losses(main)
     try:
         own = _train_own(trainer, builder, arguments, show_progress_bars)
+        return _better(main, main_losses, own, held_out, prior)
     except (ValueError, AssertionError):  # sbi's, and its splines', for what is not finite
         return None
-    losses = {
-        Space.PRIOR: held_out.main_losses(main),
-        Space.OWN: held_out.truncated_losses(own, prior),
-    }
+    except RuntimeError as error:  # mutant: second-npe-must-not-fail
+        warnings.warn(
+            "The second plain NPE, with theta in its own space, could not be trained or evaluated "
+            f"({error}): the first one was kept. If memory was too little, free some and train "
+            "anew to have the better of the two.",
+            JeffreysWarning,
+            stacklevel=5,
+        )
+        return None
+
+
+def _better(
+    main: ConditionalDensityEstimator,
+    main_losses: Tensor,
+    own: ConditionalDensityEstimator,
+    held_out: HeldOut,
+    prior: Distribution,
+) -> KeptPlain:
+    """The better one of the main, with its held-out losses `(M,)`, and the second network."""
+    losses = {Space.PRIOR: main_losses, Space.OWN: held_out.truncated_losses(own, prior)}
     gain = Estimate.of(held_out.weights * (losses[Space.PRIOR] - losses[Space.OWN]))
     # mutant: own-space-always, own-space-never, own-space-without-margin
     kept = Space.OWN if gain.value > _MARGIN * gain.error else Space.PRIOR

@@ -1,9 +1,10 @@
-"""From a plain NPE to the symmetric stage: fit the proxy, weigh it, draw its pool."""
+"""From a plain NPE to the symmetric stage: fit the proxy, weigh it, draw its pool, begin."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,14 +20,20 @@ from sbi_jeffreys.proxies import (
     LikelihoodProxy,
     Proxy,
     build_proxy,
+    hand_back_embedding,
+    leave_out_uninformative,
 )
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
+from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.multipliers import trust
 from sbi_jeffreys.training.pool import Pool, draw_pool, resampled_pool, tempering_weights
-from sbi_jeffreys.training.report import ProxyStatus
+from sbi_jeffreys.training.report import Kept, ProxyStatus
+from sbi_jeffreys.training.stage import SymmetricStage
+from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
 
-__all__ = ["Budget", "Prepared", "Simulations", "prepare"]
+__all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
 _NEXT_TO_ONE = 0.02
@@ -232,3 +239,56 @@ def _temper(
 def _share_left(log_factor: Tensor, gamma: float) -> float:
     """Effective share of pairs, of log factors `(N,)`, under the weights of a temperature."""
     return float(effective_sample_size((gamma - 1) * log_factor)) / len(log_factor)
+
+
+def begin_stage(
+    found: Prepared,
+    main: ConditionalDensityEstimator,
+    held_out: HeldOut,
+    options: JeffreysOptions,
+    arguments: TrainArguments,
+    num_steps: int,
+) -> SymmetricTraining:
+    """The symmetric stage before its first step, with plain NPE as the best main so far.
+
+    The stage starts from plain NPE with the embedding net that the proxy has trained further, and
+    without the outputs that the proxy found uninformative. What is said of plain NPE is measured
+    before these changes, and the main is left as plain NPE until the stage runs.
+
+    Args:
+        found: A proxy that is used.
+        main: Plain NPE.
+        held_out: The held-out pairs.
+        options: The stage's options.
+        arguments: Of `train`.
+        num_steps: Length of the stage.
+    """
+    assert found.proxy is not None
+    assert found.pool is not None
+    assert found.main_losses is not None
+    main.eval()
+    plain = deepcopy(main.state_dict())
+    best = Best(found.main_value, found.main_losses, plain, Kept.PLAIN_NPE)
+    # mutant: coverage-of-a-changed-npe
+    coverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)
+    hand_back_embedding(found.proxy, main)
+    leave_out_uninformative(found.proxy, main)
+    stage = SymmetricStage(
+        SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
+        options,
+        arguments.learning_rate,
+        arguments.clip_max_norm,
+        entropy=min(found.proxy_value, found.main_value),
+        npe_nll=found.main_value,
+        num_steps=num_steps,
+    )
+    symmetric = SymmetricTraining(
+        stage,
+        best,
+        found.main_losses,
+        found.proxy_losses,
+        coverage_before=coverage,
+        start=deepcopy(main.state_dict()),
+    )
+    symmetric.pause()  # mutant: changed-npe-left-in-the-main
+    return symmetric

@@ -23,10 +23,6 @@ class RandomStream:
         self._state: Tensor | None = None
         self._start: Tensor | None = None
 
-    def start_anew(self) -> None:
-        """Begin another stream at the next use."""
-        self._state = None
-
     def from_start(self) -> RandomStream:
         """Another stream with the numbers of this one, from the first; this one stays where it is.
 

@@ -32,6 +32,9 @@ _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 # Half the variance of log p − log q shortly before half of the stage: above the first, mains were
 # still 0.3 to 1.6 nats behind their proxies at its end; below the second, hardly 0.1.
 APART, _CLOSE = 2.0, 0.35
+# Share of its length from which a stage stays as long as it is: its learning rate has fallen far,
+# and three quarters, where it would end if it were shortened, are too near to anneal the rest.
+_TOO_LATE = 0.625
 
 
 def annealed(step: int, num_steps: int) -> float:
@@ -154,14 +157,18 @@ class SymmetricStage:
         The decision is by the loss of R, half the variance of log p − log q, which is zero where
         main and proxy agree, costs nothing more, and needs neither held-out pairs nor log Z. Each
         doubling costs twice as much as the one before, so the bound on that loss is twice as high.
-        The learning rate is annealed over the new length from where it is. An explicit
-        `JeffreysOptions.num_steps` is not touched.
+        The learning rate is annealed over the new length from where it is. The length stays where
+        the first epoch that ends in the second half ends late in it, as in a stage of very few
+        epochs. An explicit `JeffreysOptions.num_steps` is not touched.
         """
         if self._settled or self.options.num_steps is not None:  # mutant: length-asked-for-adapted
             return
         if 8 * self.step > 3 * self.num_steps:
             self._reverse.append(self.latest["reverse"])
         if 2 * self.step < self.num_steps:
+            return
+        if self.step >= _TOO_LATE * self.num_steps:  # mutant: annealed-stage-adapted
+            self._settled = True
             return
         apart = sum(self._reverse) / len(self._reverse)
         self._reverse = []

@@ -64,7 +64,9 @@ class SymmetricTraining:
         restarts: How often it went back to its best weights at half the step size.
         coverage_before: Of plain NPE on held-out pairs; None in later rounds.
         coverage_after: Of the main that is kept.
+        start: Weights that the stage started from: plain NPE's after the changes of `begin_stage`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
+        judged: Whether the weights of the last epoch were evaluated, and kept or not.
     """
 
     stage: SymmetricStage
@@ -77,6 +79,8 @@ class SymmetricTraining:
     always_at_bound: bool = True
     coverage_before: CoverageCurve | None = None
     coverage_after: CoverageCurve | None = None
+    start: dict[str, Tensor] | None = None  # None in pickles from before there was one
+    judged: bool = True
 
     @property
     def proxy(self) -> Proxy:
@@ -120,13 +124,16 @@ class SymmetricTraining:
         epochs = 0
         try:
             self.resume()
-            while not stage.finished and epochs < max_epochs:
+            # mutant: interrupted-last-epoch-left-out
+            while epochs < max_epochs and not (stage.finished and self.judged):
                 start = time.perf_counter()
-                terms = stage.run_epoch(next_real)
+                self.judged = False
+                terms = stage.run_epoch(next_real)  # without a step where only judging is left
                 losses = held_out.main_losses(stage.main, self.proxy)
                 value = held_out.mean(losses)
                 self.keep(value, losses)
                 traces = self._traces(terms, value, held_out)
+                self.judged = True
                 on_epoch(traces, terms["forward"], time.perf_counter() - start)
                 stage.update_multipliers(value)
                 if 2 * stage.step > stage.num_steps:
@@ -195,12 +202,20 @@ class SymmetricTraining:
         return not held_out.mean(excess) <= margin  # also where either is NaN
 
     def _restart(self) -> bool:
-        """Go back to the best weights at half the step size; False once that was done twice."""
+        """Go back to the best weights at half the step size; False once that was done twice.
+
+        While plain NPE's are the best ones, to those that the stage started from: plain NPE's own
+        lack what the stage had got from the proxy.
+        """
         if self.stage.finished or self.restarts >= _MAX_RESTARTS:
             self.status = StageStatus.STOPPED
             return False
         self.restarts += 1
-        self.stage.restart_slower(self.best.weights)
+        weights = self.best.weights
+        # mutant: restarted-from-plain-npe
+        if self.best.kept is Kept.PLAIN_NPE and self.start is not None:
+            weights = self.start
+        self.stage.restart_slower(weights)
         return True
 
     def pause(self) -> None:
@@ -208,7 +223,7 @@ class SymmetricTraining:
         main = self.stage.main
         if self.status is StageStatus.STOPPED:
             self.last_weights = None
-        elif self.stage.finished:
+        elif self.stage.finished and self.judged:  # mutant: last-epoch-not-judged
             self.status = StageStatus.FINISHED
         elif self.last_weights is None:
             self.last_weights = deepcopy(main.state_dict())

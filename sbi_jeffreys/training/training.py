@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.options import JeffreysOptions
-from sbi_jeffreys.proxies import Proxy, hand_back_embedding, leave_out_uninformative
+from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training import data
 from sbi_jeffreys.training.arguments import TrainArguments, check_resumable, lost_builder
-from sbi_jeffreys.training.conclusion import complete_summary, make_report
+from sbi_jeffreys.training.before import Before
+from sbi_jeffreys.training.conclusion import announce, complete_summary, make_report
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.own_space import KeptPlain, choose_space
-from sbi_jeffreys.training.preparation import Budget, Prepared, Simulations, prepare
+from sbi_jeffreys.training.preparation import (
+    Budget,
+    Prepared,
+    Simulations,
+    begin_stage,
+    prepare,
+)
 from sbi_jeffreys.training.randomness import RandomStream
-from sbi_jeffreys.training.report import Kept, ProxyStatus, Space, TrainingReport
+from sbi_jeffreys.training.report import ProxyStatus, Space, TrainingReport
 from sbi_jeffreys.training.stage import SymmetricStage
-from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
+from sbi_jeffreys.training.symmetric import SymmetricTraining
 
 __all__ = ["Training"]
 
@@ -37,7 +40,7 @@ class Training:
     Attributes:
         prepared: The proxy and what was found out about it; None before it was fitted.
         symmetric: The symmetric stage, where there is one.
-        report: The outcome of the last call of `train`.
+        report: The outcome of the last call of `train`; None from the beginning of a training on.
         starting_round: Of the simulations in use, as sbi asked its data loaders for them.
         available: How many simulations there were when the training began; None before it.
         plain_steps: Gradient steps that plain NPE took.
@@ -51,14 +54,15 @@ class Training:
         self.stream = RandomStream()
         self.starting_round = 0
         self.available: int | None = None
-        self.report: TrainingReport | None = None
         self.written = 0.0
         self.arguments: TrainArguments | None = None
         self.set_aside: ConditionalDensityEstimator | None = None
         self._forget()
 
     def _forget(self) -> None:
-        """Forget the proxy and the symmetric stage of an earlier training."""
+        """Forget the proxy, the symmetric stage and the report of an earlier training."""
+        # mutant: report-of-an-earlier-training
+        self.report: TrainingReport | None = None
         self.prepared: Prepared | None = None
         self.symmetric: SymmetricTraining | None = None
         self.plain_steps = 0
@@ -124,14 +128,15 @@ class Training:
             show_progress_bars: Whether to show progress and to print the report.
         """
         gradients, epochs = torch.is_grad_enabled(), 0
+        before = Before(trainer, self)
         self.arguments = arguments
         plain = not (arguments.resume_training and self.symmetric is not None)
         if not arguments.resume_training:
-            self.stream.start_anew()
+            self.stream = RandomStream()
         try:
             with self.stream.active():
                 if plain:
-                    self._train_plain(trainer, train_plain, arguments, show_progress_bars)
+                    self._train_plain(trainer, train_plain, arguments, before, show_progress_bars)
                     self._checkpoint(trainer, options)
                 if options.num_steps != 0:
                     epochs = self._train_symmetric(trainer, options, arguments, show_progress_bars)
@@ -146,7 +151,7 @@ class Training:
         if self.symmetric is not None:
             complete_summary(trainer, epochs, plain, self.symmetric.best.value)
         self.report = make_report(self.prepared, self.symmetric, self.seconds, kept)
-        self._conclude(trainer, arguments, show_progress_bars)
+        announce(self.report, trainer, arguments.show_train_summary, show_progress_bars)
         return main
 
     def _checkpoint(self, trainer: NPE, options: JeffreysOptions) -> None:
@@ -163,9 +168,14 @@ class Training:
         trainer: NPE,
         train_plain: Callable[..., ConditionalDensityEstimator],
         arguments: TrainArguments,
+        before: Before,
         show_progress_bars: bool,
     ) -> None:
-        """Stage 0. An exception leaves the best weights so far in the network."""
+        """Stage 0. An exception leaves the best weights so far in the network.
+
+        One before the first epoch, as of a call that sbi or a check of ours refuses, leaves
+        everything as it was: an earlier training can still be resumed.
+        """
         if not arguments.resume_training:
             self._forget()
             self.available = None
@@ -175,7 +185,11 @@ class Training:
             with _sbi.silent_unless(show_progress_bars), self._timed(0):
                 train_plain(**keywords)
         except BaseException:
-            _sbi.restore_best_weights(trainer)
+            # mutant: plain-npe-after-a-refusal
+            if arguments.resume_training or before.over:
+                _sbi.restore_best_weights(trainer)
+            else:
+                before.put_back()  # mutant: refused-call-forgets
             raise
         epochs = len(trainer.summary["training_loss"]) - epochs_before
         loader = data.training_loader(trainer, self.starting_round, arguments)
@@ -190,8 +204,10 @@ class Training:
         show_progress_bars: bool,
     ) -> int:
         """Fit the proxy if there is none yet, and run the rest of the stage; epochs run."""
-        self.put_back(trainer)
+        # mutant: refused-call-swaps-the-main
         held_out = data.held_out_pairs(trainer, self.starting_round, arguments)
+        # After the checks of `get_dataloaders`, which also gives back the main that was set aside.
+        batches = data.real_batches(trainer, self.starting_round, arguments, held_out.atomic)
         if self.symmetric is None:
             with self._timed(1):
                 self._prepare(trainer, held_out, options, arguments, show_progress_bars)
@@ -208,7 +224,6 @@ class Training:
             summary["epoch_durations_sec"].append(seconds)
 
         symmetric = self.symmetric
-        batches = data.real_batches(trainer, self.starting_round, arguments, held_out.atomic)
 
         def checkpoint_if_due() -> None:
             due = time.monotonic() - self.written > options.checkpoint_seconds
@@ -258,28 +273,8 @@ class Training:
         )
         trainer.summary["proxy"].append(found.note)
         trainer.summary["proxy_held_out"].append(found.proxy_value)
-        if found.status is not ProxyStatus.USED:
-            return
-        assert found.proxy is not None
-        assert found.pool is not None
-        assert found.main_losses is not None
-        weights = deepcopy(main.state_dict())
-        best = Best(found.main_value, found.main_losses, weights, Kept.PLAIN_NPE)
-        hand_back_embedding(found.proxy, main)
-        leave_out_uninformative(found.proxy, main)
-        stage = SymmetricStage(
-            SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
-            options,
-            arguments.learning_rate,
-            arguments.clip_max_norm,
-            entropy=min(found.proxy_value, found.main_value),
-            npe_nll=found.main_value,
-            num_steps=num_steps,
-        )
-        self.symmetric = SymmetricTraining(stage, best, found.main_losses, found.proxy_losses)
-        if not held_out.atomic:
-            main.eval()
-            self.symmetric.coverage_before = held_out.coverage(main, found.proxy.prior)
+        if found.status is ProxyStatus.USED:
+            self.symmetric = begin_stage(found, main, held_out, options, arguments, num_steps)
 
     def _keep_plain(
         self, trainer: NPE, arguments: TrainArguments, builder: Any, show_progress_bars: bool
@@ -305,13 +300,3 @@ class Training:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-
-    def _conclude(self, trainer: NPE, arguments: TrainArguments, show_progress_bars: bool) -> None:
-        """Print the report, and warn of what is not as the method promises."""
-        assert self.report is not None
-        if arguments.show_train_summary:
-            print(_sbi.describe_round(trainer))
-        if show_progress_bars or arguments.show_train_summary:
-            print(f"\n{self.report}")
-        for problem in self.report.problems:
-            warnings.warn(self.report.describe(problem), JeffreysWarning, stacklevel=4)

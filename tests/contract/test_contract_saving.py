@@ -27,8 +27,9 @@ from sbi.neural_nets import posterior_nn
 
 from sbi_jeffreys import JeffreysWarning, NPE_Jeffreys
 from sbi_jeffreys.training import persistence
-from sbi_jeffreys.training.report import ProxyStatus
-from sbi_jeffreys.training.symmetric import SymmetricTraining
+from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.report import Kept, ProxyStatus, StageStatus
+from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 
 
 def pickled(inference: NPE_Jeffreys) -> NPE_Jeffreys:
@@ -211,6 +212,42 @@ def test_interrupt_in_stage_0_resumes(monkeypatch):
     inference = pickled(inference)
     train(inference, 3, resume_training=True)
     assert inference._training.stage.finished
+
+
+@pytest.mark.parametrize("where", ["main_losses", "reverse"])
+def test_an_interrupt_while_the_last_epoch_is_judged_loses_nothing(monkeypatch, where):
+    """Neither the annealed weights, which no epoch has judged yet, nor the epoch's traces."""
+    original = getattr(HeldOut, where)
+
+    def run(interrupts: int) -> NPE_Jeffreys:
+        torch.manual_seed(2)
+        inference = fresh().append_simulations(*simulate(200))
+        left = [interrupts]
+
+        def judged(self, main, proxy=None):
+            stage = inference._training.stage
+            if stage is not None and stage.finished and left[0]:
+                left[0] -= 1
+                raise KeyboardInterrupt
+            return original(self, main, proxy)
+
+        monkeypatch.setattr(HeldOut, where, judged)
+        for attempt in range(interrupts):
+            with pytest.raises(KeyboardInterrupt):
+                train(inference, 5, resume_training=attempt > 0)
+            assert inference._training.symmetric.status is StageStatus.PAUSED
+            inference = pickled(inference)
+        train(inference, 5, resume_training=interrupts > 0)
+        return inference
+
+    whole, parts = run(0), run(2)
+    assert whole.training_report.kept is Kept.LAST
+    for inference in (whole, parts):
+        assert inference.training_report.kept is Kept.LAST
+        assert inference.training_report.stage_status is StageStatus.FINISHED
+    for name in (*TRACES, "training_loss", "validation_loss"):
+        assert parts.summary[name] == pytest.approx(whole.summary[name], nan_ok=True)
+    assert torch.equal(weights(whole), weights(parts))
 
 
 # ---------------------------------------------------------------------- the file

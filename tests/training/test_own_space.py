@@ -141,11 +141,34 @@ def test_one_that_cannot_be_trained_is_none(monkeypatch):
     assert trained(options=PLAIN).training_report.space is None
 
 
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_one_that_fails_is_warned_of_and_the_first_is_kept(monkeypatch, where):
+    def failing(*arguments):
+        raise RuntimeError("not enough memory")
+
+    forced(monkeypatch, Space.OWN)
+    if where == "training":
+        monkeypatch.setattr(own_space, "_train_own", failing)
+    else:
+        monkeypatch.setattr(HeldOut, "truncated_losses", failing)
+    inference = fresh(options=PLAIN).append_simulations(*simulate())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inference.train(max_num_epochs=2)
+    (warning,) = [each for each in caught if issubclass(each.category, JeffreysWarning)]
+    assert "not enough memory" in str(warning.message)
+    assert "the first one was kept" in str(warning.message)
+    assert warning.filename == __file__
+    assert inference.training_report.space is None
+    assert not is_own(inference)
+    assert inference._training.set_aside is None
+
+
 # ------------------------------------------------------------------ when there is a choice
 
 
 def never(*arguments):
-    raise RuntimeError("a second network was trained")  # not an error that counts as divergence
+    raise LookupError("a second network was trained")  # not an error that counts as divergence
 
 
 @pytest.mark.parametrize(

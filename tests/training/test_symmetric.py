@@ -210,11 +210,11 @@ def test_a_non_finite_gradient_skips_the_step():
     assert found.step == found.skipped == 1
 
 
-def length_after(losses: list[float], **changes) -> tuple[int, int]:
+def length_after(losses: list[float], epoch: int = 20, **changes) -> tuple[int, int]:
     """Steps and doublings of a stage of 400 steps whose R has these losses, epoch by epoch."""
     found, left = stage(**changes), iter(losses)
     while not found.finished:
-        found.step = min(found.step + 20, found.num_steps)
+        found.step = min(found.step + epoch, found.num_steps)
         found.latest["reverse"] = next(left)
         found.adapt_length()
     return found.num_steps, found.doublings
@@ -236,6 +236,16 @@ def test_the_stage_is_shorter_where_main_and_proxy_agree():
     assert length_after([9.0] * 7 + [0.1] * 100) == (300, 0)
     assert length_after([9.0] * 7 + [0.1] * 100, num_steps=400) == (400, 0)  # as asked for
     assert length_after([math.nan] * 100) == (400, 0)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "longer", "shorter"),
+    [(220, (800, 1), 300), (240, (800, 1), 300), (260, (400, 0), 400), (1_000, (400, 0), 400)],
+)
+def test_a_stage_of_few_epochs_is_not_adapted_when_it_is_nearly_annealed(epoch, longer, shorter):
+    """Near the end the learning rate is next to zero, and more steps would begin with a jump."""
+    assert length_after([3.0] * 100, epoch) == longer
+    assert length_after([0.1] * 100, epoch) == (shorter, 0)
 
 
 def test_a_gaussian_main_has_a_shorter_stage_because_it_reaches_its_proxy():

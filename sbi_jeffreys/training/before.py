@@ -1,0 +1,38 @@
+"""What a trainer was before a call of `train`, for calls that are refused or fail at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Before"]
+
+
+class Before:
+    """The attributes of a trainer and of its record before a call of `train`.
+
+    Until the first epoch, sbi and we bind attributes anew and change no value in place, so a
+    shallow copy is enough: the split, the network, the random stream, the proxy and the report.
+
+    Args:
+        trainer: The trainer.
+        training: Its record of the symmetric part.
+    """
+
+    def __init__(self, trainer: Any, training: Any) -> None:
+        self._attributes = [(owner, dict(vars(owner))) for owner in (trainer, training)]
+        self._trainer, self._optimizer = trainer, getattr(trainer, "optimizer", None)
+
+    @property
+    def over(self) -> bool:
+        """Whether training has begun since then; a call that resumes one has no beginning.
+
+        sbi makes an optimiser after all checks, where its loop over epochs begins.
+        """
+        return getattr(self._trainer, "optimizer", None) is not self._optimizer
+
+    def put_back(self) -> None:
+        """Give trainer and record the attributes that they had."""
+        for owner, attributes in self._attributes:
+            for name in vars(owner).keys() - attributes.keys():
+                delattr(owner, name)
+            vars(owner).update(attributes)
