@@ -51,6 +51,16 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "pairs-in-order-of-experts",
+        "order = torch.arange(len(torch.cat(kept)))",
+        "tests/proxies/test_draws.py -k order_of_theta",
+    ),
+    Mutant(
+        "draws-that-no-one-uses",
+        "pass",
+        "tests/contract/test_contract_rounds.py -k no_more_pairs",
+    ),
+    Mutant(
         "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
     ),
     Mutant(

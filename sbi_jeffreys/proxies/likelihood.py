@@ -255,19 +255,21 @@ class LikelihoodProxy(Proxy):
         return theta, x
 
     def _plausible_pairs(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """One x̃ for each θ̃ `(N, D)`, implausible ones dropped with their θ̃."""
+        """One x̃ for each θ̃ `(N, D)`, in their order, implausible ones dropped with their θ̃."""
         z = self.theta_transform(theta)
         which = torch.multinomial(self.weights, len(theta), replacement=True)
-        thetas, xs = [], []
+        kept, xs = [], []
         for k, expert in enumerate(self._mixture()):
             mine = (which == k).nonzero().squeeze(-1)
             if len(mine) == 0:  # an expert of little weight; not every net can draw nothing
                 continue
             for rows in mine.split(_CHUNK):
                 x, plausible = expert.sample(z[rows])
-                thetas.append(theta[rows[plausible]])
+                kept.append(rows[plausible])
                 xs.append(x[plausible])
-        theta, x = torch.cat(thetas), torch.cat(xs)
+        # Not expert by expert: whoever takes the first pairs would get those of one expert alone.
+        order = torch.cat(kept).argsort()  # mutant: pairs-in-order-of-experts
+        theta, x = theta[torch.cat(kept)[order]], torch.cat(xs)[order]
         if len(self.rest):
             whole = self.rest[torch.randint(len(self.rest), (len(x),))]
             whole[:, self.columns] = x

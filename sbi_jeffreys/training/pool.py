@@ -19,13 +19,20 @@ from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
 
-__all__ = ["Pool", "draw_pool", "local_trust", "resampled_pool", "tempering_weights"]
+__all__ = [
+    "MAX_OBSERVATIONS",
+    "Pool",
+    "draw_pool",
+    "local_trust",
+    "resampled_pool",
+    "tempering_weights",
+]
 
 _DRAWS, _KEPT = 256, 64  # per observation: draws of the adapted proposal, and θ̃ kept of them
 _FEW = 10.0  # effective draws below which an observation weighs less
 _BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
-_MAX_OBSERVATIONS = 5_000  # at which θ̃ are resampled
+MAX_OBSERVATIONS = 5_000  # at which θ̃ are resampled
 
 
 @dataclass
@@ -100,7 +107,7 @@ def resampled_pool(
         from_prior: Whether the pairs' own θ come from the prior, so that proxy and main can be
             compared there.
     """
-    theta, x = theta[:_MAX_OBSERVATIONS], x[:_MAX_OBSERVATIONS]
+    theta, x = theta[:MAX_OBSERVATIONS], x[:MAX_OBSERVATIONS]
     gamma = proxy.inverse_temperature
     kept, shares = [], []
     for own, observed in zip(theta.split(_ROWS), x.split(_ROWS)):

@@ -23,7 +23,13 @@ from sbi_jeffreys.proxies import (
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.multipliers import trust
-from sbi_jeffreys.training.pool import Pool, draw_pool, resampled_pool, tempering_weights
+from sbi_jeffreys.training.pool import (
+    MAX_OBSERVATIONS,
+    Pool,
+    draw_pool,
+    resampled_pool,
+    tempering_weights,
+)
 from sbi_jeffreys.training.report import ProxyStatus
 
 __all__ = ["Budget", "Prepared", "Simulations", "prepare"]
@@ -191,6 +197,8 @@ def _with_pool(
     if proxy.can_sample:
         # mutant: pool-of-the-default-alone
         num_draws = options.draws_for(budget.num_steps, x[0].numel())
+        if found.atomic:  # θ̃ are resampled at no more observations than this
+            num_draws = min(num_draws, MAX_OBSERVATIONS)  # mutant: draws-that-no-one-uses
         theta, x = draw_pool(proxy, theta, first_round, num_draws)
         if len(x) < max(1, _MIN_POOL * num_draws):
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)

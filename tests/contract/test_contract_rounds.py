@@ -114,6 +114,13 @@ def test_energy_proxy_in_later_rounds():
     assert len(inference.summary["trust"]) == 4
 
 
+def test_no_more_pairs_are_drawn_than_observations_are_used(monkeypatch):
+    monkeypatch.setattr("sbi_jeffreys.training.preparation.MAX_OBSERVATIONS", 30)
+    inference = trained()
+    assert inference.proxy.drawn.asked == 60
+    assert second_round(inference).proxy.drawn.asked == 30
+
+
 def test_calibration_kernel_weighs_the_pool():
     """No pool observation with a negative first output is ever drawn."""
     inference = fresh().append_simulations(*simulate())
