@@ -51,6 +51,12 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "pool-size-forgotten",
+        "pool = Pool(theta, x, weights)",
+        "tests/contract/test_contract_rounds.py -k no_more_pairs",
+    ),
+    Mutant("pool-shrinks", "size = len(self.pool.x)", "tests/training/test_loss.py -k shrink"),
+    Mutant(
         "pairs-in-order-of-experts",
         "order = torch.arange(len(torch.cat(kept)))",
         "tests/proxies/test_draws.py -k order_of_theta",
@@ -380,7 +386,11 @@ MUTANTS = (
         "log_weights = 0 * proxy.log_factor(theta.unsqueeze(0), x)[0]",
         "tests/training/test_temperature.py",
     ),
-    Mutant("tempered-pool-not-used", "weights = 1 * weights", "tests/training/test_temperature.py"),
+    Mutant(
+        "tempered-pool-not-used",
+        "weights = x.new_ones(len(x))",
+        "tests/training/test_temperature.py",
+    ),
     Mutant(
         "temperature-of-a-few-pairs", "_PRIOR_SCALE = 15.0", "tests/training/test_temperature.py"
     ),

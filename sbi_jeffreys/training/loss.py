@@ -110,7 +110,8 @@ class SymmetricLoss:
 
     def _renew_pool(self, step: int) -> None:
         """Draw the pool anew once each pair was used twice on average, to avoid overfitting."""
-        size = len(self.pool.x)
+        # What there is may be fewer than were asked for, and would be fewer at every renewal.
+        size = self.pool.asked or len(self.pool.x)  # mutant: pool-shrinks
         every = max(1, _SEEN * size // self.options.proxy_batch_size)
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed
             theta, x = self.proxy.sample_joint(size)

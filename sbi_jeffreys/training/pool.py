@@ -44,12 +44,15 @@ class Pool:
         x: Shape `(N, *x_shape)`.
         weights: How often each observation is drawn, in proportion, `(N,)`.
         renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
+        asked: How many pairs the proxy was asked for, of which some were not plausible; 0 where
+            none were drawn.
     """
 
     theta: Tensor
     x: Tensor
     weights: Tensor
     renewable: bool = False
+    asked: int = 0
 
     @property
     def grouped(self) -> bool:

@@ -204,7 +204,8 @@ def _with_pool(
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)
     if proxy.can_sample and not found.atomic:
         # mutant: tempered-pool-not-used
-        pool = Pool(theta, x, tempering_weights(proxy, theta, x))
+        weights = tempering_weights(proxy, theta, x)
+        pool = Pool(theta, x, weights, asked=num_draws)  # mutant: pool-size-forgotten
         cheap = isinstance(proxy, LikelihoodProxy) and proxy.draws_cheaply
         pool.renewable = first_round and cheap and bool((kernel(x) == 1).all())
         pool.renewable &= bool((pool.weights == 1).all())

@@ -117,7 +117,7 @@ def test_energy_proxy_in_later_rounds():
 def test_no_more_pairs_are_drawn_than_observations_are_used(monkeypatch):
     monkeypatch.setattr("sbi_jeffreys.training.preparation.MAX_OBSERVATIONS", 30)
     inference = trained()
-    assert inference.proxy.drawn.asked == 60
+    assert inference.proxy.drawn.asked == inference._training.stage.pool.asked == 60
     assert second_round(inference).proxy.drawn.asked == 30
 
 
