@@ -34,7 +34,7 @@ class JeffreysOptions:
             structured x), "auto" (an energy times a likelihood of summaries where the main has a
             trainable embedding net; a likelihood for vector x without a net, or of the summaries
             of a net without trainable parameters; else energy), or a `Proxy` of your own, for
-            instance `GivenProxy`.
+            instance `GivenProxy`. One that has something to fit is copied first.
         experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
             more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
         proxy_fit: How the likelihood nets are fitted.

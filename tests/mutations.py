@@ -51,6 +51,12 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "given-proxy-fitted-in-place",
+        "return proxy",
+        "tests/proxies/test_sharing.py -k two_trainers",
+    ),
+    Mutant("refit-remembers", "pass", "tests/proxies/test_sharing.py -k second_fit"),
+    Mutant(
         "pool-size-forgotten",
         "pool = Pool(theta, x, weights)",
         "tests/contract/test_contract_rounds.py -k no_more_pairs",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
+from pickle import PicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,14 +60,15 @@ def build_proxy(
         options: `proxy` and the settings of each kind.
 
     Returns:
-        The proxy, not fitted yet, or None where there is none for this x, and why.
+        The proxy, not fitted yet (a copy of one that was passed and has something to fit), or None
+        where there is none for this x, and why.
 
     Raises:
         ValueError: If a likelihood proxy is asked for where x has no density.
     """
     if isinstance(options.proxy, Proxy):
         _compare_priors(options.proxy.prior, prior)  # mutant: priors-not-compared
-        return options.proxy, f"given: {type(options.proxy).__name__}"
+        return _own(options.proxy), f"given: {type(options.proxy).__name__}"
     summary = main.embedding_net
     if options.proxy == "auto" and summary is not None and _is_fixed(summary):
         proxy = SummaryLikelihoodProxy(
@@ -90,6 +93,19 @@ def build_proxy(
         return EnergyProxy(prior, options.energy), f"energy: {reason}"
     proxy = LikelihoodProxy(prior, options.experts, options.proxy_fit, options.proxy_folds)
     return proxy, f"likelihood: {reason}"
+
+
+def _own(proxy: Proxy) -> Proxy:
+    """A copy of a proxy that is about to be fitted: other trainers may have the same options.
+
+    One with nothing to fit is shared, and so is one of the user's that cannot be copied.
+    """
+    if isinstance(proxy, GivenProxy):
+        return proxy
+    try:
+        return deepcopy(proxy)  # mutant: given-proxy-fitted-in-place
+    except (TypeError, RuntimeError, AttributeError, PicklingError):
+        return proxy  # such as one that holds a module, a lock, or a tensor with a graph
 
 
 _CONSTANT = "x is constant"

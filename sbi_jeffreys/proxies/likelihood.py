@@ -145,6 +145,7 @@ class LikelihoodProxy(Proxy):
         """
         base = self.config.at_most(max_epochs, patience)
         self.check_prior(theta[train_indices])
+        self.drawn, self.rest = None, x.new_zeros(0, 0)  # mutant: refit-remembers
         # mutant: parameters-with-cells
         self.theta_transform = MarginalTransform.fit(theta[train_indices], atoms=False)
         z = self.theta_transform(theta)
