@@ -57,6 +57,11 @@ MUTANTS = (
     ),
     Mutant("refit-remembers", "pass", "tests/proxies/test_sharing.py -k second_fit"),
     Mutant(
+        "equal-experts-all-dropped",
+        "least = _MIN_WEIGHT",
+        "tests/proxies/test_sharing.py -k fifty",
+    ),
+    Mutant(
         "pool-size-forgotten",
         "pool = Pool(theta, x, weights)",
         "tests/contract/test_contract_rounds.py -k no_more_pairs",

@@ -8,13 +8,13 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.builders import StandardisedInput
+from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
@@ -120,8 +120,8 @@ def _compare_priors(given: Distribution, prior: Distribution) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         theirs, ours = (p.sample(torch.Size((_COMPARED,))) for p in (given, prior))
-    wider = int((~within_support(prior, theirs)).sum())
-    narrower = int((~within_support(given, ours)).sum())
+    wider = int((~inside_support(prior, theirs)).sum())
+    narrower = int((~inside_support(given, ours)).sum())
     if wider or narrower:
         what = (
             f"is not the trainer's: {wider} of {_COMPARED} draws of it are outside the trainer's, "

@@ -52,7 +52,7 @@ __all__ = ["DrawCount", "LikelihoodProxy"]
 #: gain, and the smaller the cost.
 _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
-_MIN_WEIGHT = 0.02  # experts of a smaller weight are dropped
+_MIN_WEIGHT = 0.02  # experts of a smaller weight, and of less than half the largest, are dropped
 _ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
 # mutant: missing-draws-not-replaced
 _ROUNDS = 5  # in which draws are replaced that were not plausible
@@ -161,7 +161,9 @@ class LikelihoodProxy(Proxy):
             fitted = fit_experts(experts, base, z, x, train_indices, val_indices, on_epoch)
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
-        kept = [k for k in range(len(fitted)) if weights[k] > _MIN_WEIGHT]
+        # Of more than fifty experts, none may exceed the bound.
+        least = min(_MIN_WEIGHT, 0.5 * float(weights.max()))  # mutant: equal-experts-all-dropped
+        kept = [k for k in range(len(fitted)) if weights[k] > least]
         self.fitted = nn.ModuleList([fitted[k] for k in kept])
         self.register_buffer("weights", weights[kept] / weights[kept].sum())
         for expert in self._mixture():

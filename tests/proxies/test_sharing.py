@@ -11,6 +11,7 @@ from sbi_jeffreys import GivenProxy, LikelihoodProxy, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.experts import Expert
+from sbi_jeffreys.proxies.stacking import stacking_weights
 
 REGRESSION: tuple[Expert, ...] = (RegressionExpert(1),)
 
@@ -66,3 +67,16 @@ def test_a_second_fit_forgets_the_first():
     assert proxy.remark == ""
     assert proxy.drawn is None
     assert proxy.sample_joint(20)[1].shape[1] == 5
+
+
+def test_of_more_experts_than_fifty_some_are_kept(monkeypatch):
+    """Sixty equal ones have a weight of 1/60 each, below the bound of 0.02; two stand for them."""
+    equal = stacking_weights(torch.zeros(60, 30))[:2]
+    assert float(equal.max()) < 0.02
+    monkeypatch.setattr("sbi_jeffreys.proxies.likelihood.stacking_weights", lambda _: equal)
+    experts = (RegressionExpert(1), RegressionExpert(1, mixture=True))
+    theta, x = simulate(100)
+    proxy = LikelihoodProxy(PRIOR, experts, FitConfig(max_epochs=2), num_folds=1)
+    proxy.fit(theta, x, torch.arange(80), torch.arange(80, 100))
+    assert proxy.weights.tolist() == pytest.approx([0.5, 0.5])
+    assert len(proxy.sample_joint(100)[0]) > 80
