@@ -51,6 +51,11 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "pooled-folds-lost",
+        "proxy = PooledProxy(prior, options.energy, None, *likelihood[:2])",
+        "tests/proxies/test_pooled.py -k as_many_folds",
+    ),
+    Mutant(
         "given-proxy-fitted-in-place",
         "return proxy",
         "tests/proxies/test_sharing.py -k two_trainers",

@@ -87,7 +87,8 @@ def build_proxy(
         obstacle = obstacle or ("the main embeds x" if _embeds(main) else None)
         reason = obstacle or "vector x"
     if options.proxy == "auto" and _embeds(main):
-        proxy = PooledProxy(prior, options.energy, None, options.experts, options.proxy_fit)
+        likelihood = options.experts, options.proxy_fit, options.proxy_folds
+        proxy = PooledProxy(prior, options.energy, None, *likelihood)  # mutant: pooled-folds-lost
         return proxy, f"energy and likelihood of summaries: {reason}"
     if options.proxy == "energy" or (options.proxy == "auto" and obstacle is not None):
         return EnergyProxy(prior, options.energy), f"energy: {reason}"

@@ -153,7 +153,7 @@ class LikelihoodProxy(Proxy):
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
-        folds = self._folds(len(train_indices))
+        folds = self.folds_for(len(train_indices))
         if folds > 1:
             # mutant: folds-of-held-out-pairs
             fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
@@ -171,8 +171,12 @@ class LikelihoodProxy(Proxy):
         self.requires_grad_(False)
         return self
 
-    def _folds(self, num_pairs: int) -> int:
-        """Folds for this many training pairs."""
+    def folds_for(self, num_pairs: int) -> int:
+        """Folds for this many training pairs.
+
+        Raises:
+            ValueError: If there are fewer than two per fold.
+        """
         if self.num_folds is None:
             return next(folds for least, folds in _FOLDS if num_pairs >= least)  # mutant: no-folds
         if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
