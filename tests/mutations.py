@@ -51,6 +51,50 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "excluded-pairs-count",
+        "value = float((self.weights * losses).mean())",
+        "tests/training/test_kernel.py -k no_density",
+    ),
+    Mutant(
+        "excluded-pairs-are-evidence",
+        "return self.weights",
+        "tests/training/test_kernel.py -k not_surer",
+    ),
+    Mutant(
+        "kernels-scale-decides",
+        "scale = torch.ones_like(scale)",
+        "tests/training/test_kernel.py -k decide_the_trust",
+    ),
+    Mutant(
+        "forward-term-by-another-scale",
+        "kernel = arguments.kernel",
+        "tests/training/test_kernel.py -k in_the_units",
+    ),
+    Mutant(
+        "errors-without-weights",
+        "stage, self.weights = self.stage, None",
+        "tests/training/test_kernel.py -k is_reported",
+    ),
+    Mutant(
+        "gap-not-weighted",
+        "gap = Estimate.of(main_losses - proxy_losses)",
+        "tests/training/test_kernel.py -k is_reported",
+    ),
+    Mutant(
+        "trusted-by-excluded-pairs", "if False:", "tests/training/test_kernel.py -k excludes_every"
+    ),
+    Mutant(
+        "judged-by-excluded-pairs", "if False:", "tests/training/test_own_space.py -k do_not_choose"
+    ),
+    Mutant(
+        "excluded-pairs-in-f",
+        "return -(weights * log_p).mean()",
+        "tests/training/test_kernel.py -k no_density",
+    ),
+    Mutant(
+        "errors-of-excluded-pairs", "if False:", "tests/training/test_kernel.py -k weighted_errors"
+    ),
+    Mutant(
         "pooled-folds-lost",
         "proxy = PooledProxy(prior, options.energy, None, *likelihood[:2])",
         "tests/proxies/test_pooled.py -k as_many_folds",

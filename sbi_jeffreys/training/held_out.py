@@ -49,7 +49,8 @@ class HeldOut:
     Attributes:
         theta: Parameters `(M, D)`.
         x: Simulations `(M, *x_shape)`.
-        weights: Calibration-kernel weights `(M,)`, ones without kernel.
+        weights: Calibration-kernel weights `(M,)` with mean one, ones without kernel; all zero
+            where the kernel excludes every pair.
         atomic: Whether the pairs come from a proposal.
     """
 
@@ -63,10 +64,21 @@ class HeldOut:
         num = min(len(self.theta) - 1, _MAX_CONTRASTS)
         return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
 
+    @property
+    def excluded(self) -> bool:
+        """Whether the kernel excludes every pair."""
+        return not bool((self.weights > 0).any())
+
     def mean(self, losses: Tensor) -> float:
         """Mean of losses `(M,)`, weighted by the kernel; inf where it is not finite."""
-        value = float((self.weights * losses).mean())
-        return value if math.isfinite(value) else math.inf
+        # mutant: excluded-pairs-count
+        value = float(torch.where(self.weights > 0, self.weights * losses, 0.0).mean())
+        return value if math.isfinite(value) and not self.excluded else math.inf
+
+    def _evidence(self) -> Tensor:
+        """The weights, in sum the effective number of pairs: so many that are worth one each."""
+        effective = self.weights.sum() ** 2 / (self.weights**2).sum()
+        return self.weights * effective / len(self.weights)  # mutant: excluded-pairs-are-evidence
 
     @torch.no_grad()
     def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
@@ -156,10 +168,10 @@ class HeldOut:
         if self.atomic:
             theta = self._with_contrasts()
             factor = proxy.log_factor(theta, self.x)
-            return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
+            return inverse_temperature(torch.zeros_like(factor), factor, self._evidence())
         draws = self.draws(proxy, main) if draws is None else draws
         # mutant: contrasts-of-the-prior-only
-        return inverse_temperature(draws.offset, draws.factor, self.weights)
+        return inverse_temperature(draws.offset, draws.factor, self._evidence())
 
     @torch.no_grad()
     def reverse(

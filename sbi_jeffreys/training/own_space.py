@@ -87,7 +87,8 @@ def choose_space(
 
     Returns:
         The better one; None if there is no second one: the main is not one of ours in the prior's
-        space, this is a later round, or the second one's loss was not finite.
+        space, this is a later round, the second one's loss was not finite, or the kernel excludes
+        every held-out pair.
     """
     main, prior = _sbi.network_of(trainer), _sbi.prior_of(trainer)
     # mutant: own-space-of-later-rounds
@@ -96,6 +97,8 @@ def choose_space(
     if not (first_round and ours and isinstance(main, UnconstrainedDensityEstimator)):
         return None
     held_out = held_out_pairs(trainer, 0, arguments)
+    if held_out.excluded:  # mutant: judged-by-excluded-pairs
+        return None
     try:
         own = _train_own(trainer, builder, arguments, show_progress_bars)
     except (ValueError, AssertionError):  # sbi's, and its splines', for what is not finite
@@ -104,10 +107,10 @@ def choose_space(
         Space.PRIOR: held_out.main_losses(main),
         Space.OWN: held_out.truncated_losses(own, prior),
     }
-    gain = Estimate.of(held_out.weights * (losses[Space.PRIOR] - losses[Space.OWN]))
+    gain = Estimate.of(losses[Space.PRIOR] - losses[Space.OWN], held_out.weights)
     # mutant: own-space-always, own-space-never, own-space-without-margin
     kept = Space.OWN if gain.value > _MARGIN * gain.error else Space.PRIOR
-    values = {space: Estimate.of(each) for space, each in losses.items()}
+    values = {space: Estimate.of(each, held_out.weights) for space, each in losses.items()}
     choice = SpaceChoice(kept, values[Space.PRIOR], values[Space.OWN], gain)
     if kept is Space.PRIOR:
         return KeptPlain(main, losses[kept], None, choice)

@@ -73,6 +73,7 @@ class Prepared:
         pool: Observations of the symmetric stage, where it should run.
         proxy_value: P_val, the mean of `proxy_losses`.
         main_value: V_NPE, the mean of `main_losses`.
+        weights: Of the held-out pairs, `(M,)`; None where there are no losses.
         uncertain: Share of the pairs at which the proxy's loss could not be bounded well.
         atomic: Whether the losses are those of classifying θ among other pairs' θ.
     """
@@ -88,6 +89,7 @@ class Prepared:
     main_value: float = math.inf
     atomic: bool = False
     uncertain: float = 0.0
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def prepare(
     if proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
+    if held_out.excluded:  # mutant: trusted-by-excluded-pairs
+        return Prepared(ProxyStatus.NO_KERNEL_WEIGHT, proxy, note)
     draws = None if held_out.atomic else held_out.draws(proxy, main)
     _temper(proxy, main, held_out, draws, options)
     if abs(float(proxy.inverse_temperature.log())) > _SAME_TEMPERATURE:
@@ -176,6 +180,7 @@ def prepare(
         *values,
         held_out.atomic,
         float(uncertain.float().mean()),
+        held_out.weights,
     )
     if t < options.min_trust:  # mutant: bad-proxy-followed
         return found
@@ -207,7 +212,8 @@ def _with_pool(
         weights = tempering_weights(proxy, theta, x)
         pool = Pool(theta, x, weights, asked=num_draws)  # mutant: pool-size-forgotten
         cheap = isinstance(proxy, LikelihoodProxy) and proxy.draws_cheaply
-        pool.renewable = first_round and cheap and bool((kernel(x) == 1).all())
+        kept = kernel(x)
+        pool.renewable = first_round and cheap and bool(((kept == kept[0]) & (kept > 0)).all())
         pool.renewable &= bool((pool.weights == 1).all())
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
         pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
