@@ -95,6 +95,11 @@ MUTANTS = (
         "errors-of-excluded-pairs", "if False:", "tests/training/test_kernel.py -k weighted_errors"
     ),
     Mutant(
+        "all-pairs-embedded-at-once",
+        "pairs = zip([self.theta], [self.x])",
+        "tests/training/test_kernel.py -k at_once",
+    ),
+    Mutant(
         "pooled-folds-lost",
         "proxy = PooledProxy(prior, options.energy, None, *likelihood[:2])",
         "tests/proxies/test_pooled.py -k as_many_folds",

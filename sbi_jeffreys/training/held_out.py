@@ -39,7 +39,8 @@ _COVERAGE_DRAWS = 200  # per held-out pair
 _ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # per held-out pair: many, where pairs are few
 _ALL_ACCEPTANCE_DRAWS = 100_000
 _LEAST_INSIDE = 5  # draws; where so many are expected, none is inside with probability e⁻⁵
-_ROWS = 25  # held-out pairs per network call: bounds memory
+_ROWS = 25  # held-out pairs per network call where each has many θ: bounds memory
+_AT_ONCE = 200  # held-out pairs per call where each has its own θ, and at most 50 others
 
 
 @dataclass
@@ -84,10 +85,14 @@ class HeldOut:
     def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
         """Loss of the main at each pair, `(M,)`; the atomic one takes the prior from the proxy."""
         if not self.atomic or proxy is None:
-            return -main.log_prob(self.theta.unsqueeze(0), self.x)[0]
-        theta = self._with_contrasts()
-        with embedded_once(main, self.x):
-            ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
+            # mutant: all-pairs-embedded-at-once
+            pairs = zip(self.theta.split(_AT_ONCE), self.x.split(_AT_ONCE))
+            return torch.cat([-main.log_prob(theta.unsqueeze(0), x)[0] for theta, x in pairs])
+        parts = []
+        for theta, x in zip(self._with_contrasts().split(_AT_ONCE, dim=1), self.x.split(_AT_ONCE)):
+            with embedded_once(main, x):
+                parts.append(main.log_prob(theta, x) - proxy.log_prior(theta))
+        ratio = torch.cat(parts, dim=1)
         return ranking_nce_losses(ratio[0], ratio[1:])
 
     @torch.no_grad()

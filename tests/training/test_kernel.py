@@ -144,3 +144,23 @@ def test_the_temperature_is_not_surer_for_pairs_that_the_kernel_excludes(monkeyp
     held_out = HeldOut(torch.randn(4, 2), torch.randn(4, 2), weights, atomic=True)
     held_out.inverse_temperature(GivenProxy(PRIOR, Shifted(0.0)), None)  # type: ignore[arg-type]
     assert seen[0].tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_held_out_pairs_are_not_embedded_all_at_once(atomic: bool):
+    class Main(torch.nn.Module):
+        embedding_net = None
+
+        def log_prob(self, theta: Tensor, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return Normal(x, 1.0).log_prob(theta).sum(-1)
+
+    sizes: list[int] = []
+    theta, x = simulate(500)
+    held_out = HeldOut(theta, x, torch.ones(500), atomic)
+    main, proxy = Main(), GivenProxy(PRIOR, Shifted(0.0))
+    losses = held_out.main_losses(main, proxy)  # type: ignore[arg-type]
+    assert losses.shape == (500,)
+    assert max(sizes) <= 200
+    if not atomic:
+        torch.testing.assert_close(losses, -Normal(x, 1.0).log_prob(theta).sum(-1))
