@@ -121,6 +121,7 @@ MUTANTS = (
         "tests/contract/test_contract_rounds.py -k no_more_pairs",
     ),
     Mutant("pool-shrinks", "size = len(self.pool.x)", "tests/training/test_loss.py -k shrink"),
+    Mutant("old-pool-shrinks", "pass", "tests/training/test_loss.py -k pickled_before"),
     Mutant(
         "pairs-in-order-of-experts",
         "order = torch.arange(len(torch.cat(kept)))",

@@ -116,6 +116,7 @@ class SymmetricLoss:
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed
             theta, x = self.proxy.sample_joint(size)
             self.pool.theta, self.pool.x = theta, x
+            self.pool.asked = size  # mutant: old-pool-shrinks
             self.pool.weights = torch.ones(len(x), device=x.device)
 
     def terms(self, step: int, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:

@@ -99,3 +99,11 @@ def test_a_pool_of_which_some_draws_are_not_plausible_does_not_shrink():
         loss(step, torch.tensor(1.0), real)
         assert len(pool.x) == 47
     assert proxy.asked == 19
+
+
+def test_a_pool_pickled_before_its_size_was_remembered_does_not_shrink_further():
+    pool = Pool(torch.randn(50, 1), torch.zeros(50, 1), torch.ones(50), renewable=True)
+    loss = SymmetricLoss(UnitMain(0.5), UnitProxy(0.95), pool, OPTIONS, trust=1.0)  # type: ignore
+    for step in range(200):
+        loss(step, torch.tensor(1.0), real)
+    assert len(pool.x) == 47
