@@ -34,13 +34,14 @@ class JeffreysOptions:
             structured x), "auto" (an energy times a likelihood of summaries where the main has a
             trainable embedding net; a likelihood for vector x without a net, or of the summaries
             of a net without trainable parameters; else energy), or a `Proxy` of your own, for
-            instance `GivenProxy`.
+            instance `GivenProxy`. One that has something to fit is copied first.
         experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
             more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
         proxy_fit: How the likelihood nets are fitted.
         proxy_folds: Fits of each member of the likelihood proxy to parts of the training
             simulations, averaged (see `LikelihoodProxy`): a better proxy for as many times the
-            time. None: 10 below 150 training simulations, 5 below 300, else 1.
+            time. None: 10 below 150 training simulations, 5 below 300, else 1, and 1 where the
+            main has a trainable embedding net.
         energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
             None: half as many again as plain NPE took (a main that was hard to fit to the

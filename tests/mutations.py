@@ -51,6 +51,88 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "excluded-pairs-count",
+        "value = float((self.weights * losses).mean())",
+        "tests/training/test_kernel.py -k no_density",
+    ),
+    Mutant(
+        "excluded-pairs-are-evidence",
+        "return self.weights",
+        "tests/training/test_kernel.py -k not_surer",
+    ),
+    Mutant(
+        "kernels-scale-decides",
+        "scale = torch.ones_like(scale)",
+        "tests/training/test_kernel.py -k decide_the_trust",
+    ),
+    Mutant(
+        "forward-term-by-another-scale",
+        "kernel = arguments.kernel",
+        "tests/training/test_kernel.py -k in_the_units",
+    ),
+    Mutant(
+        "errors-without-weights",
+        "stage, self.weights = self.stage, None",
+        "tests/training/test_kernel.py -k is_reported",
+    ),
+    Mutant(
+        "gap-not-weighted",
+        "gap = Estimate.of(main_losses - proxy_losses)",
+        "tests/training/test_kernel.py -k is_reported",
+    ),
+    Mutant(
+        "trusted-by-excluded-pairs", "if False:", "tests/training/test_kernel.py -k excludes_every"
+    ),
+    Mutant(
+        "judged-by-excluded-pairs", "if False:", "tests/training/test_own_space.py -k do_not_choose"
+    ),
+    Mutant(
+        "excluded-pairs-in-f",
+        "return -(weights * log_p).mean()",
+        "tests/training/test_kernel.py -k no_density",
+    ),
+    Mutant(
+        "errors-of-excluded-pairs", "if False:", "tests/training/test_kernel.py -k weighted_errors"
+    ),
+    Mutant(
+        "all-pairs-embedded-at-once",
+        "pairs = zip([self.theta], [self.x])",
+        "tests/training/test_kernel.py -k at_once",
+    ),
+    Mutant(
+        "pooled-folds-lost",
+        "proxy = PooledProxy(prior, options.energy, None, *likelihood[:2])",
+        "tests/proxies/test_pooled.py -k as_many_folds",
+    ),
+    Mutant(
+        "given-proxy-fitted-in-place",
+        "return proxy",
+        "tests/proxies/test_sharing.py -k two_trainers",
+    ),
+    Mutant("refit-remembers", "pass", "tests/proxies/test_sharing.py -k second_fit"),
+    Mutant(
+        "equal-experts-all-dropped",
+        "least = _MIN_WEIGHT",
+        "tests/proxies/test_sharing.py -k fifty",
+    ),
+    Mutant(
+        "pool-size-forgotten",
+        "pool = Pool(theta, x, weights)",
+        "tests/contract/test_contract_rounds.py -k no_more_pairs",
+    ),
+    Mutant("pool-shrinks", "size = len(self.pool.x)", "tests/training/test_loss.py -k shrink"),
+    Mutant("old-pool-shrinks", "pass", "tests/training/test_loss.py -k pickled_before"),
+    Mutant(
+        "pairs-in-order-of-experts",
+        "order = torch.arange(len(torch.cat(kept)))",
+        "tests/proxies/test_draws.py -k order_of_theta",
+    ),
+    Mutant(
+        "draws-that-no-one-uses",
+        "pass",
+        "tests/contract/test_contract_rounds.py -k no_more_pairs",
+    ),
+    Mutant(
         "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
     ),
     Mutant(
@@ -409,7 +491,11 @@ MUTANTS = (
         "log_weights = 0 * proxy.log_factor(theta.unsqueeze(0), x)[0]",
         "tests/training/test_temperature.py",
     ),
-    Mutant("tempered-pool-not-used", "weights = 1 * weights", "tests/training/test_temperature.py"),
+    Mutant(
+        "tempered-pool-not-used",
+        "weights = x.new_ones(len(x))",
+        "tests/training/test_temperature.py",
+    ),
     Mutant(
         "temperature-of-a-few-pairs", "_PRIOR_SCALE = 15.0", "tests/training/test_temperature.py"
     ),

@@ -103,6 +103,10 @@ class KeptProxy(LikelihoodProxy):
         torch.set_rng_state(self._state_after)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptProxy:
+        """The proxy itself: the trainers of all variants share its one fit."""
+        return self
+
     def seen(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs that the proxy is fitted to, given the training pairs."""
         return theta, x

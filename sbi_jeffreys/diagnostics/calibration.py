@@ -145,9 +145,21 @@ def held_out_nll(log_prob_true: Tensor) -> tuple[float, float]:
     return mean_and_error(-log_prob_true)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of `(N,)` and its standard error, NaN for a single value."""
+def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """Mean of `(N,)` and its standard error, NaN for a single value.
+
+    With weights `(N,)`, both are those of the weighted mean, whatever the weights sum to, and
+    values without weight may be infinite. Constant weights are no weights.
+    """
     values = values.double()
+    # mutant: errors-of-excluded-pairs
+    if weights is not None and bool((weights != weights[0]).any()):
+        values, share = values[weights > 0], weights[weights > 0].double()
+        share = share / share.sum()
+        mean = (share * values).sum()
+        variance = (share**2 * (values - mean) ** 2).sum()
+        effective = 1 / (share**2).sum()  # number of values, by Kish; 0 / 0 below where it is one
+        return float(mean), float((variance * effective / (effective - 1)).sqrt())
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), error
 

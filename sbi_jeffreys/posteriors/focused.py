@@ -188,7 +188,8 @@ class _Target:
         own = self.main.sample(torch.Size((1,)), self.x_o)[0]
         found = adapted_draws(self.proxy, self.main, own, self.x_o, _DRAWS)
         theta, log_q = found.theta[1:], found.log_potential(self.proxy.inverse_temperature)[1:]
-        log_w = (self._pool(theta, log_q) - found.log_m[1:]).nan_to_num(nan=-torch.inf)
+        log_w = self._pool(theta, log_q) - found.log_m[1:]
+        log_w = log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         if not bool(torch.isfinite(log_w).any()):
             return theta, 0.0
         rows = torch.multinomial(torch.softmax(log_w[:, 0], dim=0), _KEPT, replacement=True)
@@ -199,7 +200,7 @@ class _Target:
         """Of importance weights from a main to the target."""
         theta = main.sample(torch.Size((_JUDGED,)), self.x_o)
         log_w = self.log_prob(theta) - main.log_prob(theta, self.x_o)
-        return importance_quality(log_w[:, 0].nan_to_num(nan=-torch.inf))
+        return importance_quality(log_w[:, 0].nan_to_num(nan=-torch.inf, neginf=-torch.inf))
 
 
 def _refined(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
+from pickle import PicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from sbi.utils import within_support
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.builders import StandardisedInput
+from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
@@ -58,14 +60,15 @@ def build_proxy(
         options: `proxy` and the settings of each kind.
 
     Returns:
-        The proxy, not fitted yet, or None where there is none for this x, and why.
+        The proxy, not fitted yet (a copy of one that was passed and has something to fit), or None
+        where there is none for this x, and why.
 
     Raises:
         ValueError: If a likelihood proxy is asked for where x has no density.
     """
     if isinstance(options.proxy, Proxy):
         _compare_priors(options.proxy.prior, prior)  # mutant: priors-not-compared
-        return options.proxy, f"given: {type(options.proxy).__name__}"
+        return _own(options.proxy), f"given: {type(options.proxy).__name__}"
     summary = main.embedding_net
     if options.proxy == "auto" and summary is not None and _is_fixed(summary):
         proxy = SummaryLikelihoodProxy(
@@ -84,12 +87,26 @@ def build_proxy(
         obstacle = obstacle or ("the main embeds x" if _embeds(main) else None)
         reason = obstacle or "vector x"
     if options.proxy == "auto" and _embeds(main):
-        proxy = PooledProxy(prior, options.energy, None, options.experts, options.proxy_fit)
+        likelihood = options.experts, options.proxy_fit, options.proxy_folds
+        proxy = PooledProxy(prior, options.energy, None, *likelihood)  # mutant: pooled-folds-lost
         return proxy, f"energy and likelihood of summaries: {reason}"
     if options.proxy == "energy" or (options.proxy == "auto" and obstacle is not None):
         return EnergyProxy(prior, options.energy), f"energy: {reason}"
     proxy = LikelihoodProxy(prior, options.experts, options.proxy_fit, options.proxy_folds)
     return proxy, f"likelihood: {reason}"
+
+
+def _own(proxy: Proxy) -> Proxy:
+    """A copy of a proxy that is about to be fitted: other trainers may have the same options.
+
+    One with nothing to fit is shared, and so is one of the user's that cannot be copied.
+    """
+    if isinstance(proxy, GivenProxy):
+        return proxy
+    try:
+        return deepcopy(proxy)  # mutant: given-proxy-fitted-in-place
+    except (TypeError, RuntimeError, AttributeError, PicklingError):
+        return proxy  # such as one that holds a module, a lock, or a tensor with a graph
 
 
 _CONSTANT = "x is constant"
@@ -104,8 +121,8 @@ def _compare_priors(given: Distribution, prior: Distribution) -> None:
         return
     with torch.random.fork_rng(devices=[]):
         theirs, ours = (p.sample(torch.Size((_COMPARED,))) for p in (given, prior))
-    wider = int((~within_support(prior, theirs)).sum())
-    narrower = int((~within_support(given, ours)).sum())
+    wider = int((~inside_support(prior, theirs)).sum())
+    narrower = int((~inside_support(given, ours)).sum())
     if wider or narrower:
         what = (
             f"is not the trainer's: {wider} of {_COMPARED} draws of it are outside the trainer's, "

@@ -52,7 +52,7 @@ __all__ = ["DrawCount", "LikelihoodProxy"]
 #: gain, and the smaller the cost.
 _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
-_MIN_WEIGHT = 0.02  # experts of a smaller weight are dropped
+_MIN_WEIGHT = 0.02  # experts of a smaller weight, and of less than half the largest, are dropped
 _ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
 # mutant: missing-draws-not-replaced
 _ROUNDS = 5  # in which draws are replaced that were not plausible
@@ -145,6 +145,7 @@ class LikelihoodProxy(Proxy):
         """
         base = self.config.at_most(max_epochs, patience)
         self.check_prior(theta[train_indices])
+        self.drawn, self.rest = None, x.new_zeros(0, 0)  # mutant: refit-remembers
         # mutant: parameters-with-cells
         self.theta_transform = MarginalTransform.fit(theta[train_indices], atoms=False)
         z = self.theta_transform(theta)
@@ -152,7 +153,7 @@ class LikelihoodProxy(Proxy):
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
-        folds = self._folds(len(train_indices))
+        folds = self.folds_for(len(train_indices))
         if folds > 1:
             # mutant: folds-of-held-out-pairs
             fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
@@ -160,7 +161,9 @@ class LikelihoodProxy(Proxy):
             fitted = fit_experts(experts, base, z, x, train_indices, val_indices, on_epoch)
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
-        kept = [k for k in range(len(fitted)) if weights[k] > _MIN_WEIGHT]
+        # Of more than fifty experts, none may exceed the bound.
+        least = min(_MIN_WEIGHT, 0.5 * float(weights.max()))  # mutant: equal-experts-all-dropped
+        kept = [k for k in range(len(fitted)) if weights[k] > least]
         self.fitted = nn.ModuleList([fitted[k] for k in kept])
         self.register_buffer("weights", weights[kept] / weights[kept].sum())
         for expert in self._mixture():
@@ -168,8 +171,12 @@ class LikelihoodProxy(Proxy):
         self.requires_grad_(False)
         return self
 
-    def _folds(self, num_pairs: int) -> int:
-        """Folds for this many training pairs."""
+    def folds_for(self, num_pairs: int) -> int:
+        """Folds for this many training pairs.
+
+        Raises:
+            ValueError: If there are fewer than two per fold.
+        """
         if self.num_folds is None:
             return next(folds for least, folds in _FOLDS if num_pairs >= least)  # mutant: no-folds
         if self.num_folds > 1 and num_pairs < 2 * self.num_folds:
@@ -255,19 +262,21 @@ class LikelihoodProxy(Proxy):
         return theta, x
 
     def _plausible_pairs(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """One x̃ for each θ̃ `(N, D)`, implausible ones dropped with their θ̃."""
+        """One x̃ for each θ̃ `(N, D)`, in their order, implausible ones dropped with their θ̃."""
         z = self.theta_transform(theta)
         which = torch.multinomial(self.weights, len(theta), replacement=True)
-        thetas, xs = [], []
+        kept, xs = [], []
         for k, expert in enumerate(self._mixture()):
             mine = (which == k).nonzero().squeeze(-1)
             if len(mine) == 0:  # an expert of little weight; not every net can draw nothing
                 continue
             for rows in mine.split(_CHUNK):
                 x, plausible = expert.sample(z[rows])
-                thetas.append(theta[rows[plausible]])
+                kept.append(rows[plausible])
                 xs.append(x[plausible])
-        theta, x = torch.cat(thetas), torch.cat(xs)
+        # Not expert by expert: whoever takes the first pairs would get those of one expert alone.
+        order = torch.cat(kept).argsort()  # mutant: pairs-in-order-of-experts
+        theta, x = theta[torch.cat(kept)[order]], torch.cat(xs)[order]
         if len(self.rest):
             whole = self.rest[torch.randint(len(self.rest), (len(x),))]
             whole[:, self.columns] = x

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sbi_jeffreys._checks import check_int
 from sbi_jeffreys.networks.embedding import summaries_of
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies.energy import EnergyProxy
@@ -46,6 +47,7 @@ class PooledProxy(EnergyProxy):
         experts: Of the likelihood. None: regressions, a neural regression, and one flow; those for
             wide x where there are more than 30 summaries.
         likelihood_fit: How the likelihood's networks are fitted.
+        num_folds: As of `LikelihoodProxy`, but None is a single fit.
 
     Attributes:
         likelihood: Of the summaries that `fit` started from; None before `fit`, or where they have
@@ -63,10 +65,14 @@ class PooledProxy(EnergyProxy):
         embedding_net: nn.Module | None = None,
         experts: Sequence[Expert] | None = None,
         likelihood_fit: FitConfig | None = None,
+        num_folds: int | None = None,
     ) -> None:
         super().__init__(prior, config, embedding_net)
         self.experts = None if experts is None else check_experts(experts)
         self.likelihood_fit = likelihood_fit
+        if num_folds is not None:
+            check_int("num_folds", num_folds, 1)
+        self.num_folds = num_folds or 1
         self.likelihood: SummaryLikelihoodProxy | None = None
         self.remark = ""
         self.register_buffer("powers", torch.tensor([0.0, 1.0]))
@@ -92,8 +98,9 @@ class PooledProxy(EnergyProxy):
         if experts is None and summaries_of(embedding, x[:2]).shape[1] <= WIDE:
             experts = _EXPERTS
         likelihood = SummaryLikelihoodProxy(
-            self.prior, embedding, experts, self.likelihood_fit, num_folds=1
+            self.prior, embedding, experts, self.likelihood_fit, self.num_folds
         ).to(theta)
+        likelihood.folds_for(len(train_indices))  # raises where they are too many
         try:
             likelihood.fit(*pairs, on_epoch, max_epochs, patience)
         except (ValueError, RuntimeError) as error:  # constant summaries, or no expert was finite

@@ -54,11 +54,12 @@ def make_report(
     if symmetric is not None and symmetric.proxy_losses is not None:
         proxy_losses = symmetric.proxy_losses
     coverage = None if symmetric is None else symmetric.coverage_after
+    main = _estimate(main_losses, prepared.weights)
     if kept_plain is not None and kept_plain.choice.kept is Space.OWN:
-        main_losses, coverage = kept_plain.losses, kept_plain.coverage
+        main_losses, coverage, main = kept_plain.losses, kept_plain.coverage, kept_plain.choice.own
     gap = None
     if main_losses is not None and proxy_losses is not None:
-        gap = Estimate.of(main_losses - proxy_losses)
+        gap = Estimate.of(main_losses - proxy_losses, prepared.weights)  # mutant: gap-not-weighted
     stage = None if symmetric is None else symmetric.stage
     return TrainingReport(
         proxy_status=prepared.status,
@@ -68,13 +69,13 @@ def make_report(
         inverse_temperature=1.0 if proxy is None else float(proxy.inverse_temperature),
         stage_status=StageStatus.NOT_RUN if symmetric is None else symmetric.status,
         kept=Kept.PLAIN_NPE if symmetric is None else symmetric.best.kept,
-        npe=_estimate(prepared.main_losses),
-        proxy_held_out=_estimate(proxy_losses),
+        npe=_estimate(prepared.main_losses, prepared.weights),
+        proxy_held_out=_estimate(proxy_losses, prepared.weights),
         uncertain=prepared.uncertain,
         coverage_before=None if symmetric is None else symmetric.coverage_before,
         coverage=coverage,
         space=None if kept_plain is None else kept_plain.choice,
-        main=_estimate(main_losses),
+        main=main,
         gap=gap,
         multiplier=None if stage is None else float(stage.multipliers.multipliers[0]),
         apart=None if stage is None else stage.latest["reverse"],
@@ -122,8 +123,8 @@ def announce(
         warnings.warn(report.describe(problem), JeffreysWarning, stacklevel=4)
 
 
-def _estimate(losses: Tensor | None) -> Estimate | None:
-    return None if losses is None else Estimate.of(losses)
+def _estimate(losses: Tensor | None, weights: Tensor | None) -> Estimate | None:
+    return None if losses is None else Estimate.of(losses, weights)
 
 
 def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:

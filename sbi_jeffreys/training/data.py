@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,28 @@ def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments)
     """The pairs that plain NPE was validated on."""
     (theta, x), val = simulations_in_use(trainer, starting_round), trainer.val_indices
     atomic = _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
-    return HeldOut(theta[val], x[val], arguments.kernel(x[val]), atomic)
+    weights = _kernel(trainer, starting_round, arguments)(x[val])
+    return HeldOut(theta[val], x[val], weights, atomic)
+
+
+def _kernel(
+    trainer: NPE, starting_round: int, arguments: TrainArguments
+) -> Callable[[Tensor], Tensor]:
+    """The calibration kernel, divided by its mean over the held-out pairs, if that is not zero.
+
+    Its scale has no meaning, but held-out values do: in nats per pair, they decide the trust. F is
+    compared with them, so its weights are divided by the same number.
+    """
+    if arguments.calibration_kernel is None:
+        return arguments.kernel
+    _, x = simulations_in_use(trainer, starting_round)
+    scale = arguments.kernel(x[trainer.val_indices]).double().mean()
+    scale = torch.where(scale > 0, scale, 1.0)  # mutant: kernels-scale-decides
+
+    def kernel(x: Tensor) -> Tensor:
+        return (arguments.kernel(x).double() / scale).float()
+
+    return kernel
 
 
 def training_loader(trainer: NPE, starting_round: int, arguments: TrainArguments) -> DataLoader:
@@ -47,6 +69,7 @@ def real_batches(
 ) -> Callable[[], RealBatch]:
     """Successive training batches, starting over at the end; in later rounds sbi's losses."""
     loader = training_loader(trainer, starting_round, arguments)
+    kernel = _kernel(trainer, starting_round, arguments)  # mutant: forward-term-by-another-scale
     device = _sbi.device_of(trainer)
 
     def endless() -> Iterator[Any]:
@@ -57,10 +80,10 @@ def real_batches(
 
     def pairs() -> RealBatch:
         theta, x = (t.to(device) for t in next(stream)[:2])
-        return theta, x, arguments.kernel(x)
+        return theta, x, kernel(x)
 
     def atomic_losses() -> RealBatch:
         force = arguments.force_first_round_loss
-        return _sbi.losses(trainer, next(stream), arguments.kernel, force)
+        return _sbi.losses(trainer, next(stream), kernel, force)
 
     return atomic_losses if atomic else pairs

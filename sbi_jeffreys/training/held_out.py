@@ -39,7 +39,8 @@ _COVERAGE_DRAWS = 200  # per held-out pair
 _ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # per held-out pair: many, where pairs are few
 _ALL_ACCEPTANCE_DRAWS = 100_000
 _LEAST_INSIDE = 5  # draws; where so many are expected, none is inside with probability e⁻⁵
-_ROWS = 25  # held-out pairs per network call: bounds memory
+_ROWS = 25  # held-out pairs per network call where each has many θ: bounds memory
+_AT_ONCE = 200  # held-out pairs per call where each has its own θ, and at most 50 others
 
 
 @dataclass
@@ -49,7 +50,8 @@ class HeldOut:
     Attributes:
         theta: Parameters `(M, D)`.
         x: Simulations `(M, *x_shape)`.
-        weights: Calibration-kernel weights `(M,)`, ones without kernel.
+        weights: Calibration-kernel weights `(M,)` with mean one, ones without kernel; all zero
+            where the kernel excludes every pair.
         atomic: Whether the pairs come from a proposal.
     """
 
@@ -63,19 +65,34 @@ class HeldOut:
         num = min(len(self.theta) - 1, _MAX_CONTRASTS)
         return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
 
+    @property
+    def excluded(self) -> bool:
+        """Whether the kernel excludes every pair."""
+        return not bool((self.weights > 0).any())
+
     def mean(self, losses: Tensor) -> float:
         """Mean of losses `(M,)`, weighted by the kernel; inf where it is not finite."""
-        value = float((self.weights * losses).mean())
-        return value if math.isfinite(value) else math.inf
+        # mutant: excluded-pairs-count
+        value = float(torch.where(self.weights > 0, self.weights * losses, 0.0).mean())
+        return value if math.isfinite(value) and not self.excluded else math.inf
+
+    def _evidence(self) -> Tensor:
+        """The weights, in sum the effective number of pairs: so many that are worth one each."""
+        effective = self.weights.sum() ** 2 / (self.weights**2).sum()
+        return self.weights * effective / len(self.weights)  # mutant: excluded-pairs-are-evidence
 
     @torch.no_grad()
     def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
         """Loss of the main at each pair, `(M,)`; the atomic one takes the prior from the proxy."""
         if not self.atomic or proxy is None:
-            return -main.log_prob(self.theta.unsqueeze(0), self.x)[0]
-        theta = self._with_contrasts()
-        with embedded_once(main, self.x):
-            ratio = main.log_prob(theta, self.x) - proxy.log_prior(theta)
+            # mutant: all-pairs-embedded-at-once
+            pairs = zip(self.theta.split(_AT_ONCE), self.x.split(_AT_ONCE))
+            return torch.cat([-main.log_prob(theta.unsqueeze(0), x)[0] for theta, x in pairs])
+        parts = []
+        for theta, x in zip(self._with_contrasts().split(_AT_ONCE, dim=1), self.x.split(_AT_ONCE)):
+            with embedded_once(main, x):
+                parts.append(main.log_prob(theta, x) - proxy.log_prior(theta))
+        ratio = torch.cat(parts, dim=1)
         return ranking_nce_losses(ratio[0], ratio[1:])
 
     @torch.no_grad()
@@ -156,10 +173,10 @@ class HeldOut:
         if self.atomic:
             theta = self._with_contrasts()
             factor = proxy.log_factor(theta, self.x)
-            return inverse_temperature(torch.zeros_like(factor), factor, self.weights)
+            return inverse_temperature(torch.zeros_like(factor), factor, self._evidence())
         draws = self.draws(proxy, main) if draws is None else draws
         # mutant: contrasts-of-the-prior-only
-        return inverse_temperature(draws.offset, draws.factor, self.weights)
+        return inverse_temperature(draws.offset, draws.factor, self._evidence())
 
     @torch.no_grad()
     def reverse(

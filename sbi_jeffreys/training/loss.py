@@ -110,11 +110,13 @@ class SymmetricLoss:
 
     def _renew_pool(self, step: int) -> None:
         """Draw the pool anew once each pair was used twice on average, to avoid overfitting."""
-        size = len(self.pool.x)
+        # What there is may be fewer than were asked for, and would be fewer at every renewal.
+        size = self.pool.asked or len(self.pool.x)  # mutant: pool-shrinks
         every = max(1, _SEEN * size // self.options.proxy_batch_size)
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed
             theta, x = self.proxy.sample_joint(size)
             self.pool.theta, self.pool.x = theta, x
+            self.pool.asked = size  # mutant: old-pool-shrinks
             self.pool.weights = torch.ones(len(x), device=x.device)
 
     def terms(self, step: int, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ class SymmetricLoss:
             if pairs is not None:
                 theta, x, weights = pairs
                 log_p = self.main.log_prob(theta.unsqueeze(0), x)[0]
-                terms["forward"] = -(weights * log_p).mean()
+                terms["forward"] = _weighted(weights, log_p)
         else:
             terms = self._pool_terms(pairs, with_reverse)
         if isinstance(real, Tensor):
@@ -156,7 +158,7 @@ class SymmetricLoss:
         log_p = self.main.log_prob(torch.cat(theta).unsqueeze(0), torch.cat(x))[0]
         terms = {"generated": forward_term(log_p[:num_pairs])}
         if real is not None:
-            terms["forward"] = -(real[2] * log_p[num_pairs:]).mean()
+            terms["forward"] = _weighted(real[2], log_p[num_pairs:])
         if log_q is not None:
             log_p_k = log_p[num_pairs:].reshape(log_q.shape)
             terms["reverse"] = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
@@ -185,3 +187,8 @@ class SymmetricLoss:
         with embedded_once(self.main, x):
             theta = self.main.sample(torch.Size((num_samples,)), x)
         return theta, self.proxy.log_potential(theta, x)
+
+
+def _weighted(weights: Tensor, log_p: Tensor) -> Tensor:
+    """F of pairs weighted by the kernel; those that it excludes may have no density."""
+    return -torch.where(weights > 0, weights * log_p, 0.0).mean()  # mutant: excluded-pairs-in-f

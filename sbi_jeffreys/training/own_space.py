@@ -90,7 +90,8 @@ def choose_space(
 
     Returns:
         The better one; None if there is no second one: the main is not one of ours in the prior's
-        space, this is a later round, the second one's loss was not finite, or it failed.
+        space, this is a later round, the second one's loss was not finite, it
+        failed, or the kernel excludes every held-out pair.
 
     Warns:
         JeffreysWarning: If the second one failed, for instance for want of memory. The first one
@@ -103,6 +104,8 @@ def choose_space(
     if not (first_round and ours and isinstance(main, UnconstrainedDensityEstimator)):
         return None
     held_out = held_out_pairs(trainer, 0, arguments)
+    if held_out.excluded:  # mutant: judged-by-excluded-pairs
+        return None
     main_losses = held_out.main_losses(main)
     try:
         own = _train_own(trainer, builder, arguments, show_progress_bars)
@@ -129,10 +132,10 @@ def _better(
 ) -> KeptPlain:
     """The better one of the main, with its held-out losses `(M,)`, and the second network."""
     losses = {Space.PRIOR: main_losses, Space.OWN: held_out.truncated_losses(own, prior)}
-    gain = Estimate.of(held_out.weights * (losses[Space.PRIOR] - losses[Space.OWN]))
+    gain = Estimate.of(losses[Space.PRIOR] - losses[Space.OWN], held_out.weights)
     # mutant: own-space-always, own-space-never, own-space-without-margin
     kept = Space.OWN if gain.value > _MARGIN * gain.error else Space.PRIOR
-    values = {space: Estimate.of(each) for space, each in losses.items()}
+    values = {space: Estimate.of(each, held_out.weights) for space, each in losses.items()}
     choice = SpaceChoice(kept, values[Space.PRIOR], values[Space.OWN], gain)
     if kept is Space.PRIOR:
         return KeptPlain(main, losses[kept], None, choice)

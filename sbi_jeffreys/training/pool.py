@@ -19,13 +19,20 @@ from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
 
-__all__ = ["Pool", "draw_pool", "local_trust", "resampled_pool", "tempering_weights"]
+__all__ = [
+    "MAX_OBSERVATIONS",
+    "Pool",
+    "draw_pool",
+    "local_trust",
+    "resampled_pool",
+    "tempering_weights",
+]
 
 _DRAWS, _KEPT = 256, 64  # per observation: draws of the adapted proposal, and θ̃ kept of them
 _FEW = 10.0  # effective draws below which an observation weighs less
 _BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
-_MAX_OBSERVATIONS = 5_000  # at which θ̃ are resampled
+MAX_OBSERVATIONS = 5_000  # at which θ̃ are resampled
 
 
 @dataclass
@@ -37,12 +44,15 @@ class Pool:
         x: Shape `(N, *x_shape)`.
         weights: How often each observation is drawn, in proportion, `(N,)`.
         renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
+        asked: How many pairs the proxy was asked for, of which some were not plausible; 0 where
+            none were drawn.
     """
 
     theta: Tensor
     x: Tensor
     weights: Tensor
     renewable: bool = False
+    asked: int = 0
 
     @property
     def grouped(self) -> bool:
@@ -100,12 +110,12 @@ def resampled_pool(
         from_prior: Whether the pairs' own θ come from the prior, so that proxy and main can be
             compared there.
     """
-    theta, x = theta[:_MAX_OBSERVATIONS], x[:_MAX_OBSERVATIONS]
+    theta, x = theta[:MAX_OBSERVATIONS], x[:MAX_OBSERVATIONS]
     gamma = proxy.inverse_temperature
     kept, shares = [], []
     for own, observed in zip(theta.split(_ROWS), x.split(_ROWS)):
         draws = adapted_draws(proxy, main, own, observed, _DRAWS)
-        log_w = draws.log_weights(gamma)[1:].nan_to_num(nan=-torch.inf)
+        log_w = draws.log_weights(gamma)[1:].nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         usable = torch.isfinite(log_w).any(dim=0)
         weights = truncated_log_weights(torch.where(usable, log_w, 0.0)).exp()
         rows = torch.multinomial(weights.T, _KEPT, replacement=True).T  # (K, B)

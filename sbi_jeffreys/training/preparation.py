@@ -28,7 +28,13 @@ from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.multipliers import trust
-from sbi_jeffreys.training.pool import Pool, draw_pool, resampled_pool, tempering_weights
+from sbi_jeffreys.training.pool import (
+    MAX_OBSERVATIONS,
+    Pool,
+    draw_pool,
+    resampled_pool,
+    tempering_weights,
+)
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
@@ -74,6 +80,7 @@ class Prepared:
         pool: Observations of the symmetric stage, where it should run.
         proxy_value: P_val, the mean of `proxy_losses`.
         main_value: V_NPE, the mean of `main_losses`.
+        weights: Of the held-out pairs, `(M,)`; None where there are no losses.
         uncertain: Share of the pairs at which the proxy's loss could not be bounded well.
         atomic: Whether the losses are those of classifying θ among other pairs' θ.
     """
@@ -89,6 +96,7 @@ class Prepared:
     main_value: float = math.inf
     atomic: bool = False
     uncertain: float = 0.0
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,8 @@ def prepare(
     if proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
+    if held_out.excluded:  # mutant: trusted-by-excluded-pairs
+        return Prepared(ProxyStatus.NO_KERNEL_WEIGHT, proxy, note)
     draws = None if held_out.atomic else held_out.draws(proxy, main)
     _temper(proxy, main, held_out, draws, options)
     if abs(float(proxy.inverse_temperature.log())) > _SAME_TEMPERATURE:
@@ -177,6 +187,7 @@ def prepare(
         *values,
         held_out.atomic,
         float(uncertain.float().mean()),
+        held_out.weights,
     )
     if t < options.min_trust:  # mutant: bad-proxy-followed
         return found
@@ -198,14 +209,18 @@ def _with_pool(
     if proxy.can_sample:
         # mutant: pool-of-the-default-alone
         num_draws = options.draws_for(budget.num_steps, x[0].numel())
+        if found.atomic:  # θ̃ are resampled at no more observations than this
+            num_draws = min(num_draws, MAX_OBSERVATIONS)  # mutant: draws-that-no-one-uses
         theta, x = draw_pool(proxy, theta, first_round, num_draws)
         if len(x) < max(1, _MIN_POOL * num_draws):
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)
     if proxy.can_sample and not found.atomic:
         # mutant: tempered-pool-not-used
-        pool = Pool(theta, x, tempering_weights(proxy, theta, x))
+        weights = tempering_weights(proxy, theta, x)
+        pool = Pool(theta, x, weights, asked=num_draws)  # mutant: pool-size-forgotten
         cheap = isinstance(proxy, LikelihoodProxy) and proxy.draws_cheaply
-        pool.renewable = first_round and cheap and bool((kernel(x) == 1).all())
+        kept = kernel(x)
+        pool.renewable = first_round and cheap and bool(((kept == kept[0]) & (kept > 0)).all())
         pool.renewable &= bool((pool.weights == 1).all())
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
         pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)

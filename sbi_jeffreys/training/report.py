@@ -35,7 +35,9 @@ class ProxyStatus(Enum):
     USED = "used"
     UNTRUSTED = "refused, because its held-out loss is much higher than plain NPE's"
     IMPLAUSIBLE = "refused, because its draws do not look like simulations"
-    NO_KERNEL_WEIGHT = "refused, because the calibration kernel is zero at every draw"
+    NO_KERNEL_WEIGHT = (
+        "refused, because the calibration kernel is zero at every draw or held-out simulation"
+    )
 
 
 class StageStatus(Enum):
@@ -106,15 +108,18 @@ REFUSED = (ProxyStatus.UNTRUSTED, ProxyStatus.IMPLAUSIBLE, ProxyStatus.NO_KERNEL
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over held-out pairs, in nats, with its standard error (NaN for a single pair)."""
+    """A mean over held-out pairs, in nats, with its standard error (NaN for a single pair).
+
+    Both are weighted by the calibration kernel, if there is one.
+    """
 
     value: float
     error: float
 
     @classmethod
-    def of(cls, losses: Tensor) -> Estimate:
-        """The estimate from one loss per pair, `(M,)`."""
-        return cls(*mean_and_error(losses))
+    def of(cls, losses: Tensor, weights: Tensor | None = None) -> Estimate:
+        """The estimate from one loss per pair, `(M,)`, and the calibration kernel's weights."""
+        return cls(*mean_and_error(losses, weights))
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.error:.2f}"
@@ -128,8 +133,7 @@ class SpaceChoice:
         kept: The one that was kept.
         prior: Held-out loss of plain NPE in the prior's unconstrained space.
         own: Held-out loss of plain NPE in θ's own space, corrected for the mass outside the prior.
-        gain: Held-out loss of the first minus that of the second, pair by pair, weighted by the
-            calibration kernel.
+        gain: Held-out loss of the first minus that of the second, pair by pair.
     """
 
     kept: Space
@@ -276,7 +280,8 @@ class TrainingReport:
 _NAMES = {
     Problem.NO_PROXY: "There is no proxy",
     Problem.PROXY_REFUSED: "The proxy is worse than plain NPE, or its draws are implausible",
-    Problem.KERNEL: "The calibration kernel excludes every draw of the proxy",
+    Problem.KERNEL: "The calibration kernel excludes every draw of the proxy, or every held-out "
+    "simulation",
     Problem.STAGE_PAUSED: "The epoch budget max_num_epochs ended the symmetric stage",
     Problem.STAGE_STOPPED: "The symmetric stage diverged and was stopped",
     Problem.MULTIPLIER_AT_BOUND: "The multiplier was at its bound at the end",

@@ -65,6 +65,7 @@ class SymmetricTraining:
         coverage_before: Of plain NPE on held-out pairs; None in later rounds.
         coverage_after: Of the main that is kept.
         start: Weights that the stage started from: plain NPE's after the changes of `begin_stage`.
+        weights: Of the held-out pairs, `(M,)`; None before the first call of `run`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
         judged: Whether the weights of the last epoch were evaluated, and kept or not.
     """
@@ -81,6 +82,7 @@ class SymmetricTraining:
     coverage_after: CoverageCurve | None = None
     start: dict[str, Tensor] | None = None  # None in pickles from before there was one
     judged: bool = True
+    weights: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -117,7 +119,7 @@ class SymmetricTraining:
         Returns:
             Number of epochs run.
         """
-        stage = self.stage
+        stage, self.weights = self.stage, held_out.weights  # mutant: errors-without-weights
         if self.status is StageStatus.STOPPED:
             return 0
         bar = tqdm(total=stage.num_steps, desc="Symmetric stage", disable=not show_progress_bars)
@@ -180,8 +182,8 @@ class SymmetricTraining:
         """
         stage = self.stage
         # mutant: lucky-epochs-kept
-        margin = stage.options.tolerance + _ERRORS * _standard_error(losses - self.best.losses)
-        floor = stage.npe_nll + _standard_error(losses - self.plain)  # mutant: npe-by-its-luck
+        margin = stage.options.tolerance + _ERRORS * self._error(losses - self.best.losses)
+        floor = stage.npe_nll + self._error(losses - self.plain)  # mutant: npe-by-its-luck
         bound = min(self.best.value + margin, floor)  # mutant: npe-not-a-floor
         annealed = stage.finished and value <= bound
         if value < self.best.value or annealed:
@@ -195,7 +197,7 @@ class SymmetricTraining:
         the bound falls at half of the stage.
         """
         excess = losses - self.plain
-        error = _standard_error(excess)
+        error = self._error(excess)
         late = 2 * self.stage.step > self.stage.num_steps
         margin = (_EXCESS_LATE if late else _EXCESS_EARLY) + _ERRORS * error
         # mutant: guard-off
@@ -251,7 +253,9 @@ class SymmetricTraining:
         )
         return dict(zip(TRACES, values))
 
-
-def _standard_error(losses: Tensor) -> float:
-    """Of the mean of `(M,)` losses; 0 where there is one alone."""
-    return mean_and_error(losses)[1] if len(losses) > 1 else 0.0
+    def _error(self, losses: Tensor) -> float:
+        """Standard error of the mean of `(M,)` losses; 0 where there is one alone."""
+        alone = len(losses) == 1 or (
+            self.weights is not None and int((self.weights > 0).sum()) == 1
+        )
+        return 0.0 if alone else mean_and_error(losses, self.weights)[1]

@@ -118,3 +118,19 @@ def test_a_shortfall_is_a_value():
     kept = len(proxy.sample_joint(1_000)[0])
     assert kept < 30
     assert (proxy.drawn.asked, proxy.drawn.proposed, proxy.drawn.kept) == (1_000, 1_000, kept)
+
+
+def test_pairs_of_all_experts_are_mixed_and_in_the_order_of_theta():
+    """The first 500 pairs hold as many of each expert as its weight says; 4 errors are 0.08."""
+    torch.manual_seed(0)
+    theta, x = PRIOR.sample((350,)), torch.rand(350, 2)
+    proxy = LikelihoodProxy(PRIOR, (RegressionExpert(1),), num_folds=1).fit(theta, x, TRAIN, VAL)
+    nets = [Spread(2, scale=0.01, put=((1, value),)) for value in (0.2, 0.8)]
+    proxy.fitted = nn.ModuleList([expert(net, x) for net in nets])
+    proxy.weights = torch.tensor([0.25, 0.75])
+    given = PRIOR.sample((5_000,))
+    for pairs in (proxy.sample_given(given), proxy.sample_joint(5_000)):
+        of_the_second = pairs[1][:, 0] > 0.5
+        assert float(of_the_second[:500].float().mean()) == pytest.approx(0.75, abs=0.08)
+        assert len(pairs[0]) == 5_000
+    assert torch.equal(proxy.sample_given(given)[0], given)

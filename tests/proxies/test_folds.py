@@ -113,7 +113,7 @@ def test_the_exact_model_gets_the_weight():
     ("num", "folds"), [(19, 1), (20, 10), (149, 10), (150, 5), (299, 5), (300, 1)]
 )
 def test_folds_are_for_few_simulations(num, folds):
-    assert LikelihoodProxy(PRIOR)._folds(num) == folds
+    assert LikelihoodProxy(PRIOR).folds_for(num) == folds
 
 
 @pytest.mark.parametrize("folds", [1, 3])

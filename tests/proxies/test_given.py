@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from sbi.neural_nets import classifier_nn, likelihood_nn
-from sbi.utils import BoxUniform
+from sbi.utils import BoxUniform, MultipleIndependent
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import Dirichlet, MultivariateNormal, kl_divergence
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys.objective import reverse_term
@@ -285,3 +285,16 @@ def test_another_prior_than_the_trainers_is_a_warning():
         warnings.simplefilter("error")
         choose(prior(), prior())
         choose(box, BoxUniform(-torch.ones(2), torch.ones(2)))
+
+
+def test_equal_joints_of_a_box_and_a_simplex_are_compared():
+    """sbi's `within_support` cannot concatenate their supports."""
+    equal, other = (
+        MultipleIndependent([BoxUniform(torch.zeros(1), high), Dirichlet(torch.ones(3))])
+        for high in (torch.ones(1), 2 * torch.ones(1))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(equal, copy.deepcopy(equal))
+    with pytest.warns(JeffreysWarning, match=r"\d+ of 1000 draws of it are outside the trainer's"):
+        choose(other, equal)

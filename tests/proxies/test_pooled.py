@@ -114,3 +114,24 @@ def test_summaries_without_a_density_leave_the_energy_alone():
     assert proxy.likelihood is None
     assert proxy.powers.tolist() == [0.0, 1.0]
     assert "without a likelihood of summaries" in inference.training_report.proxy
+
+
+@pytest.mark.parametrize(("asked", "judged_by"), [(None, 10), (3, 90)])
+def test_the_likelihood_of_summaries_has_as_many_folds_as_asked_for(asked, judged_by):
+    """A single fit is judged by the ten held-out pairs, folds by all 90 training pairs."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((100,))
+    x = theta.unsqueeze(1) + torch.randn(100, 20, 2)
+    energy = EnergyConfig(num_nets=1, num_contrasts=4, fit=FitConfig(max_epochs=1))
+    options = replace(TINY, experts=(RegressionExpert(1),), energy=energy, proxy_folds=asked)
+    builder = MainBuilder("maf", embedding_net=Mean())
+    inference = NPE_Jeffreys(PRIOR, builder, options=options, show_progress_bars=False)
+    inference.append_simulations(theta, x).train(max_num_epochs=2)
+    proxy = inference.proxy
+    assert isinstance(proxy, PooledProxy)
+    assert proxy.likelihood is not None
+    assert proxy.likelihood.fitted[0].held_out.shape == (judged_by,)
+    proxy.num_folds = 60
+    proxy.set_proposal(inference._neural_net)
+    with pytest.raises(ValueError, match=r"num_folds=60 .* at least 120 training simulations"):
+        proxy.fit(theta, x, torch.arange(90), torch.arange(90, 100), max_epochs=1)

@@ -31,16 +31,17 @@ class UnitProxy(Proxy):
 
     can_sample = True
 
-    def __init__(self) -> None:
+    def __init__(self, plausible: float = 1.0) -> None:
         super().__init__(torch.distributions.MultivariateNormal(torch.zeros(1), torch.eye(1)))
-        self.asked = 0
+        self.asked, self.plausible = 0, plausible
 
     def log_factor(self, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(theta.shape[:2])
 
     def sample_joint(self, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked += 1
-        return torch.randn(num_samples, 1), torch.full((num_samples, 1), float(self.asked))
+        num = int(self.plausible * num_samples)
+        return torch.randn(num, 1), torch.full((num, 1), float(self.asked))
 
 
 def loss_of(renewable: bool = False, size: int = 50) -> SymmetricLoss:
@@ -87,3 +88,22 @@ def test_a_renewable_pool_is_drawn_anew_once_its_pairs_were_seen_twice():
     for step in range(25):
         other(step, torch.tensor(1.0), real)
     assert float(other.pool.x[0]) == 0
+
+
+def test_a_pool_of_which_some_draws_are_not_plausible_does_not_shrink():
+    """95 % of the 50 draws asked for are kept, however often they are drawn anew, and as often."""
+    pool = Pool(torch.randn(47, 1), torch.zeros(47, 1), torch.ones(47), renewable=True, asked=50)
+    proxy = UnitProxy(plausible=0.95)
+    loss = SymmetricLoss(UnitMain(0.5), proxy, pool, OPTIONS, trust=1.0)  # type: ignore
+    for step in range(200):
+        loss(step, torch.tensor(1.0), real)
+        assert len(pool.x) == 47
+    assert proxy.asked == 19
+
+
+def test_a_pool_pickled_before_its_size_was_remembered_does_not_shrink_further():
+    pool = Pool(torch.randn(50, 1), torch.zeros(50, 1), torch.ones(50), renewable=True)
+    loss = SymmetricLoss(UnitMain(0.5), UnitProxy(0.95), pool, OPTIONS, trust=1.0)  # type: ignore
+    for step in range(200):
+        loss(step, torch.tensor(1.0), real)
+    assert len(pool.x) == 47

@@ -91,6 +91,14 @@ def test_the_exact_posterior_is_kept_and_its_gain_is_right(monkeypatch):
     assert choice.gain.value > choice.gain.error > 0
 
 
+def test_pairs_that_the_kernel_excludes_do_not_choose(monkeypatch):
+    """The rival is exact, but nothing is left to say so."""
+    rival(monkeypatch, gaussian())
+    inference = trained(options=PLAIN, calibration_kernel=lambda x: torch.zeros(len(x)))
+    assert not is_own(inference)
+    assert inference.training_report.space is None
+
+
 @pytest.mark.parametrize("shift", [0.9, 4.0])
 def test_a_worse_one_is_not_kept(monkeypatch, shift):
     rival(monkeypatch, gaussian(shift))
