@@ -174,6 +174,11 @@ MUTANTS = (
         "tests/posteriors/test_correction.py -k mode_of_the_target",
     ),
     Mutant(
+        "atoms-judged-by-smooth-flows",
+        "if False:",
+        "tests/proxies/test_likelihood_of_atoms.py -k spline",
+    ),
+    Mutant(
         "second-doubling-as-cheap-as-the-first",
         "bound = APART",
         "tests/training/test_symmetric.py -k longer",

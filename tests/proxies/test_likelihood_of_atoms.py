@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from sbi_jeffreys import FlowExpert, LikelihoodProxy, NeuralRegressionExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
-from sbi_jeffreys.proxies.experts import FittedExpert
+from sbi_jeffreys.proxies.experts import FittedExpert, fit
 from sbi_jeffreys.proxies.experts.neural import NeuralRegression
 
 PRIOR = BoxUniform(-2 * torch.ones(1), 2 * torch.ones(1))
@@ -154,3 +154,27 @@ def test_parameters_with_atoms_have_no_cells_as_conditions():
     proxy.fit(theta, x, torch.arange(180), torch.arange(180, 200))
     z = proxy.theta_transform(torch.tensor([[-0.01], [0.0], [0.01]]))
     assert float((z[2] - z[0]).abs()) < 0.1
+
+
+def test_spline_flows_are_tried_before_smooth_ones_can_fail(monkeypatch):
+    """Smooth flows of x with zeros lose to regressions, after which no flow is fitted any more."""
+    tried, original = [], fit._fit
+
+    def spy(specs, folds, fits):
+        tried.extend(spec.name for spec in specs)
+        original(specs, folds, fits)
+
+    monkeypatch.setattr(fit, "_fit", spy)
+    flows = (
+        FlowExpert(around_regression=True, num_transforms=1),
+        FlowExpert(num_transforms=1),
+        FlowExpert("nsf", num_transforms=1),
+    )
+    torch.manual_seed(0)
+    theta = PRIOR.sample((200,))
+    for x, first in ((with_zeros(theta), "nsf"), (theta + 1.0, "maf of residuals")):
+        tried.clear()
+        rows = torch.arange(200)
+        experts = (RegressionExpert(1), *flows)
+        fit.fit_experts(experts, FitConfig(max_epochs=1), theta, x, rows[:150], rows[150:])
+        assert tried[:2] == ["linear", first]

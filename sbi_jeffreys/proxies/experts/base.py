@@ -180,6 +180,8 @@ class Expert(ABC):
     #: Whether draws take as many passes as there are outputs, or the cost grows as their square.
     #: Such experts come last and may be skipped.
     expensive: ClassVar[bool] = False
+    #: Whether its density can be as steep as at the edges of an atom's cell.
+    suits_atoms: bool = False
     #: Whether it models the residuals of an expert in closed form, in place of x itself.
     around_regression: bool = False
 

@@ -5,7 +5,9 @@ a regression's residuals, then the rest of their architecture, then others. Flow
 architecture are fitted together, to all folds at once. The flows that are left are not fitted where
 an inexpensive expert predicts held-out x clearly better than the flows of x do, and a flow around a
 regression does not improve on it: they would cost time and get no weight. A flow that is fitted
-alone is abandoned where it falls far behind an earlier one of the same kind.
+alone is abandoned where it falls far behind an earlier one of the same kind. Where outputs have
+atoms, such as exact zeros, spline flows come before smooth ones, whose failure there says nothing
+about splines.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ def fit_to_folds(specs: Sequence[Expert], folds: Sequence[ExpertData]) -> list[F
         if not spec.expensive:
             _fit([spec], folds, fits)
     pending = [spec for spec in suitable if spec.expensive]
+    if chosen.atoms.some:  # mutant: atoms-judged-by-smooth-flows
+        pending.sort(key=lambda spec: not spec.suits_atoms)
     while pending and not inexpensive_won(_pooled(fits)):  # mutant: regressions-never-win
         wave = _next_wave(pending, fits[0])
         _fit(wave, folds, fits)

@@ -65,6 +65,11 @@ class FlowExpert(NetworkExpert):
         """The model, and what it models where that is not x itself."""
         return f"{self.model} of residuals" if self.around_regression else self.model
 
+    @property
+    def suits_atoms(self) -> bool:  # type: ignore[override]
+        """Whether it is a spline flow, whose slope may change from one bin to the next."""
+        return "nsf" in self.model or "rqs" in self.model
+
     def __post_init__(self) -> None:
         check_choice("model", self.model, _MODELS)
         if self.weight_decay is not None:
