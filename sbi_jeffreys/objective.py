@@ -38,16 +38,21 @@ __all__ = [
 ]
 
 
-def forward_term(log_p: Tensor) -> Tensor:
+def forward_term(log_p: Tensor, weights: Tensor | None = None) -> Tensor:
     """Forward term F = E_π[−log p_φ(θ|x)], what NPE minimises.
 
     Args:
         log_p: log p_φ(θ|x) on pairs from π (or from the proxy's joint), any shape.
+        weights: Of the pairs, with mean one, of the same shape. A pair of weight zero may have no
+            density. None: ones.
 
     Returns:
         The mean negative log density, a scalar in nats.
     """
-    return -log_p.mean()
+    if weights is None:
+        return -log_p.mean()
+    # mutant: excluded-pairs-count
+    return -torch.where(weights > 0, weights * log_p, 0.0).mean()
 
 
 def reweighted_forward_term(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from attack_odd_simulators import Simulator, evaluate
-from cells import append, finished, rows, simulations
+from cells import append, command_line, finished, rows, simulations
 from sbi.utils import BoxUniform
 from torch import Tensor
 
@@ -160,13 +159,11 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("out")
-    parser.add_argument("--simulations", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["npe", "jeffreys"])
-    chosen = parser.parse_args()
-    (run if chosen.command == "run" else report)(chosen)
+    command_line(
+        __doc__,
+        run,
+        report,
+        simulations={"type": int, "default": 1000},
+        seeds={"type": int, "default": 2},
+        methods={"nargs": "+", "default": ["npe", "jeffreys"]},
+    )

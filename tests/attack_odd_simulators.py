@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cells import append, finished, rows, simulations
+from cells import append, command_line, finished, rows, simulations
 from sbi.inference import NPE
 from sbi.utils import BoxUniform
 from torch import Tensor
@@ -250,14 +249,12 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("out")
-    parser.add_argument("--simulations", type=int, nargs="+", default=[300, 1000])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--only", nargs="*", default=())
-    chosen = parser.parse_args()
-    (run if chosen.command == "run" else report)(chosen)
+    command_line(
+        __doc__,
+        run,
+        report,
+        simulations={"type": int, "nargs": "+", "default": [300, 1000]},
+        seeds={"type": int, "default": 5},
+        methods={"nargs": "+", "default": METHODS, "choices": METHODS},
+        only={"nargs": "*", "default": ()},
+    )

@@ -1,8 +1,11 @@
-"""Result files of the scripts beside this one: a line of JSON for each cell; runs resume."""
+"""What the measuring scripts share: a command line, and result files that runs resume."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,25 @@ def simulations(simulator: Any, num: int, seed: int) -> tuple[Tensor, Tensor]:
     x = simulator.simulate(theta)
     torch.manual_seed(seed + 1)
     return theta, x
+
+
+def command_line(
+    doc: str, *commands: Callable[[argparse.Namespace], None], **options: dict[str, Any]
+) -> None:
+    """Run the command that a script was called with, on one thread and without warnings.
+
+    Args:
+        doc: The script's docstring, whose first line describes it.
+        commands: Functions, called by their names with all arguments, `out` among them.
+        options: Settings of each option's `add_argument`.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    by_name = {command.__name__: command for command in commands}
+    parser.add_argument("command", choices=by_name)
+    parser.add_argument("out")
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    chosen = parser.parse_args()
+    by_name[chosen.command](chosen)

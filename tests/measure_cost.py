@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from attack_odd_simulators import Simulator, evaluate
-from cells import append, finished, rows, simulations
+from cells import append, command_line, finished, rows, simulations
 
 TASKS = ("two_moons", "gaussian_linear", "slcp", "tune_poisson", "tune_narrow")
 
@@ -149,14 +148,13 @@ def figure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "report", "figure"))
-    parser.add_argument("out")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--simulations", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", help="npe, or the name of a setting; all of them")
-    chosen = parser.parse_args()
-    {"run": run, "report": report, "figure": figure}[chosen.command](chosen)
+    command_line(
+        __doc__,
+        run,
+        report,
+        figure,
+        tasks={"nargs": "+", "default": list(TASKS)},
+        simulations={"type": int, "default": 1000},
+        seeds={"type": int, "default": 2},
+        methods={"nargs": "+", "help": "npe, or the name of a setting; all of them"},
+    )

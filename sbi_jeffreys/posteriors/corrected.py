@@ -87,7 +87,7 @@ class CorrectedPosterior(DirectPosterior):
         self.power = float(check_float("power", power, 0.0, 1.0, low_open=True, remedy=remedy))
         super().__init__(posterior_estimator=main, prior=prior, **kwargs)
         # mutant: map-of-the-main
-        self.potential_fn = PooledPotential(main, proxy, self.power, str(device_of(self)))
+        self.potential_fn = PooledPotential(main, proxy, self.log_potential, str(device_of(self)))
         self.proxy, self.num_candidates = proxy, num_candidates
         self._cache = CandidateCache()
 

@@ -6,6 +6,7 @@ as the proposal, or by rejection from the prior.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from typing import Any, Literal
@@ -24,7 +25,6 @@ from sbi_jeffreys._sbi import (
     PosteriorParameters,
     RejectionPosteriorParameters,
 )
-from sbi_jeffreys.posteriors.power import log_pool
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["PooledPotential", "ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
@@ -97,28 +97,31 @@ def _one_observation(potential: ProxyPotential) -> Tensor:
 
 
 class PooledPotential(ProxyPotential):
-    """log p_φ^{1−β} q̃_ψ^β at one observation, what a `CorrectedPosterior` has draws of.
+    """The log target of a `CorrectedPosterior` at one observation.
 
     Args:
         main: The main model p_φ(θ|x).
         proxy: A fitted proxy.
-        power: β in (0, 1].
+        log_target: Its log density, from θ `(K, B, D)`, x `(B, *x_shape)` and log p_φ `(K, B)`.
         device: Where to evaluate it.
     """
 
     def __init__(
-        self, main: ConditionalDensityEstimator, proxy: Proxy, power: float, device: str = "cpu"
+        self,
+        main: ConditionalDensityEstimator,
+        proxy: Proxy,
+        log_target: Callable[[Tensor, Tensor, Tensor], Tensor],
+        device: str = "cpu",
     ) -> None:
         super().__init__(proxy, main.condition_shape, device)
-        self.main, self.power = main, power
+        self.main, self.log_target = main, log_target
 
     def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
         """Of θ `(N, D)` at the observation, `(N,)`, −∞ outside the prior."""
         x = _one_observation(self)
         theta = torch.atleast_2d(torch.as_tensor(theta)).to(self.device).unsqueeze(1)
         with torch.set_grad_enabled(track_gradients):
-            log_p = self.main.log_prob(theta, x)
-            return log_pool(log_p, self.proxy.log_potential(theta, x), self.power)[:, 0]
+            return self.log_target(theta, x, self.main.log_prob(theta, x))[:, 0]
 
 
 class _MainProposal:
@@ -127,21 +130,18 @@ class _MainProposal:
     def __init__(self, main: ConditionalDensityEstimator, potential: ProxyPotential) -> None:
         self.main, self.potential = main, potential
 
-    def _x(self) -> Tensor:
-        return _one_observation(self.potential)
-
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws `(*sample_shape, D)` of the main; of the prior if no observation is set yet."""
         shape = torch.Size(sample_shape)
         if self.potential.return_x_o() is None:  # sbi tests its transforms on a few draws
             return self.potential.proxy.prior.sample(shape)
-        theta = self.main.sample(torch.Size((shape.numel(),)), self._x())
+        theta = self.main.sample(torch.Size((shape.numel(),)), _one_observation(self.potential))
         return theta[:, 0].reshape(*shape, -1)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """log p_φ(θ|x_o) of θ `(N, D)`, shape `(N,)`."""
-        return self.main.log_prob(theta.unsqueeze(1), self._x())[:, 0]
+        return self.main.log_prob(theta.unsqueeze(1), _one_observation(self.potential))[:, 0]
 
     def __getattr__(self, name: str) -> Any:
         # sbi builds its unconstraining transform from these; the main's support is the prior's.

@@ -279,8 +279,8 @@ def _normalised(theta: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     usable = torch.isfinite(log_weights).any(dim=0)
     weights = torch.softmax(torch.where(usable, log_weights, 0.0), dim=0)
-    counts = (weights > 0) & (theta.abs() < _FAR).all(dim=-1)  # mutant: far-draws-in-moments
-    theta = torch.where(counts.unsqueeze(-1), theta, 0.0)
+    near = (theta.abs() < _FAR).all(dim=-1)  # mutant: far-draws-in-moments
+    theta = torch.where(near.unsqueeze(-1), theta, 0.0)
     return weights.T, theta.transpose(0, 1)
 
 

@@ -26,7 +26,7 @@ from sbi_jeffreys.diagnostics.calibration import (
     inside_prior,
 )
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.objective import log_normaliser, ranking_nce_losses
+from sbi_jeffreys.objective import forward_term, log_normaliser, ranking_nce_losses
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
 from sbi_jeffreys.training.temperature import inverse_temperature
@@ -72,8 +72,7 @@ class HeldOut:
 
     def mean(self, losses: Tensor) -> float:
         """Mean of losses `(M,)`, weighted by the kernel; inf where it is not finite."""
-        # mutant: excluded-pairs-count
-        value = float(torch.where(self.weights > 0, self.weights * losses, 0.0).mean())
+        value = float(forward_term(-losses, self.weights))
         return value if math.isfinite(value) and not self.excluded else math.inf
 
     def _evidence(self) -> Tensor:

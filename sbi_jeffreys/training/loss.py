@@ -130,7 +130,7 @@ class SymmetricLoss:
             if pairs is not None:
                 theta, x, weights = pairs
                 log_p = self.main.log_prob(theta.unsqueeze(0), x)[0]
-                terms["forward"] = _weighted(weights, log_p)
+                terms["forward"] = forward_term(log_p, weights)
         else:
             terms = self._pool_terms(pairs, with_reverse)
         if isinstance(real, Tensor):
@@ -158,7 +158,7 @@ class SymmetricLoss:
         log_p = self.main.log_prob(torch.cat(theta).unsqueeze(0), torch.cat(x))[0]
         terms = {"generated": forward_term(log_p[:num_pairs])}
         if real is not None:
-            terms["forward"] = _weighted(real[2], log_p[num_pairs:])
+            terms["forward"] = forward_term(log_p[num_pairs:], real[2])
         if log_q is not None:
             log_p_k = log_p[num_pairs:].reshape(log_q.shape)
             terms["reverse"] = reverse_vargrad_loss(log_p_k, log_q, self.options.reverse_barrier)
@@ -187,8 +187,3 @@ class SymmetricLoss:
         with embedded_once(self.main, x):
             theta = self.main.sample(torch.Size((num_samples,)), x)
         return theta, self.proxy.log_potential(theta, x)
-
-
-def _weighted(weights: Tensor, log_p: Tensor) -> Tensor:
-    """F of pairs weighted by the kernel; those that it excludes may have no density."""
-    return -torch.where(weights > 0, weights * log_p, 0.0).mean()  # mutant: excluded-pairs-in-f

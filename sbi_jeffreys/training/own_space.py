@@ -90,8 +90,8 @@ def choose_space(
 
     Returns:
         The better one; None if there is no second one: the main is not one of ours in the prior's
-        space, this is a later round, the second one's loss was not finite, it
-        failed, or the kernel excludes every held-out pair.
+        space, this is a later round, the second one failed or its loss was not finite, or the
+        kernel excludes every held-out pair.
 
     Warns:
         JeffreysWarning: If the second one failed, for instance for want of memory. The first one

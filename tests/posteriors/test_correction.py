@@ -48,6 +48,10 @@ def test_map_is_the_mode_of_the_target(power):
     posterior = corrected(power).set_default_x(X)
     found = posterior.map(num_iter=300, learning_rate=0.01, show_progress_bars=False)
     assert torch.allclose(found, X / 1.25 + (1 - power) * SPREAD, atol=0.02)
+    posterior.power = 0.6
+    theta = X.unsqueeze(0)
+    expected = posterior.log_prob(theta, norm_posterior=False)
+    assert torch.allclose(posterior.potential(theta), expected, atol=1e-5)
     with pytest.raises(ValueError, match="one observation"):
         posterior.set_default_x(torch.stack([X, X])).potential(torch.zeros(1, 2))
 

@@ -11,9 +11,9 @@ from torch.distributions import Normal
 
 from sbi_jeffreys import GivenProxy, JeffreysWarning, NPE_Jeffreys
 from sbi_jeffreys.diagnostics.calibration import mean_and_error
+from sbi_jeffreys.objective import forward_term
 from sbi_jeffreys.training import data
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.loss import _weighted
 from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus
 
 
@@ -113,7 +113,7 @@ def test_pairs_that_the_kernel_excludes_may_have_no_density():
     losses, weights = torch.tensor([1.0, math.inf, 2.0]), torch.tensor([1.0, 0.0, 2.0])
     held_out = HeldOut(torch.zeros(3, 1), torch.zeros(3, 1), weights)
     assert held_out.mean(losses) == pytest.approx(5 / 3)
-    assert float(_weighted(weights, -losses)) == pytest.approx(5 / 3)
+    assert float(forward_term(-losses, weights)) == pytest.approx(5 / 3)
     assert mean_and_error(losses, weights)[0] == pytest.approx(5 / 3)
     nothing = HeldOut(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3))
     assert nothing.excluded
