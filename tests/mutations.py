@@ -199,6 +199,9 @@ MUTANTS = (
         "first_round = True",
         "tests/training/test_own_space.py -k round",
     ),
+    Mutant(
+        "report-of-the-other-network", "pass", "tests/training/test_own_space.py -k interrupted"
+    ),
     Mutant("own-space-trained-further", "pass", "tests/training/test_own_space.py -k round"),
     Mutant("weights-of-another-space", "pass", "tests/training/test_own_space.py -k saved"),
     Mutant(

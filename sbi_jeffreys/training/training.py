@@ -107,6 +107,7 @@ class Training:
         if self.arguments is not None and self.set_aside is not None:
             _sbi.set_network(trainer, self.set_aside)  # mutant: own-space-trained-further
             self.set_aside = None
+            self.report = None  # mutant: report-of-the-other-network
 
     def run(
         self,

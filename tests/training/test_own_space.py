@@ -303,6 +303,17 @@ def test_resumed_equals_uninterrupted(monkeypatch):
         assert torch.equal(one, two)
 
 
+def test_an_interrupted_resumption_has_no_report_of_the_other_network(own, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sbi.inference.NPE_C._loss", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        own.train(max_num_epochs=20, resume_training=True)
+    assert not is_own(own)
+    assert own.training_report is None
+
+
 def test_the_next_round_goes_on_in_the_priors_space(own, monkeypatch):
     aside = own._training.set_aside
     proposal = own.build_posterior().set_default_x(X_O)
