@@ -307,7 +307,7 @@ def test_more_simulations_and_harder_fits_get_more_steps_and_a_larger_pool():
 def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, batch, steps):
     """The last case: 150 steps in each of plain NPE's epochs, which are one more than the bound."""
     options = replace(TINY, num_steps=None, proxy_draws=None, min_trust=0.0)
-    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=options)
+    inference = NPE_Jeffreys(PRIOR, "maf", show_progress_bars=False, options=options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inference.append_simulations(*simulate(num)).train(
@@ -522,7 +522,7 @@ def test_better_than_npe_on_a_linear_gaussian():
     prior = MultivariateNormal(torch.zeros(5), torch.eye(5))
     theta, test_theta = prior.sample((300,)), prior.sample((2000,))
     x, test_x = (t + 0.5 * torch.randn_like(t) for t in (theta, test_theta))
-    options = JeffreysOptions(num_steps=200, experts=(FlowExpert("maf", 1.0),))
+    options = JeffreysOptions(num_steps=150, experts=(FlowExpert("maf", 1.0),), proxy_folds=3)
 
     def nll(estimator: torch.nn.Module) -> float:
         with torch.no_grad():

@@ -259,8 +259,9 @@ class TrainingReport:
         unit = "classification loss" if self.atomic else "negative log density"
         parts = [f"plain NPE {self.npe}"]
         if self.proxy_held_out is not None:
-            doubt = f" (uncertain at {100 * self.uncertain:.0f} % of the pairs)"
-            parts.append(f"proxy {self.proxy_held_out}{doubt if self.uncertain > 0.1 else ''}")
+            doubt = " or less (its normaliser is uncertain at {:.0f} % of the pairs)"
+            doubt = doubt.format(100 * self.uncertain) if self.uncertain > 0.1 else ""
+            parts.append(f"proxy {self.proxy_held_out}{doubt}")
         if self.main is not None:
             parts.append(f"main {self.main}")
         return f"Held-out {unit} in nats: {', '.join(parts)}.{self._coverage_words()}"
