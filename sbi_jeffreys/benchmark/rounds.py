@@ -1,24 +1,22 @@
-"""Leakage over rounds: how much of the density estimator stays inside the prior, round by round.
+"""Several rounds at one observation: accuracy, leakage and time, round by round.
 
-Sequential inference at one observation. Per round: the share of the estimator's raw draws inside
-the prior (its acceptance rate), and how long 1,000 posterior samples take; after the last round,
-the C2ST to the reference.
+Per round: the C2ST to the reference, the share of the density estimator's raw draws inside the
+prior (its acceptance rate), and how long the posterior samples take; after the last round of
+`NPE_Jeffreys`, the C2ST of its corrected and of its focused posterior too.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from sbi.inference import NPE
+from sbi.inference import NLE, NPE, MCMCPosterior
+from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
 from sbi.utils import RestrictedPrior, get_density_thresholder
 from torch import Tensor
 
@@ -31,31 +29,16 @@ from sbi_jeffreys.benchmark._arguments import (
     task_list,
 )
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
-from sbi_jeffreys.benchmark.cells import Number, study_check
 from sbi_jeffreys.benchmark.entries import run_study
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
-from sbi_jeffreys.benchmark.methods import FitContext, main_network
+from sbi_jeffreys.benchmark.methods import FitContext, main_network, proxy_is_usable
 from sbi_jeffreys.benchmark.metrics import c2st
 from sbi_jeffreys.benchmark.references import reference_samples
-from sbi_jeffreys.benchmark.statistics import Methods, Seeds, nest, paired_difference, summarise
-from sbi_jeffreys.benchmark.tables import markdown, shown, write_study_page
+from sbi_jeffreys.benchmark.rounds_page import CHECK, STUDY, write_page
 from sbi_jeffreys.benchmark.tasks import Task, get_task
 from sbi_jeffreys.diagnostics.calibration import inside_prior
 
-_STUDY = "rounds"
-_BASELINE = "npe_nsf"
-_GOAL = 0.95  # the acceptance rate that every round should reach
 _THRESHOLD_DRAWS = 100_000  # for the support of truncated proposals; sbi's million takes minutes
-_ROUND = {
-    "acceptance": Number(0.0, 1.0, nullable=False),
-    "sampling_seconds": Number(0.0),
-    "cpu_seconds": Number(0.0, nullable=False),
-}
-CHECK = study_check(
-    _STUDY,
-    {"task": str, "seed": re.compile(r"s\d+"), "method": str},
-    {"rounds": [_ROUND], "c2st": Number(0.0, 1.0)},
-)
 
 
 @dataclass(frozen=True)
@@ -63,28 +46,31 @@ class SequentialMethod:
     """A method over rounds.
 
     Attributes:
-        label: What tables call it.
-        jeffreys: Whether it is NPE_Jeffreys, or sbi's NPE.
+        trainer: sbi's NPE or NLE, or ours.
         truncated: Whether later rounds draw from the truncated prior (Deistler et al. 2022), or
             from the posterior, with the atomic loss.
     """
 
-    label: str
-    jeffreys: bool = True
+    trainer: Literal["npe", "nle", "npe_jeffreys"] = "npe_jeffreys"
     truncated: bool = False
 
     def build(self, task: Task, context: FitContext) -> Any:
         """The trainer."""
         network, common = main_network(task, "nsf"), context.trainer_kwargs
-        if self.jeffreys:
+        if self.trainer == "npe_jeffreys":
             return NPE_Jeffreys(task.prior, network, options=context.options(), **common)
+        if self.trainer == "nle":
+            return NLE(task.prior, **common)
         return NPE(task.prior, network, **common)
 
 
+#: By the names of `rounds_page.LABELS`.
 METHODS = {
-    "npe_nsf": SequentialMethod("NPE, atomic", jeffreys=False),
-    "npe_jeffreys": SequentialMethod("NPE_Jeffreys, atomic"),
-    "npe_jeffreys_truncated": SequentialMethod("NPE_Jeffreys, truncated", truncated=True),
+    "npe_nsf": SequentialMethod("npe"),
+    "npe_truncated": SequentialMethod("npe", truncated=True),
+    "nle_mcmc": SequentialMethod("nle"),
+    "npe_jeffreys": SequentialMethod(),
+    "npe_jeffreys_truncated": SequentialMethod(truncated=True),
 }
 
 
@@ -97,7 +83,7 @@ class RoundsSettings:
         simulations: Simulations per round.
         observation_seed: Seed of the observations; training seed s takes observation s.
         raw_draws: Draws of the estimator for the acceptance rate.
-        num_samples: Posterior samples to be timed and compared with the reference.
+        num_samples: Posterior samples per round, timed and compared with the reference.
         max_seconds: Time after which sampling counts as stalled, which ends the measurement.
         classifier: Classifier of the C2ST, "rf" or "mlp".
         fast: Whether methods train for a few steps only.
@@ -122,40 +108,70 @@ def measure_rounds(
     """All rounds of one method at one observation.
 
     Returns:
-        `results`, with `rounds`: per round `acceptance`, `sampling_seconds` (None: stalled),
-        `cpu_seconds`; and `c2st` after the last one, None where sampling stalled before.
+        `results`, with `rounds`: per round `acceptance` (None for NLE), `sampling_seconds` (None:
+        stalled), `cpu_seconds`, `c2st` (None: stalled); and `corrected` and `focused`, the C2ST of
+        these posteriors after the last round, None where there are none.
     """
     observations = EvaluationSettings(
         observations=seed + 1, observation_seed=settings.observation_seed
     )
     x_o = observations_for(task, observations)[seed]
+    reference = reference_samples(task, x_o, settings.num_samples)
     found: list[dict[str, float | None]] = []
     with seeded(derive_seed("rounds", task.name, seed)):
         inference, posterior = method.build(task, context), None
-        samples: Tensor | None = None
         for _ in range(settings.rounds):
             with measured() as cost:
                 posterior = _next_round(task, inference, posterior, method, context, settings)
             posterior.set_default_x(x_o[None])
-            count = torch.Size((settings.raw_draws,))
-            raw = posterior.posterior_estimator.sample(count, x_o[None])[:, 0]
             start = time.perf_counter()
             samples = _samples(posterior, settings.num_samples, settings.max_seconds)
-            seconds = None if samples is None else time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            stalled = samples is None
             found.append(
                 {
-                    "acceptance": float(inside_prior(task.prior, raw).double().mean()),
-                    "sampling_seconds": seconds,
+                    "acceptance": _acceptance(task, posterior, x_o, settings.raw_draws),
+                    "sampling_seconds": None if stalled else seconds,
                     "cpu_seconds": cost.cpu_seconds,
+                    "c2st": None if stalled else _score(reference, samples, settings),
                 }
             )
-            if samples is None:
+            if stalled:
                 break
-    score = None
-    if samples is not None:
-        reference = reference_samples(task, x_o, settings.num_samples)
-        score = c2st(reference, samples, classifier=settings.classifier)
-    return {"results": {"rounds": found, "c2st": score}}
+        others = _other_posteriors(inference, x_o, context)
+        size = (settings.num_samples,)
+        scores = {
+            name: _score(reference, other.sample(size, show_progress_bars=False), settings)
+            for name, other in others.items()
+        }
+    return {"results": {"rounds": found, "corrected": None, "focused": None, **scores}}
+
+
+def _acceptance(task: Task, posterior: Any, x_o: Tensor, num: int) -> float | None:
+    """Share of a density estimator's raw draws inside the prior; None of a likelihood."""
+    if not hasattr(posterior, "posterior_estimator"):
+        return None
+    raw = posterior.posterior_estimator.sample(torch.Size((num,)), x_o[None])[:, 0]
+    return float(inside_prior(task.prior, raw).double().mean())
+
+
+def _score(reference: Tensor, samples: Tensor | None, settings: RoundsSettings) -> float | None:
+    """C2ST of samples to the reference; None without samples."""
+    if samples is None:
+        return None
+    return c2st(reference, samples, classifier=settings.classifier)
+
+
+def _other_posteriors(inference: Any, x_o: Tensor, context: FitContext) -> dict[str, Any]:
+    """The corrected and the focused posterior of `NPE_Jeffreys`, where there is a proxy."""
+    if not isinstance(inference, NPE_Jeffreys) or not proxy_is_usable(inference):
+        return {}
+    steps = {"num_steps": 10} if context.fast else {}
+    corrected = inference.build_corrected_posterior(1000 if context.fast else 20_000)
+    return {
+        "corrected": corrected.set_default_x(x_o[None]),
+        "focused": inference.focus(x_o, show_progress_bars=False, **steps),
+    }
 
 
 def _next_round(
@@ -180,92 +196,23 @@ def _next_round(
     else:
         theta = _samples(posterior, num, settings.max_seconds)
         assert theta is not None  # sampling did not stall at the end of the previous round
-    inference.append_simulations(theta, task.simulate(theta), proposal=proposal)
+    # NLE learns p(x|θ), which no proposal changes.
+    given = {} if method.trainer == "nle" else {"proposal": proposal}
+    inference.append_simulations(theta, task.simulate(theta), **given)
     inference.train(**kwargs)
+    if method.trainer == "nle" and settings.fast:
+        few = MCMCPosteriorParameters(num_chains=2, warmup_steps=2)
+        return inference.build_posterior(posterior_parameters=few)
     return inference.build_posterior()
 
 
 def _samples(posterior: Any, num: int, max_seconds: float) -> Tensor | None:
-    """Posterior samples `(num, D)` at the default x, or None where they take too long."""
-    drawn = posterior.sample(
-        (num,),
-        show_progress_bars=False,
-        max_sampling_time=max_seconds,
-        return_partial_on_timeout=True,
-    )
+    """Posterior samples `(num, D)` at the default x, or None where rejection takes too long."""
+    limits = {"max_sampling_time": max_seconds, "return_partial_on_timeout": True}
+    if isinstance(posterior, MCMCPosterior):
+        limits = {}  # chains do not reject
+    drawn = posterior.sample((num,), show_progress_bars=False, **limits)
     return drawn.detach() if len(drawn) == num else None
-
-
-# ------------------------------------------------------------------ the table
-
-
-def tabulate(records: Iterable[Mapping[str, Any]]) -> dict[str, Methods]:
-    """Values by task, method and seed: `acceptance_1` …, `worst`, `slowest`, `stalled`, `c2st`."""
-    return nest(_values(record) for record in records)
-
-
-def _values(record: Mapping[str, Any]) -> tuple[str, str, int, dict[str, Any]]:
-    key, rounds = record["key"], record["results"]["rounds"]
-    accepted = [entry["acceptance"] for entry in rounds]
-    seconds = [entry["sampling_seconds"] for entry in rounds]
-    values: dict[str, Any] = {f"acceptance_{k}": a for k, a in enumerate(accepted, 1)}
-    values["worst"] = min(accepted, default=None)
-    values["slowest"] = max((s for s in seconds if s is not None), default=None)
-    values["stalled"] = None in seconds
-    values["cpu_seconds"] = sum(entry["cpu_seconds"] for entry in rounds)
-    values["c2st"] = record["results"]["c2st"]
-    return key["task"], key["method"], int(key["seed"].removeprefix("s")), values
-
-
-def goal(seeds: Seeds) -> str:
-    """Whether every round of every seed accepted enough and none stalled."""
-    stalled = sum(values["stalled"] > 0 for values in seeds.values())
-    if stalled:
-        return f"MISSED: {stalled} of {len(seeds)} stalled"
-    worst = min((values["worst"] for values in seeds.values() if "worst" in values), default=0.0)
-    return f"met, worst {worst:.3f}" if worst >= _GOAL else f"MISSED, worst {worst:.3f}"
-
-
-def _task_text(task: str, methods: Methods) -> str:
-    """The table of one task."""
-    every = {m for seeds in methods.values() for values in seeds.values() for m in values}
-    last = max((int(m.rpartition("_")[2]) for m in every if m.startswith("acceptance")), default=0)
-    numbers = range(1, last + 1)
-    heads = [f"round {k}" for k in numbers]
-    rows = [["method", "seeds", *heads, "goal", "slowest 1,000 (s)", "C2ST", "minus NPE", "cpu s"]]
-    for name in (name for name in METHODS if name in methods):
-        seeds = methods[name]
-        slowest = max((v["slowest"] for v in seeds.values() if "slowest" in v), default=None)
-        baseline = {} if name == _BASELINE else methods.get(_BASELINE, {})
-        rows.append(
-            [
-                METHODS[name].label,
-                str(len(seeds)),
-                *(shown(summarise(seeds, f"acceptance_{k}"), ".3f") for k in numbers),
-                goal(seeds),
-                shown(slowest, ".2f"),
-                shown(summarise(seeds, "c2st"), ".3f"),
-                shown(paired_difference(seeds, baseline, "c2st")),
-                shown(summarise(seeds, "cpu_seconds"), ".0f"),
-            ]
-        )
-    return f"## {task}\n\n{markdown(rows)}"
-
-
-def write_table(folder: Path) -> Path | None:
-    """Sum up all results of a folder in `rounds.md`; its path, or None without any result."""
-    return write_study_page(folder / "rounds.md", CHECK, _parts)
-
-
-def _parts(records: list[dict[str, Any]]) -> list[str]:
-    return [
-        "# Leakage over rounds",
-        "Share of the density estimator's raw draws that lie inside the prior, at the observation, "
-        "after each round; mean ± standard error over seeds, each with an observation of its own. "
-        f"The goal: at least {_GOAL} in every round of every seed, and sampling that never stalls. "
-        "C2ST to the reference after the last round, 0.5 is perfect.",
-        *(_task_text(*entry) for entry in sorted(tabulate(records).items())),
-    ]
 
 
 # ------------------------------------------------------------------ the command line
@@ -280,12 +227,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=known, default=methods, help=text)
     parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {DEFAULT}")
     parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=DEFAULT)
+    parser.add_argument("--num-samples", type=positive_int(10), default=1000, help=DEFAULT)
     add_run_arguments(parser, "benchmark_results/rounds", seeds=2)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the rounds and write `rounds.md`; the exit code, 1 if something failed."""
     small = {"raw_draws": 200, "num_samples": 50, "fast": True} if args.fast else {}
+    small = {"num_samples": args.num_samples, **small}
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
     measurements = []
     for seed, (name, method) in product(range(args.seeds), product(args.tasks, args.methods)):
@@ -293,4 +242,4 @@ def run(args: argparse.Namespace) -> int:
         arguments = {"task": get_task(name), "method": METHODS[method]}
         measurements.append((key, {**arguments, "seed": seed, "settings": settings}))
     shared = asdict(settings)
-    return run_study(_STUDY, measurements, measure_rounds, shared, CHECK, write_table, args)
+    return run_study(STUDY, measurements, measure_rounds, shared, CHECK, write_page, args)

@@ -1,4 +1,4 @@
-"""Leakage over rounds: measured per round, stalls told, resumable."""
+"""Several rounds: measured per round, stalls told, resumable."""
 
 import json
 
@@ -8,14 +8,8 @@ import torch
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import rounds
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.rounds import (
-    METHODS,
-    RoundsSettings,
-    goal,
-    measure_rounds,
-    tabulate,
-    write_table,
-)
+from sbi_jeffreys.benchmark.rounds import METHODS, RoundsSettings, measure_rounds
+from sbi_jeffreys.benchmark.rounds_page import LABELS, goal, tabulate, write_page
 from sbi_jeffreys.benchmark.tasks import get_task
 
 SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=50, fast=True)
@@ -23,25 +17,29 @@ SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=5
 
 def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "out"
+    folder, methods = tmp_path / "out", ("npe_truncated", "nle_mcmc", "npe_jeffreys")
     arguments = ["rounds", "--tasks", "two_moons", "--rounds", "2", "--seeds", "1", "--fast"]
     arguments += ["--simulations-per-round", "60", "--quiet", "--out", str(folder)]
+    arguments += ["--methods", ",".join(methods)]
     assert main(arguments) == 0
     assert "3 measurements computed, 0 there already" in capsys.readouterr().out
-    for method in METHODS:
+    for method in methods:
         results = json.loads((folder / f"two_moons-s0-{method}.json").read_text())["results"]
         assert len(results["rounds"]) == 2
-        assert 0 < results["c2st"] <= 1
         for entry in results["rounds"]:
-            assert 0 <= entry["acceptance"] <= 1
+            assert (entry["acceptance"] is None) == (method == "nle_mcmc")
             assert entry["sampling_seconds"] > 0
+            assert 0 < entry["c2st"] <= 1
+        for name in ("corrected", "focused"):
+            assert (results[name] is None) == ("jeffreys" not in method)
     text = (folder / "rounds.md").read_text()
-    assert all(method.label in text for method in METHODS.values())
+    assert METHODS.keys() == LABELS.keys()
+    assert all(LABELS[method] in text for method in methods)
     assert main(arguments) == 0
     assert "0 measurements computed, 3 there already" in capsys.readouterr().out
     assert main([*arguments, "--rounds", "3"]) == 2
     assert "rounds=2 (now 3)" in capsys.readouterr().err
-    assert main([*arguments, "--methods", "npe_nsf"]) == 0
+    assert main([*arguments, "--methods", "npe_truncated"]) == 0
     assert "0 measurements computed, 1 there already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--methods", "npe_nsf,unheard_of"])
@@ -53,8 +51,9 @@ def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):
     found = measure_rounds(
         FitContext(fast=True), get_task("two_moons"), METHODS["npe_nsf"], 0, SETTINGS
     )["results"]
-    assert found["c2st"] is None
-    assert [entry["sampling_seconds"] for entry in found["rounds"]] == [None]
+    (entry,) = found["rounds"]
+    assert entry["c2st"] is None
+    assert entry["sampling_seconds"] is None
 
 
 def test_samples_that_take_too_long_are_none():
@@ -75,10 +74,11 @@ def record(method, seed, acceptance, seconds=1.0, c2st=0.6):
         "key": {"task": "two_moons", "seed": f"s{seed}", "method": method},
         "results": {
             "rounds": [
-                {"acceptance": a, "sampling_seconds": seconds, "cpu_seconds": 2.0}
+                {"acceptance": a, "sampling_seconds": seconds, "cpu_seconds": 2.0, "c2st": c2st}
                 for a in acceptance
             ],
-            "c2st": c2st,
+            "corrected": None,
+            "focused": c2st - 0.05,
         },
     }
 
@@ -95,7 +95,7 @@ def test_the_goal(tmp_path, acceptance, seconds, expected):
     found = record("npe_jeffreys", 0, acceptance, seconds)
     assert goal(tabulate([found])["two_moons"]["npe_jeffreys"]) == expected
     (tmp_path / "two_moons-s0-npe_jeffreys.json").write_text(json.dumps(found))
-    path = write_table(tmp_path)
+    path = write_page(tmp_path)
     assert path is not None
     assert expected in path.read_text()
 
@@ -105,7 +105,7 @@ def test_c2st_is_paired_with_npe(tmp_path):
         for method, score in (("npe_nsf", 0.7), ("npe_jeffreys", 0.6 + 0.01 * seed)):
             found = record(method, seed, [1.0], c2st=score)
             (tmp_path / f"two_moons-s{seed}-{method}.json").write_text(json.dumps(found))
-    path = write_table(tmp_path)
+    path = write_page(tmp_path)
     assert path is not None
     assert "-0.090 [" in path.read_text()
-    assert write_table(tmp_path / "nothing") is None
+    assert write_page(tmp_path / "nothing") is None
