@@ -29,9 +29,9 @@ from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.multipliers import trust
 from sbi_jeffreys.training.pool import (
-    MAX_OBSERVATIONS,
     Pool,
     draw_pool,
+    draws_of_later_rounds,
     resampled_pool,
     tempering_weights,
 )
@@ -209,8 +209,9 @@ def _with_pool(
     if proxy.can_sample:
         # mutant: pool-of-the-default-alone
         num_draws = options.draws_for(budget.num_steps, x[0].numel())
-        if found.atomic:  # θ̃ are resampled at no more observations than this
-            num_draws = min(num_draws, MAX_OBSERVATIONS)  # mutant: draws-that-no-one-uses
+        if found.atomic:
+            # mutant: draws-that-no-one-uses
+            num_draws = min(num_draws, draws_of_later_rounds(len(train)))
         theta, x = draw_pool(proxy, theta, first_round, num_draws)
         if len(x) < max(1, _MIN_POOL * num_draws):
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)

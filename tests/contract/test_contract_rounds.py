@@ -115,10 +115,11 @@ def test_energy_proxy_in_later_rounds():
 
 
 def test_no_more_pairs_are_drawn_than_observations_are_used(monkeypatch):
-    monkeypatch.setattr("sbi_jeffreys.training.preparation.MAX_OBSERVATIONS", 30)
-    inference = trained()
-    assert inference.proxy.drawn.asked == inference._training.stage.pool.asked == 60
-    assert second_round(inference).proxy.drawn.asked == 30
+    monkeypatch.setattr("sbi_jeffreys.training.pool._FEWEST_LATER", 30)
+    inference = trained(options=replace(TINY, proxy_draws=600))
+    assert inference.proxy.drawn.asked == inference._training.stage.pool.asked == 600
+    second_round(inference)
+    assert inference.proxy.drawn.asked == len(inference.train_indices) > 30
 
 
 def test_calibration_kernel_weighs_the_pool():
