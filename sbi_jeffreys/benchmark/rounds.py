@@ -28,7 +28,7 @@ from sbi_jeffreys.benchmark._arguments import (
     positive_int,
     task_list,
 )
-from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
+from sbi_jeffreys.benchmark._running import derive_seed, measured, quiet, seeded
 from sbi_jeffreys.benchmark.entries import run_study
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
 from sbi_jeffreys.benchmark.methods import FitContext, main_network, proxy_is_usable
@@ -189,7 +189,8 @@ def _next_round(
         theta = task.prior.sample(torch.Size((num,)))
     elif method.truncated:
         draws = 200 if settings.fast else _THRESHOLD_DRAWS
-        accept = get_density_thresholder(posterior, num_samples_to_estimate_support=draws)
+        with quiet(not context.show_progress):
+            accept = get_density_thresholder(posterior, num_samples_to_estimate_support=draws)
         proposal = RestrictedPrior(task.prior, accept, sample_with="rejection")
         theta = proposal.sample((num,), show_progress_bars=False)
         kwargs["force_first_round_loss"] = True
