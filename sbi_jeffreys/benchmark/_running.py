@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet(silent: bool = True) -> Iterator[None]:
-    """Drop what sbi prints and warns about; do nothing unless `silent`."""
+    """Drop what sbi prints, its bars and warnings; do nothing unless `silent`."""
     if not silent:
         yield
         return
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    dropped = io.StringIO()
+    with redirect_stdout(dropped), redirect_stderr(dropped), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
