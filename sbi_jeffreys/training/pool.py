@@ -92,8 +92,7 @@ def draw_pool(
 def draws_of_later_rounds(num_simulations: int) -> int:
     """How many x̃ a proxy should draw in later rounds: as many as there are simulations.
 
-    At each of them θ̃ are resampled. With 5,000, that took more than half of a training; with 1,000
-    the accuracy was the same.
+    At each of them θ̃ are resampled, which is expensive.
     """
     return min(_MAX_OBSERVATIONS, max(_FEWEST_LATER, num_simulations))
 
