@@ -628,6 +628,7 @@ MUTANTS = (
         "tests/networks/test_spline.py",
     ),
     Mutant("guard-off", "return False", "tests/training/test_guard_and_report.py"),
+    Mutant("adapted-without-progress", "pass", "tests/proxies/test_normaliser.py -k progress"),
     Mutant("normaliser-one-round", "for _ in range(0):", "tests/proxies/test_normaliser.py"),
     Mutant(
         "normaliser-own-theta-left-out",

@@ -35,6 +35,7 @@ __all__ = ["AdaptedDraws", "Normaliser", "adapted_draws"]
 _MAX_ROUNDS = 12  # after the first
 # A pair is settled once plenty of the draws are effective, or enough of them in three rounds.
 _PLENTY, _ENOUGH, _GOOD_ROUNDS = 0.5, 0.2, 3
+_PROGRESS = 1.25  # a round makes progress if it raises the effective number by a quarter
 _CENTRES = 32  # kernels per observation and round
 _WIDTHS = (1.0, 0.3, 0.1)  # of the kernels, relative to the spread of the weighted draws
 _DEGREES = 5.0  # of freedom of the Student kernels
@@ -144,6 +145,7 @@ def adapted_draws(
     x: Tensor,
     num: int,
     max_rounds: int = _MAX_ROUNDS,
+    patience: int = _MAX_ROUNDS,
 ) -> AdaptedDraws:
     """Draws of a proposal that follows the proxy at its temperature.
 
@@ -154,16 +156,21 @@ def adapted_draws(
         x: Their observations `(B, *x_shape)`.
         num: Draws per observation and round, at least 4.
         max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
+        patience: Rounds without progress after which an observation is left as it is.
     """
     drawn, log_m, log_prior = defensive_draws(proxy, main, x, num, theta)
     draws = AdaptedDraws.of(proxy, drawn, x, log_m, log_prior)
     log_w = draws.log_weights(proxy.inverse_temperature)  # row 0: the pair's own θ
     rows = torch.arange(len(x), device=x.device)  # pairs that are not settled yet
-    good = torch.zeros(len(x), device=x.device)  # rounds in which enough draws were effective
+    # Rounds in which enough draws were effective, rounds without progress, and the best share.
+    good, stale, best = torch.zeros(3, len(x), device=x.device)
     for _ in range(max_rounds):  # mutant: normaliser-one-round
         share = effective_sample_size(log_w[1:, rows]) / num
         good[rows] += share >= _ENOUGH
+        stale[rows] = torch.where(share > _PROGRESS * best[rows], 0.0, stale[rows] + 1)
+        best[rows] = torch.maximum(best[rows], share)
         unsettled = (share < _PLENTY) & (good[rows] < _GOOD_ROUNDS)
+        unsettled &= stale[rows] < patience  # mutant: adapted-without-progress
         if not bool(unsettled.any()):
             break
         rows, drawn = rows[unsettled], drawn[:, unsettled]

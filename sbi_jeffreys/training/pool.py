@@ -32,6 +32,7 @@ _DRAWS, _KEPT = 256, 64  # per observation: draws of the adapted proposal, and �
 _FEW = 10.0  # effective draws below which an observation weighs less
 _BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
+_PATIENCE = 4  # rounds of adaptation without progress at an observation
 _MAX_OBSERVATIONS, _FEWEST_LATER = 5_000, 1_000  # at which θ̃ are resampled
 
 
@@ -122,7 +123,7 @@ def resampled_pool(
     gamma = proxy.inverse_temperature
     kept, shares = [], []
     for own, observed in zip(theta.split(_ROWS), x.split(_ROWS)):
-        draws = adapted_draws(proxy, main, own, observed, _DRAWS)
+        draws = adapted_draws(proxy, main, own, observed, _DRAWS, patience=_PATIENCE)
         log_w = draws.log_weights(gamma)[1:].nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         usable = torch.isfinite(log_w).any(dim=0)
         weights = truncated_log_weights(torch.where(usable, log_w, 0.0)).exp()

@@ -111,6 +111,26 @@ def test_what_is_absurd_at_one_x_in_ten_is_seen_there_and_only_there():
     assert float(losses[absurd].mean()) > 20 + float(losses[~absurd].mean())
 
 
+def test_adaptation_stops_where_it_makes_no_progress(monkeypatch):
+    """A factor so rough that no kernel follows it: not all of the twelve rounds are run."""
+
+    class Rough(Known):
+        def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+            return 10 * torch.sin(1e4 * theta).sum(-1)
+
+    rounds = []
+    original = normaliser._next_round
+
+    def counted(proxy, main, theta, x, num, kernels):
+        rounds.append(len(x))
+        return original(proxy, main, theta, x, num, kernels)
+
+    monkeypatch.setattr(normaliser, "_next_round", counted)
+    torch.manual_seed(0)
+    estimate_log_normaliser(Rough(5, 1.0), Main(1.0, 5), *pairs(5), NUM, patience=4)
+    assert sum(rounds) < 9 * PAIRS  # twelve without the rule; some records come by chance
+
+
 def test_two_modes_are_both_counted():
     (theta, x), proxy = pairs(2), Known(2, 0.1, (-1.0, 1.0))
     found = estimate_log_normaliser(proxy, Main(1.0, 2), theta, x, NUM)
