@@ -17,12 +17,12 @@ SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=5
 
 def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
-    folder, methods = tmp_path / "out", ("npe_truncated", "nle_mcmc", "npe_jeffreys")
+    folder, methods = tmp_path / "out", ("nle_mcmc", "npe_jeffreys_truncated")
     arguments = ["rounds", "--tasks", "two_moons", "--rounds", "2", "--seeds", "1", "--fast"]
     arguments += ["--simulations-per-round", "60", "--quiet", "--out", str(folder)]
     arguments += ["--methods", ",".join(methods)]
     assert main(arguments) == 0
-    assert "3 measurements computed, 0 there already" in capsys.readouterr().out
+    assert "2 measurements computed, 0 there already" in capsys.readouterr().out
     for method in methods:
         results = json.loads((folder / f"two_moons-s0-{method}.json").read_text())["results"]
         assert len(results["rounds"]) == 2
@@ -36,10 +36,10 @@ def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeyp
     assert METHODS.keys() == LABELS.keys()
     assert all(LABELS[method] in text for method in methods)
     assert main(arguments) == 0
-    assert "0 measurements computed, 3 there already" in capsys.readouterr().out
+    assert "0 measurements computed, 2 there already" in capsys.readouterr().out
     assert main([*arguments, "--rounds", "3"]) == 2
     assert "rounds=2 (now 3)" in capsys.readouterr().err
-    assert main([*arguments, "--methods", "npe_truncated"]) == 0
+    assert main([*arguments, "--methods", "nle_mcmc"]) == 0
     assert "0 measurements computed, 1 there already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--methods", "npe_nsf,unheard_of"])
