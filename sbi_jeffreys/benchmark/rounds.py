@@ -133,7 +133,7 @@ def measure_rounds(
                     "acceptance": _acceptance(task, posterior, x_o, settings.raw_draws),
                     "sampling_seconds": None if stalled else seconds,
                     "cpu_seconds": cost.cpu_seconds,
-                    "c2st": None if stalled else _score(reference, samples, settings),
+                    "c2st": _score(reference, samples, settings),
                 }
             )
             if stalled:
