@@ -11,14 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.diagnostics.calibration import PairDraws
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.focused import FocusedPosterior
 
 _CHUNK = 100_000  # θ per network call: bounds memory
 _MAX_SECONDS = 600.0  # of rejection sampling for one observation
+
+
+def corrected_posterior(
+    inference: NPE_Jeffreys, fast: bool, power: float | None = None
+) -> CorrectedPosterior:
+    """The corrected posterior; of few candidates in smoke runs."""
+    num_candidates = 1000 if fast else 20_000
+    return inference.build_corrected_posterior(num_candidates=num_candidates, power=power)
+
+
+def focused_posterior(inference: NPE_Jeffreys, x: Tensor, fast: bool) -> FocusedPosterior:
+    """The posterior focused at one x `(dim_x,)`; after few steps in smoke runs."""
+    steps = {"num_steps": 10} if fast else {}
+    return inference.focus(x, show_progress_bars=False, **steps)
 
 
 @dataclass

@@ -25,6 +25,8 @@ from sbi_jeffreys.benchmark.fitted import (
     FittedMethod,
     RefitFit,
     SamplerFit,
+    corrected_posterior,
+    focused_posterior,
 )
 from sbi_jeffreys.benchmark.tasks import Task
 from sbi_jeffreys.networks.fitting import FitConfig
@@ -231,8 +233,7 @@ def _corrected(
     main, inference = _estimators(members, context), members[0].inference
     if not proxy_is_usable(inference):
         return main
-    num_candidates = 1000 if context.fast else 20_000
-    posterior = inference.build_corrected_posterior(num_candidates=num_candidates, power=power)
+    posterior = corrected_posterior(inference, context.fast, power)
     return CorrectedFit(info=main.info, main=main, posterior=posterior)
 
 
@@ -241,8 +242,7 @@ def _focused(members: list[Trained], context: FitContext) -> FittedMethod:
     main, inference = _estimators(members, context), members[0].inference
     if not proxy_is_usable(inference):
         return main
-    steps = {"num_steps": 10} if context.fast else {}
-    focus = partial(inference.focus, show_progress_bars=False, **steps)
+    focus = partial(focused_posterior, inference, fast=context.fast)
     return RefitFit(info=main.info, posterior_at=focus)
 
 

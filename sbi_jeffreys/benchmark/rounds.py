@@ -28,9 +28,10 @@ from sbi_jeffreys.benchmark._arguments import (
     positive_int,
     task_list,
 )
-from sbi_jeffreys.benchmark._running import derive_seed, measured, quiet, seeded
+from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.entries import run_study
 from sbi_jeffreys.benchmark.evaluation import EvaluationSettings, observations_for
+from sbi_jeffreys.benchmark.fitted import corrected_posterior, focused_posterior
 from sbi_jeffreys.benchmark.methods import FitContext, main_network, proxy_is_usable
 from sbi_jeffreys.benchmark.metrics import c2st
 from sbi_jeffreys.benchmark.references import reference_samples
@@ -166,11 +167,10 @@ def _other_posteriors(inference: Any, x_o: Tensor, context: FitContext) -> dict[
     """The corrected and the focused posterior of `NPE_Jeffreys`, where there is a proxy."""
     if not isinstance(inference, NPE_Jeffreys) or not proxy_is_usable(inference):
         return {}
-    steps = {"num_steps": 10} if context.fast else {}
-    corrected = inference.build_corrected_posterior(1000 if context.fast else 20_000)
+    corrected = corrected_posterior(inference, context.fast)
     return {
         "corrected": corrected.set_default_x(x_o[None]),
-        "focused": inference.focus(x_o, show_progress_bars=False, **steps),
+        "focused": focused_posterior(inference, x_o, context.fast),
     }
 
 
@@ -189,8 +189,7 @@ def _next_round(
         theta = task.prior.sample(torch.Size((num,)))
     elif method.truncated:
         draws = 200 if settings.fast else _THRESHOLD_DRAWS
-        with quiet(not context.show_progress):
-            accept = get_density_thresholder(posterior, num_samples_to_estimate_support=draws)
+        accept = get_density_thresholder(posterior, num_samples_to_estimate_support=draws)
         proposal = RestrictedPrior(task.prior, accept, sample_with="rejection")
         theta = proposal.sample((num,), show_progress_bars=False)
         kwargs["force_first_round_loss"] = True
