@@ -104,6 +104,12 @@ def latest_round(trainer: NPE) -> int:
     return max(trainer._data_round_index, default=-1)
 
 
+def rounds_of_simulations(trainer: NPE, starting_round: int) -> Tensor:
+    """Index of the round of every simulation from a round on, `(N,)`, in the order of use."""
+    parts = zip(trainer._theta_roundwise, trainer._data_round_index)
+    return torch.cat([torch.full((len(t),), r) for t, r in parts if r >= starting_round])
+
+
 def restore_best_weights(trainer: NPE) -> None:
     """Put the best weights of plain NPE so far into the network, in evaluation mode."""
     main, best = trainer._neural_net, trainer._best_model_state_dict

@@ -127,6 +127,7 @@ MUTANTS = (
         "pass",
         "tests/contract/test_contract_rounds.py -k no_more_pairs",
     ),
+    Mutant("first-rounds-decide", "return val", "tests/contract/test_contract_rounds.py -k latest"),
     Mutant(
         "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
     ),

@@ -15,7 +15,9 @@ from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
 
-__all__ = ["held_out_pairs", "real_batches", "simulations_in_use", "training_loader"]
+__all__ = ["held_out_pairs", "latest", "real_batches", "simulations_in_use", "training_loader"]
+
+_DECIDING_PAIRS = 50  # held-out pairs at least, in later rounds, if there are so many
 
 
 def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tensor]:
@@ -26,11 +28,40 @@ def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tenso
 
 
 def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:
-    """The pairs that plain NPE was validated on."""
-    (theta, x), val = simulations_in_use(trainer, starting_round), trainer.val_indices
-    atomic = _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
-    weights = _kernel(trainer, starting_round, arguments)(x[val])
-    return HeldOut(theta[val], x[val], weights, atomic)
+    """Pairs that plain NPE was validated on; with the atomic loss, those of the latest rounds.
+
+    Proposals of later rounds approach the posterior at the observation that the rounds are for, and
+    the pairs of the first rounds are far from it: how well a density fits those says little.
+    """
+    theta, x = simulations_in_use(trainer, starting_round)
+    pairs = _deciding_pairs(trainer, starting_round, arguments)
+    weights = _kernel(trainer, starting_round, arguments)(x[pairs])
+    return HeldOut(theta[pairs], x[pairs], weights, _is_atomic(trainer, arguments))
+
+
+def _is_atomic(trainer: NPE, arguments: TrainArguments) -> bool:
+    """Whether the loss of the simulations in use is that of later rounds."""
+    return _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
+
+
+def _deciding_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> Tensor:
+    """Indices of the pairs of `held_out_pairs`, `(M,)`."""
+    val = trainer.val_indices
+    if not _is_atomic(trainer, arguments):
+        return val
+    rounds = _sbi.rounds_of_simulations(trainer, starting_round).to(val.device)
+    return val[latest(rounds[val])]  # mutant: first-rounds-decide
+
+
+def latest(rounds: Tensor, num: int | None = None) -> Tensor:
+    """Which pairs belong to the latest rounds, `(M,)`: so many rounds that `num` pairs do, or all.
+
+    Args:
+        rounds: Index of each pair's round, `(M,)`.
+        num: Pairs at least; None is 50.
+    """
+    newest_first = rounds.sort(descending=True).values
+    return rounds >= newest_first[: _DECIDING_PAIRS if num is None else num].min()
 
 
 def _kernel(
@@ -44,7 +75,8 @@ def _kernel(
     if arguments.calibration_kernel is None:
         return arguments.kernel
     _, x = simulations_in_use(trainer, starting_round)
-    scale = arguments.kernel(x[trainer.val_indices]).double().mean()
+    pairs = _deciding_pairs(trainer, starting_round, arguments)
+    scale = arguments.kernel(x[pairs]).double().mean()
     scale = torch.where(scale > 0, scale, 1.0)  # mutant: kernels-scale-decides
 
     def kernel(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch.utils.data import default_collate
 
 from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.training import data
+from sbi_jeffreys.training.data import latest
 
 
 @pytest.fixture
@@ -120,6 +122,33 @@ def test_no_more_pairs_are_drawn_than_observations_are_used(monkeypatch):
     assert inference.proxy.drawn.asked == inference._training.stage.pool.asked == 600
     second_round(inference)
     assert inference.proxy.drawn.asked == len(inference.train_indices) > 30
+
+
+@pytest.mark.parametrize(
+    ("deciding", "expected"),
+    [(1, [False] * 2 + [True]), (7, [False] + [True] * 2), (50, [True] * 3)],
+)
+def test_so_many_of_the_latest_rounds_decide_that_there_are_enough_pairs(deciding, expected):
+    """Three held-out pairs of the last round, seven of the one before it, two of the first one."""
+    rounds = torch.tensor([0] * 2 + [1] * 7 + [2] * 3)
+    which = latest(rounds, deciding)
+    assert [bool(which[rounds == r].all()) for r in range(3)] == expected
+    assert [bool(which[rounds == r].any()) for r in range(3)] == expected
+
+
+def test_the_latest_rounds_decide(monkeypatch):
+    monkeypatch.setattr("sbi_jeffreys.training.data._DECIDING_PAIRS", 3)
+    seen, held_out_pairs = [], data.held_out_pairs
+
+    def held_out(*arguments):
+        seen.append(held_out_pairs(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(data, "held_out_pairs", held_out)
+    inference = second_round(trained())
+    first, second = (set(theta[:, 0].tolist()) for theta in inference._theta_roundwise)
+    assert set(seen[0].theta[:, 0].tolist()) < first
+    assert set(seen[-1].theta[:, 0].tolist()) < second
 
 
 def test_calibration_kernel_weighs_the_pool():
