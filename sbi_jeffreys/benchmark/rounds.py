@@ -20,7 +20,7 @@ from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameter
 from sbi.utils import RestrictedPrior, get_density_thresholder
 from torch import Tensor
 
-from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys import CorrectedPosterior, NPE_Jeffreys
 from sbi_jeffreys.benchmark._arguments import (
     DEFAULT,
     add_run_arguments,
@@ -48,12 +48,12 @@ class SequentialMethod:
 
     Attributes:
         trainer: sbi's NPE or NLE, or ours.
-        truncated: Whether later rounds draw from the truncated prior (Deistler et al. 2022), or
-            from the posterior, with the atomic loss.
+        proposal: What later rounds draw from: the posterior or the corrected posterior, with the
+            atomic loss, or the truncated prior (Deistler et al. 2022).
     """
 
     trainer: Literal["npe", "nle", "npe_jeffreys"] = "npe_jeffreys"
-    truncated: bool = False
+    proposal: Literal["posterior", "corrected", "truncated"] = "posterior"
 
     def build(self, task: Task, context: FitContext) -> Any:
         """The trainer."""
@@ -68,10 +68,11 @@ class SequentialMethod:
 #: By the names of `rounds_page.LABELS`.
 METHODS = {
     "npe_nsf": SequentialMethod("npe"),
-    "npe_truncated": SequentialMethod("npe", truncated=True),
+    "npe_truncated": SequentialMethod("npe", "truncated"),
     "nle_mcmc": SequentialMethod("nle"),
     "npe_jeffreys": SequentialMethod(),
-    "npe_jeffreys_truncated": SequentialMethod(truncated=True),
+    "npe_jeffreys_corrected": SequentialMethod(proposal="corrected"),
+    "npe_jeffreys_truncated": SequentialMethod(proposal="truncated"),
 }
 
 
@@ -187,14 +188,17 @@ def _next_round(
     proposal = posterior
     if posterior is None:
         theta = task.prior.sample(torch.Size((num,)))
-    elif method.truncated:
+    elif method.proposal == "truncated":
         draws = 200 if settings.fast else _THRESHOLD_DRAWS
         accept = get_density_thresholder(posterior, num_samples_to_estimate_support=draws)
         proposal = RestrictedPrior(task.prior, accept, sample_with="rejection")
         theta = proposal.sample((num,), show_progress_bars=False)
         kwargs["force_first_round_loss"] = True
     else:
-        theta = _samples(posterior, num, settings.max_seconds)
+        if method.proposal == "corrected" and proxy_is_usable(inference):
+            x_o = posterior.default_x  # of shape (1, dim_x)
+            proposal = corrected_posterior(inference, context.fast).set_default_x(x_o)
+        theta = _samples(proposal, num, settings.max_seconds)
         assert theta is not None  # sampling did not stall at the end of the previous round
     # NLE learns p(x|θ), which no proposal changes.
     given = {} if method.trainer == "nle" else {"proposal": proposal}
@@ -209,8 +213,8 @@ def _next_round(
 def _samples(posterior: Any, num: int, max_seconds: float) -> Tensor | None:
     """Posterior samples `(num, D)` at the default x, or None where rejection takes too long."""
     limits = {"max_sampling_time": max_seconds, "return_partial_on_timeout": True}
-    if isinstance(posterior, MCMCPosterior):
-        limits = {}  # chains do not reject
+    if isinstance(posterior, MCMCPosterior | CorrectedPosterior):
+        limits = {}  # neither of them rejects
     drawn = posterior.sample((num,), show_progress_bars=False, **limits)
     return drawn.detach() if len(drawn) == num else None
 

@@ -20,6 +20,7 @@ LABELS = {
     "npe_truncated": "NPE, truncated",
     "nle_mcmc": "NLE + MCMC",
     "npe_jeffreys": "NPE_Jeffreys, atomic",
+    "npe_jeffreys_corrected": "NPE_Jeffreys, corrected proposals",
     "npe_jeffreys_truncated": "NPE_Jeffreys, truncated",
 }
 _BASELINE = "npe_nsf"

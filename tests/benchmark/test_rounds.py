@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import rounds
 from sbi_jeffreys.benchmark.methods import FitContext
@@ -54,6 +55,20 @@ def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):
     (entry,) = found["rounds"]
     assert entry["c2st"] is None
     assert entry["sampling_seconds"] is None
+
+
+def test_corrected_draws_are_the_proposal_of_the_next_round(monkeypatch):
+    proposals, append = [], NPE_Jeffreys.append_simulations
+
+    def recorded(self, theta, x, proposal=None, **kwargs):
+        proposals.append(type(proposal).__name__)
+        return append(self, theta, x, proposal, **kwargs)
+
+    monkeypatch.setattr(NPE_Jeffreys, "append_simulations", recorded)
+    method = METHODS["npe_jeffreys_corrected"]
+    found = measure_rounds(FitContext(fast=True), get_task("two_moons"), method, 0, SETTINGS)
+    assert len(found["results"]["rounds"]) == 2
+    assert proposals == ["NoneType", "CorrectedPosterior"]
 
 
 def test_samples_that_take_too_long_are_none():
