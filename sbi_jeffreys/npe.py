@@ -35,6 +35,7 @@ from sbi_jeffreys.options import JeffreysOptions, Preset
 from sbi_jeffreys.posteriors.building import BuildsPosteriors
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
+from sbi_jeffreys.training.data import latest_held_out, simulations_in_use
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
 from sbi_jeffreys.training.simulations import check_appended, check_simulations
@@ -218,6 +219,12 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
             resume_training,
             dataloader_kwargs,
         )
+
+    def _deciding_pairs(self) -> tuple[Tensor, Tensor]:
+        start = self._training.starting_round
+        pairs = latest_held_out(self, start)
+        theta, x = simulations_in_use(self, start)
+        return theta[pairs], x[pairs]
 
 
 _TRAIN_ARGUMENTS = frozenset(TrainArguments.__dataclass_fields__)

@@ -127,7 +127,11 @@ MUTANTS = (
         "pass",
         "tests/contract/test_contract_rounds.py -k no_more_pairs",
     ),
-    Mutant("first-rounds-decide", "return val", "tests/contract/test_contract_rounds.py -k latest"),
+    Mutant(
+        "first-rounds-decide",
+        "return trainer.val_indices",
+        "tests/contract/test_contract_rounds.py -k latest",
+    ),
     Mutant(
         "apart-in-silence", "elif False:", "tests/training/test_guard_and_report.py -k not_reached"
     ),
@@ -392,7 +396,17 @@ MUTANTS = (
         "(beta * log_ratio_true).mean()",
         "tests/posteriors/test_correction.py -k best_power",
     ),
-    Mutant("power-of-later-rounds", "if False:", "tests/posteriors/test_correction.py -k trainer"),
+    Mutant("adapted-to-nothing", "if False:", "tests/posteriors/test_importance.py -k no_proposal"),
+    Mutant(
+        "candidates-never-adapted",
+        "return found",
+        "tests/posteriors/test_importance.py -k far_off",
+    ),
+    Mutant(
+        "power-of-later-rounds",
+        "choose = pooling_power",
+        "tests/posteriors/test_correction.py -k trainer",
+    ),
     Mutant(
         "power-not-chosen",
         "1.0 if power is None else power,",

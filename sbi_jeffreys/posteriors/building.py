@@ -6,12 +6,14 @@ import warnings
 from copy import deepcopy
 from typing import Any
 
+from torch import Tensor
+
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_float, check_int
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, PosteriorParameters
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
 from sbi_jeffreys.posteriors.focused import FocusedPosterior, focus
-from sbi_jeffreys.posteriors.power import pooling_power
+from sbi_jeffreys.posteriors.power import pooling_power, power_of_later_rounds
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
 from sbi_jeffreys.proxies import Proxy
 
@@ -37,8 +39,7 @@ class BuildsPosteriors(NPE):
             num_candidates: Draws of the main that are weighted per observation.
             device: Device of the posterior; the trainer's if None.
             power: β in (0, 1], how far to go from the main to the proxy. None: the power with the
-                best score on held-out simulations; 1 after later rounds, which draw those from a
-                proposal.
+                best score on held-out simulations, in several rounds on those of the latest ones.
 
         Raises:
             RuntimeError: If there is no proxy: not trained yet, or none for this x.
@@ -59,12 +60,14 @@ class BuildsPosteriors(NPE):
         )
 
     def _pooling_power(self) -> float:
-        """The best β on held-out simulations; 1 after later rounds, whose θ follow a proposal."""
-        if _sbi.latest_round(self) > 0:  # mutant: power-of-later-rounds
-            return 1.0
-        device = _sbi.device_of(self)
-        theta, x = (t[self.val_indices].to(device) for t in self.get_simulations(0)[:2])
-        return pooling_power(*self._main_and_proxy(), theta, x)
+        """The best β on held-out simulations, after later rounds on those of the latest ones."""
+        # mutant: power-of-later-rounds
+        choose = power_of_later_rounds if _sbi.latest_round(self) > 0 else pooling_power
+        return choose(*self._main_and_proxy(), *self._deciding_pairs())
+
+    def _deciding_pairs(self) -> tuple[Tensor, Tensor]:
+        """The held-out pairs that decided how far the proxy was followed, on the main's device."""
+        raise NotImplementedError
 
     def focus(
         self,

@@ -1,9 +1,10 @@
-"""Candidates of a corrected posterior: weighted draws of the main, resampling, and a cache."""
+"""Candidates of a corrected posterior: weighted draws of the main or of an adapted proposal."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,30 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_int
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
-from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
+from sbi_jeffreys.posteriors.importance import (
+    ImportanceQuality,
+    importance_quality,
+    warn_if_unreliable,
+)
+from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.normaliser import adapted_draws
 
-__all__ = ["CandidateCache", "Candidates", "draw_candidates", "resample", "seeded"]
+__all__ = [
+    "CandidateCache",
+    "Candidates",
+    "adapted_candidates",
+    "check_drawing",
+    "draw_candidates",
+    "or_adapted",
+    "resample",
+    "seeded",
+]
 
+_MAX_ADAPTED = 10_000
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
 
@@ -29,7 +47,7 @@ class Candidates:
     """Draws of the main model with their log importance weights.
 
     Attributes:
-        theta: θ_k ∼ p_φ(·|x), `(K, B, D)`.
+        theta: Draws of the main or of another proposal, `(K, B, D)`.
         log_weights: Unnormalised and not truncated, `(K, B)`; −∞ outside the prior.
     """
 
@@ -43,8 +61,15 @@ class Candidates:
 
     @property
     def log_normaliser(self) -> Tensor:
-        """Log of the mean weight, `(B,)`: the integral of the target over that of the main."""
+        """Log of the mean weight, `(B,)`: of the target's integral over the proposal's."""
         return torch.logsumexp(self.log_weights, dim=0) - math.log(len(self.log_weights))
+
+
+def check_drawing(num: int | None, default: int, batch: int, show_progress_bars: bool) -> int:
+    """How many candidates to draw, after a check of how."""
+    check_int("max_sampling_batch_size", batch, 1)
+    check_bool("show_progress_bars", show_progress_bars)
+    return check_int("num_candidates", default if num is None else num, 1)
 
 
 @torch.no_grad()
@@ -71,6 +96,58 @@ def draw_candidates(
             thetas.append(theta)
             log_weights.append(log_potential(theta, x, log_p) - log_p)
     return Candidates(torch.cat(thetas), torch.cat(log_weights))
+
+
+@torch.no_grad()
+def adapted_candidates(
+    main: ConditionalDensityEstimator,
+    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    num: int,
+    proxy: Proxy,
+) -> Candidates:
+    """Weighted draws of a proposal that follows the proxy, `num` (at most 10,000) at one x.
+
+    The proposal is a mixture that is fitted to weighted draws several times
+    (`proxies.normaliser.adapted_draws`). See `draw_candidates` for the arguments.
+    """
+    own = main.sample(torch.Size((1,)), x)[0]
+    found = adapted_draws(proxy, main, own, x, min(num, _MAX_ADAPTED))
+    theta, log_m = found.theta[1:], found.log_m[1:]
+    with embedded_once(main, x):
+        log_w = log_potential(theta, x, main.log_prob(theta, x)) - log_m
+    return Candidates(theta, log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+
+
+def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates:
+    """The main's candidates at one x, or adapted ones where those are worth too few draws.
+
+    Args:
+        found: Of the main.
+        adapt: Draws adapted ones.
+
+    Warns:
+        JeffreysWarning: If the main's candidates are unreliable: main and proxy disagree.
+    """
+    (quality,) = found.quality
+    if quality.reliable:
+        return found
+    adapted = adapt()  # mutant: candidates-never-adapted
+    if not adapted.quality[0].reliable:  # mutant: adapted-to-nothing
+        more = adapted.quality[0].effective_draws > quality.effective_draws
+        best = adapted if more else found
+        warn_if_unreliable(best.quality, stacklevel=5)
+        return best
+    warnings.warn(
+        f"Main and proxy disagree at this observation: {quality.num_candidates:,} draws of the "
+        f"main are worth {quality.effective_draws:.0f} of the corrected posterior. They were "
+        "replaced by draws of a proposal that was adapted to the proxy. Which of both is right, "
+        "held-out simulations like this observation would tell: see training_report, simulate "
+        "further rounds here, or ask misspecification_test() whether x is like the simulations.",
+        JeffreysWarning,
+        stacklevel=4,  # the line that calls the posterior's method
+    )
+    return adapted
 
 
 def resample(candidates: Candidates, num: int) -> Tensor:

@@ -11,6 +11,7 @@ chosen by the pool's score on held-out simulations. β = 1 relies on the proxy a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from sbi_jeffreys._checks import (
 )
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.posteriors.candidates import CandidateCache, Candidates, draw_candidates, resample
+from sbi_jeffreys.posteriors import candidates
+from sbi_jeffreys.posteriors.candidates import Candidates, resample
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
 from sbi_jeffreys.posteriors.power import log_pool
 from sbi_jeffreys.posteriors.proxy import PooledPotential
@@ -50,7 +52,8 @@ class CorrectedPosterior(DirectPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
     Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
-    weights are unreliable (see `quality`), because main and proxy disagree there.
+    weights are unreliable (see `quality`), because main and proxy disagree there. At a single x,
+    `sample` and `log_prob` then weight draws of a proposal that is adapted to the proxy instead.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
     of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
@@ -89,7 +92,7 @@ class CorrectedPosterior(DirectPosterior):
         # mutant: map-of-the-main
         self.potential_fn = PooledPotential(main, proxy, self.log_potential, str(device_of(self)))
         self.proxy, self.num_candidates = proxy, num_candidates
-        self._cache = CandidateCache()
+        self._cache = candidates.CandidateCache()
 
     def __str__(self) -> str:
         """One sentence about this posterior."""
@@ -179,10 +182,8 @@ class CorrectedPosterior(DirectPosterior):
         shape = check_sample_shape(sample_shape)
         num = max(self.num_candidates, _PER_SAMPLE * shape.numel())
         x_o = self._observation(x)
-        found = self._candidates(num, x_o, max_sampling_batch_size, show_progress_bars)
-        draws = resample(found, shape.numel())
-        warn_if_unreliable(found.quality)
-        return draws.reshape(*shape, -1)
+        found = self._candidates(num, x_o, max_sampling_batch_size, show_progress_bars, adapt=True)
+        return resample(found, shape.numel()).reshape(*shape, -1)
 
     def sample_batched(
         self,
@@ -246,8 +247,7 @@ class CorrectedPosterior(DirectPosterior):
         log_target = self._log_target(theta, x_o, track_gradients)[:, 0]
         if not check_bool("norm_posterior", norm_posterior):
             return log_target
-        found = self._candidates(num_candidates, x_o)
-        warn_if_unreliable(found.quality)
+        found = self._candidates(num_candidates, x_o, adapt=True)
         return log_target - found.log_normaliser
 
     def log_prob_batched(
@@ -289,27 +289,32 @@ class CorrectedPosterior(DirectPosterior):
         return check_observations(x, self.posterior_estimator.condition_shape).to(device_of(self))
 
     def _candidates(
-        self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
+        self,
+        num: int | None,
+        x: Tensor,
+        batch: int = _BATCH,
+        show_progress_bars: bool = False,
+        adapt: bool = False,
     ) -> Candidates:
         """Candidates at one observation, a function of it and of torch's seed; cached."""
-        num = self._checked(num, batch, show_progress_bars)
+        num = candidates.check_drawing(num, self.num_candidates, batch, show_progress_bars)
         key = (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes())
-        how = (self.posterior_estimator, self.log_potential, x, num, batch, show_progress_bars)
-        return self._cache.get_or_draw(key, lambda: draw_candidates(*how), x.device)
+        what = (self.posterior_estimator, self.log_potential, x, num)
+        draw = partial(candidates.draw_candidates, *what, batch, show_progress_bars)
+        found = self._cache.get_or_draw(key, draw, x.device)
+        if not adapt:
+            return found
+        draw = partial(candidates.adapted_candidates, *what, self.proxy)
+        adapted = partial(self._cache.get_or_draw, ("adapted", *key), draw, x.device)
+        return candidates.or_adapted(found, adapted)
 
     def _chunks(
         self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
     ) -> Iterator[tuple[slice, Candidates]]:
         """As many rows of x at a time as fit into one network call, and their candidates."""
-        num = self._checked(num, batch, show_progress_bars)
+        num = candidates.check_drawing(num, self.num_candidates, batch, show_progress_bars)
         main, size = self.posterior_estimator, max(1, batch // num)
         starts = range(0, len(x), size)
         for start in tqdm(starts, desc="Batches of observations", disable=not show_progress_bars):
             rows = slice(start, start + size)
-            yield rows, draw_candidates(main, self.log_potential, x[rows], num, batch)
-
-    def _checked(self, num: int | None, batch: int, show_progress_bars: bool) -> int:
-        """How many candidates to draw, after a check of how."""
-        check_int("max_sampling_batch_size", batch, 1)
-        check_bool("show_progress_bars", show_progress_bars)
-        return check_int("num_candidates", self.num_candidates if num is None else num, 1)
+            yield rows, candidates.draw_candidates(main, self.log_potential, x[rows], num, batch)

@@ -94,7 +94,7 @@ def pareto_k(log_weights: Tensor) -> float:
     return float(shape)
 
 
-def warn_if_unreliable(qualities: Sequence[ImportanceQuality]) -> None:
+def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int = 3) -> None:
     """Warn once about all observations at which the weights are unreliable."""
     bad = [quality for quality in qualities if not quality.reliable]
     if not bad:
@@ -110,5 +110,5 @@ def warn_if_unreliable(qualities: Sequence[ImportanceQuality]) -> None:
         "such x, or a smaller power or more num_candidates in build_corrected_posterior, and check "
         "whether x looks like the simulations.",
         JeffreysWarning,
-        stacklevel=3,  # the line that calls the posterior's method
+        stacklevel=stacklevel,  # the line that calls the posterior's method
     )

@@ -8,13 +8,15 @@ from torch import Tensor
 from sbi_jeffreys._checks import check_int, check_tensor
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.objective import ranking_nce_losses
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["best_power", "log_pool", "pooling_power"]
+__all__ = ["best_power", "log_pool", "pooling_power", "power_of_later_rounds"]
 
 _POWERS = torch.linspace(0.05, 1.0, 20)
 _ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
+_CONTRASTS = 50  # other pairs' θ that each pair's is told from
 
 
 def log_pool(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
@@ -90,3 +92,34 @@ def pooling_power(
             ratios.append(ratio[:-1])
             true_ratios.append(ratio[-1])
     return best_power(torch.cat(ratios, dim=1), torch.cat(true_ratios))
+
+
+@torch.no_grad()
+def power_of_later_rounds(
+    main: ConditionalDensityEstimator, proxy: Proxy, theta: Tensor, x: Tensor
+) -> float:
+    """β by up to 200 held-out pairs of later rounds, whose θ follow proposals.
+
+    There the log score is not a proper one. As in the atomic loss (Greenberg et al. 2019, arXiv
+    1905.07488), each θ is told from those of other pairs by the pool's density over the prior's.
+
+    Args:
+        main: The main model p_φ(θ|x).
+        proxy: The proxy.
+        theta: Parameters, `(M, D)`, M ≥ 2.
+        x: Simulations `(M, *x_shape)`.
+
+    Returns:
+        The best of 0.05, 0.1, …, 1.
+    """
+    theta, x = theta[-_MAX_PAIRS:], x[-_MAX_PAIRS:]
+    among = torch.stack([theta.roll(k, dims=0) for k in range(min(len(theta), 1 + _CONTRASTS))])
+    parts = []
+    for theta_part, x_part in zip(among.split(_ROWS, dim=1), x.split(_ROWS)):
+        with embedded_once(main, x_part):
+            log_p = main.log_prob(theta_part, x_part)
+        parts.append((log_p, proxy.log_potential(theta_part, x_part), proxy.log_prior(theta_part)))
+    log_p, log_q, log_prior = (torch.cat(part, dim=1) for part in zip(*parts))
+    ratios = [log_pool(log_p, log_q, float(beta)) - log_prior for beta in _POWERS]
+    losses = torch.stack([ranking_nce_losses(ratio[0], ratio[1:]).mean() for ratio in ratios])
+    return float(_POWERS[int(losses.nan_to_num(torch.inf).argmin())])

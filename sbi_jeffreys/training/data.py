@@ -15,7 +15,14 @@ from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
 
-__all__ = ["held_out_pairs", "latest", "real_batches", "simulations_in_use", "training_loader"]
+__all__ = [
+    "held_out_pairs",
+    "latest",
+    "latest_held_out",
+    "real_batches",
+    "simulations_in_use",
+    "training_loader",
+]
 
 _DECIDING_PAIRS = 50  # held-out pairs at least, in later rounds, if there are so many
 
@@ -46,11 +53,16 @@ def _is_atomic(trainer: NPE, arguments: TrainArguments) -> bool:
 
 def _deciding_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> Tensor:
     """Indices of the pairs of `held_out_pairs`, `(M,)`."""
-    val = trainer.val_indices
     if not _is_atomic(trainer, arguments):
-        return val
+        return trainer.val_indices
+    return latest_held_out(trainer, starting_round)  # mutant: first-rounds-decide
+
+
+def latest_held_out(trainer: NPE, starting_round: int) -> Tensor:
+    """Indices of the held-out pairs of the latest rounds, `(M,)`; after a first round, of all."""
+    val = trainer.val_indices
     rounds = _sbi.rounds_of_simulations(trainer, starting_round).to(val.device)
-    return val[latest(rounds[val])]  # mutant: first-rounds-decide
+    return val[latest(rounds[val])]
 
 
 def latest(rounds: Tensor, num: int | None = None) -> Tensor:

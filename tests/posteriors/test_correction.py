@@ -16,6 +16,7 @@ from sbi_jeffreys import (
     held_out_report,
 )
 from sbi_jeffreys.posteriors import best_power, pooling_power
+from sbi_jeffreys.posteriors.power import power_of_later_rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no parameters/buffers")
 
@@ -70,6 +71,20 @@ def test_pooling_power_reads_main_and_proxy_at_the_pairs():
     assert pooling_power(Known(gaussian(shift=1.0)), proxy, theta, x) >= 0.85
     assert pooling_power(Known(gaussian()), wrong_proxy, theta, x) <= 0.15
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_power_of_later_rounds_does_not_depend_on_the_proposal():
+    """θ comes from a narrow proposal beside the prior's centre."""
+    torch.manual_seed(2)
+    theta = torch.tensor([0.7, -0.4]) + 0.5 * torch.randn(200, 2)
+    x = theta + 0.5 * torch.randn_like(theta)
+    proxy = GivenProxy(PRIOR, log_likelihood)
+    wrong_proxy = GivenProxy(PRIOR, lambda theta, x: log_likelihood(theta + SPREAD, x))
+    assert power_of_later_rounds(Known(gaussian(shift=1.0)), proxy, theta, x) >= 0.8
+    assert power_of_later_rounds(Known(gaussian()), wrong_proxy, theta, x) <= 0.2
+    # Between them, half of the way is the truth.
+    behind = Known(gaussian(shift=1.0))
+    assert 0.3 <= power_of_later_rounds(behind, wrong_proxy, theta, x) <= 0.7
 
 
 @pytest.mark.parametrize("power", [0.3, 1.0])
@@ -127,7 +142,9 @@ def test_the_trainer_chooses_the_power_by_held_out_simulations(monkeypatch):
     assert inference.build_corrected_posterior().power == power
     assert inference.build_corrected_posterior(power=0.2).power == 0.2
     monkeypatch.setattr(inference, "_data_round_index", [1])  # held-out pairs from a proposal
-    assert inference.build_corrected_posterior().power == 1.0
+    expected = power_of_later_rounds(inference._neural_net, inference.proxy, theta[rows], x[rows])
+    assert expected not in (power, 1.0)
+    assert inference.build_corrected_posterior().power == expected
 
 
 @pytest.mark.parametrize("power", [0.0, -1, 1.5, math.nan])

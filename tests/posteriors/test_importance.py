@@ -126,10 +126,9 @@ def test_unreliable_draws_warn_and_healthy_ones_do_not():
         sample(posterior)
         posterior.log_prob(torch.zeros(3, 2), x=X)
         posterior.sample_batched((100,), torch.stack([X, 0 * X]), show_progress_bars=False)
-    with pytest.warns(JeffreysWarning, match=r"this observation.*Pareto k̂.*build_posterior\(\)"):
-        draws = sample(posterior, x=FAR)
-    assert len(draws.unique(dim=0)) < 50
-    with pytest.warns(JeffreysWarning, match="independent draws"):
+    with pytest.warns(JeffreysWarning, match=r"disagree.*adapted to the proxy.*misspecification"):
+        sample(posterior, x=FAR)
+    with pytest.warns(JeffreysWarning, match="disagree at this observation"):
         posterior.log_prob(torch.zeros(3, 2), x=FAR)
     both = torch.stack([X, FAR, FAR])
     with pytest.warns(JeffreysWarning, match="2 of 3 x") as caught:
@@ -139,11 +138,42 @@ def test_unreliable_draws_warn_and_healthy_ones_do_not():
         posterior.log_prob_batched(torch.zeros(1, 3, 2), both)
 
 
-def test_the_warning_names_the_callers_line():
-    with pytest.warns(JeffreysWarning) as caught:
-        sample(corrected(), x=FAR)
-    (warning,) = [w for w in caught if w.category is JeffreysWarning]
-    assert warning.filename == __file__
+@pytest.mark.parametrize("adapted", [True, False])
+def test_the_warning_names_the_callers_line(adapted, monkeypatch):
+    if not adapted:
+        monkeypatch.setattr(candidates, "adapted_candidates", without_adaptation)
+    posterior = corrected()
+    for call in (sample, lambda posterior, x: posterior.log_prob(torch.zeros(3, 2), x=x)):
+        with pytest.warns(JeffreysWarning) as caught:
+            call(posterior, x=FAR)
+        (warning,) = [w for w in caught if w.category is JeffreysWarning]
+        assert warning.filename == __file__
+
+
+def without_adaptation(main, log_potential, x, num, proxy):
+    """As if the adapted proposal had been no better than the main."""
+    return candidates.draw_candidates(main, log_potential, x, num, num)
+
+
+@pytest.mark.filterwarnings("ignore:Main and proxy disagree")
+def test_where_the_main_is_far_off_the_draws_follow_the_proxy_all_the_same():
+    """The exact posterior at FAR is N(x / 1.25, 0.2 I), seven standard deviations from the main."""
+    torch.manual_seed(3)
+    posterior = corrected()
+    draws, expected = sample(posterior, 2000, FAR), Independent(Normal(FAR / 1.25, SPREAD), 1)
+    assert torch.allclose(draws.mean(dim=0), FAR / 1.25, atol=5 * SPREAD / math.sqrt(1000))
+    assert torch.allclose(draws.std(dim=0), torch.tensor(SPREAD), rtol=0.12)
+    assert len(draws.unique(dim=0)) > 1000
+    theta = draws[:20]
+    assert torch.allclose(posterior.log_prob(theta, FAR), expected.log_prob(theta), atol=0.1)
+    assert posterior.effective_sample_size(FAR) < 0.01  # of the main's draws
+
+
+def test_draws_that_no_proposal_mends_warn(monkeypatch):
+    monkeypatch.setattr(candidates, "adapted_candidates", without_adaptation)
+    with pytest.warns(JeffreysWarning, match=r"this observation.*Pareto k̂.*build_posterior\(\)"):
+        draws = sample(corrected(), x=FAR)
+    assert len(draws.unique(dim=0)) < 50
 
 
 # ------------------------------------------------------------------ the cache
