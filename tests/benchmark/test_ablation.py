@@ -223,8 +223,9 @@ def run(folder, *more):
 def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "out"
-    assert run(folder) == 0
+    assert run(folder, "--c2st") == 0
     assert "1 measurements computed, 0 there already" in capsys.readouterr().out
+    assert "C2ST" in (folder / "ablation.md").read_text()
     file = folder / "two_moons_shuffled-n60-s0.json"
     record = json.loads(file.read_text())
     assert set(record["results"]["variants"]) == {"npe", *Row("two_moons", "shuffled").variants}
@@ -232,15 +233,16 @@ def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeyp
         record["results"]["variants"]["adaptive"]["metrics"]
     )
     assert sorted(f.name for f in folder.iterdir()) == ["ablation.md", file.name]
-    assert run(folder) == 0
+    assert run(folder, "--c2st") == 0
     assert "0 measurements computed, 1 there already" in capsys.readouterr().out
-    assert run(folder, "--c2st") == 2
-    assert "c2st=False (now True)" in capsys.readouterr().err
+    assert run(folder) == 2
+    assert "c2st=True (now False)" in capsys.readouterr().err
     file.write_text("{ half a fi")
+    monkeypatch.setattr(ablation, "measure_row", lambda *_, **__: {"results": record["results"]})
     with pytest.warns(UserWarning, match=file.name):
         assert run(folder, "--c2st") == 0
     assert "1 measurements computed" in capsys.readouterr().out
-    assert "C2ST" in (folder / "ablation.md").read_text()
+    assert json.loads(file.read_text())["results"] == record["results"]
 
 
 def test_a_failure_is_told_and_leaves_no_file(tmp_path, capsys, monkeypatch):
