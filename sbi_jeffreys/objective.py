@@ -35,7 +35,10 @@ __all__ = [
     "reweighted_forward_term",
     "robust_log_ratio",
     "truncated_log_weights",
+    "with_contrasts",
 ]
+
+_MAX_CONTRASTS = 50
 
 
 def forward_term(log_p: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -191,6 +194,19 @@ def ranking_nce_losses(log_ratio: Tensor, log_ratio_contrast: Tensor) -> Tensor:
     """
     everything = torch.cat([log_ratio.unsqueeze(0), log_ratio_contrast], dim=0)
     return torch.logsumexp(everything, dim=0) - log_ratio  # mutant: contrasts-off
+
+
+def with_contrasts(theta: Tensor) -> Tensor:
+    """Each pair's θ and, as its contrasts, those of up to 50 other pairs.
+
+    Args:
+        theta: Shape `(M, D)`.
+
+    Returns:
+        Shape `(1 + K, M, D)`, K = min(M − 1, 50); row 0 is θ.
+    """
+    num = min(len(theta) - 1, _MAX_CONTRASTS)
+    return torch.stack([theta.roll(k, dims=0) for k in range(num + 1)])
 
 
 def truncated_log_weights(log_weights: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floa
 
 @dataclass(frozen=True)
 class Candidates:
-    """Draws of the main model with their log importance weights.
+    """Draws at B observations with their log importance weights.
 
     Attributes:
         theta: Draws of the main or of another proposal, `(K, B, D)`.
@@ -101,21 +101,22 @@ def draw_candidates(
 @torch.no_grad()
 def adapted_candidates(
     main: ConditionalDensityEstimator,
-    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    proxy: Proxy,
+    log_target: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     num: int,
-    proxy: Proxy,
 ) -> Candidates:
     """Weighted draws of a proposal that follows the proxy, `num` (at most 10,000) at one x.
 
     The proposal is a mixture that is fitted to weighted draws several times
-    (`proxies.normaliser.adapted_draws`). See `draw_candidates` for the arguments.
+    (`proxies.normaliser.adapted_draws`). `log_target(theta, log_q)` returns the unnormalised log
+    target of θ whose log q̃ is known, `(K, 1)`.
     """
     own = main.sample(torch.Size((1,)), x)[0]
     found = adapted_draws(proxy, main, own, x, min(num, _MAX_ADAPTED))
-    theta, log_m = found.theta[1:], found.log_m[1:]
+    theta, log_q = found.theta[1:], found.log_potential(proxy.inverse_temperature)[1:]
     with embedded_once(main, x):
-        log_w = log_potential(theta, x, main.log_prob(theta, x)) - log_m
+        log_w = log_target(theta, log_q) - found.log_m[1:]
     return Candidates(theta, log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
 
 
@@ -134,8 +135,7 @@ def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates
         return found
     adapted = adapt()  # mutant: candidates-never-adapted
     if not adapted.quality[0].reliable:  # mutant: adapted-to-nothing
-        more = adapted.quality[0].effective_draws > quality.effective_draws
-        best = adapted if more else found
+        best = max((found, adapted), key=lambda draws: draws.quality[0].effective_draws)
         warn_if_unreliable(best.quality, stacklevel=5)
         return best
     warnings.warn(

@@ -36,7 +36,7 @@ from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.posteriors import candidates
 from sbi_jeffreys.posteriors.candidates import Candidates, resample
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
-from sbi_jeffreys.posteriors.power import log_pool
+from sbi_jeffreys.posteriors.power import log_pool, log_pool_at
 from sbi_jeffreys.posteriors.proxy import PooledPotential
 from sbi_jeffreys.proxies.base import Proxy
 
@@ -247,8 +247,7 @@ class CorrectedPosterior(DirectPosterior):
         log_target = self._log_target(theta, x_o, track_gradients)[:, 0]
         if not check_bool("norm_posterior", norm_posterior):
             return log_target
-        found = self._candidates(num_candidates, x_o, adapt=True)
-        return log_target - found.log_normaliser
+        return log_target - self._candidates(num_candidates, x_o, adapt=True).log_normaliser
 
     def log_prob_batched(
         self,
@@ -299,12 +298,13 @@ class CorrectedPosterior(DirectPosterior):
         """Candidates at one observation, a function of it and of torch's seed; cached."""
         num = candidates.check_drawing(num, self.num_candidates, batch, show_progress_bars)
         key = (torch.initial_seed(), num, batch, self.power, x.cpu().numpy().tobytes())
-        what = (self.posterior_estimator, self.log_potential, x, num)
-        draw = partial(candidates.draw_candidates, *what, batch, show_progress_bars)
+        main, how = self.posterior_estimator, (num, batch, show_progress_bars)
+        draw = partial(candidates.draw_candidates, main, self.log_potential, x, *how)
         found = self._cache.get_or_draw(key, draw, x.device)
         if not adapt:
             return found
-        draw = partial(candidates.adapted_candidates, *what, self.proxy)
+        target = partial(log_pool_at, main, x, self.power)
+        draw = partial(candidates.adapted_candidates, main, self.proxy, target, x, num)
         adapted = partial(self._cache.get_or_draw, ("adapted", *key), draw, x.device)
         return candidates.or_adapted(found, adapted)
 

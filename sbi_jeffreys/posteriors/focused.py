@@ -17,6 +17,7 @@ import math
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from tqdm.auto import tqdm
 from sbi_jeffreys._checks import JeffreysWarning, check_observation
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.objective import effective_sample_size, forward_term, reverse_vargrad_loss
+from sbi_jeffreys.posteriors.candidates import adapted_candidates
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
-from sbi_jeffreys.posteriors.power import log_pool
+from sbi_jeffreys.posteriors.power import log_pool_at
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.normaliser import adapted_draws
 
 __all__ = ["Focus", "FocusedPosterior", "focus"]
 
@@ -168,28 +169,19 @@ class _Target:
     def __init__(
         self, main: ConditionalDensityEstimator, proxy: Proxy, x_o: Tensor, power: float
     ) -> None:
-        self.main, self.proxy, self.x_o, self.power = main, proxy, x_o, power
+        self.main, self.proxy, self.x_o = main, proxy, x_o
+        self._pool = partial(log_pool_at, main, x_o, power)
 
     @torch.no_grad()
     def log_prob(self, theta: Tensor) -> Tensor:
         """Of θ `(K, 1, D)`, `(K, 1)`."""
         return self._pool(theta, self.proxy.log_potential(theta, self.x_o))
 
-    def _pool(self, theta: Tensor, log_q: Tensor) -> Tensor:
-        """The same where log q̃ of these θ is known; −∞ where main or proxy has no mass."""
-        if self.power == 1.0:
-            return log_q
-        pool = log_pool(self.main.log_prob(theta, self.x_o), log_q, self.power)
-        return pool.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
     @torch.no_grad()
     def draws(self) -> tuple[Tensor, float]:
         """θ̃ `(K, 1, D)` of the target, and how many of the proposal's draws are effective."""
-        own = self.main.sample(torch.Size((1,)), self.x_o)[0]
-        found = adapted_draws(self.proxy, self.main, own, self.x_o, _DRAWS)
-        theta, log_q = found.theta[1:], found.log_potential(self.proxy.inverse_temperature)[1:]
-        log_w = self._pool(theta, log_q) - found.log_m[1:]
-        log_w = log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        found = adapted_candidates(self.main, self.proxy, self._pool, self.x_o, _DRAWS)
+        theta, log_w = found.theta, found.log_weights
         if not bool(torch.isfinite(log_w).any()):
             return theta, 0.0
         rows = torch.multinomial(torch.softmax(log_w[:, 0], dim=0), _KEPT, replacement=True)

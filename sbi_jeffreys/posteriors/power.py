@@ -8,15 +8,14 @@ from torch import Tensor
 from sbi_jeffreys._checks import check_int, check_tensor
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.objective import ranking_nce_losses
+from sbi_jeffreys.objective import ranking_nce_losses, with_contrasts
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 
-__all__ = ["best_power", "log_pool", "pooling_power", "power_of_later_rounds"]
+__all__ = ["best_power", "log_pool", "log_pool_at", "pooling_power", "power_of_later_rounds"]
 
 _POWERS = torch.linspace(0.05, 1.0, 20)
 _ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
-_CONTRASTS = 50  # other pairs' θ that each pair's is told from
 
 
 def log_pool(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
@@ -30,6 +29,19 @@ def log_pool(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
     outside = torch.isneginf(log_q)  # there the main may have no density either
     # mutant: all-the-way-to-the-proxy
     return torch.where(outside, log_q, log_p + power * (log_q - log_p))
+
+
+def log_pool_at(
+    main: ConditionalDensityEstimator, x: Tensor, power: float, theta: Tensor, log_q: Tensor
+) -> Tensor:
+    """`log_pool` at θ `(K, B, D)` of observations x whose log q̃ `(K, B)` is known.
+
+    −∞ where main or proxy has no mass.
+    """
+    if power == 1.0:
+        return log_q
+    pool = log_pool(main.log_prob(theta, x), log_q, power)
+    return pool.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def best_power(log_ratio: Tensor, log_ratio_true: Tensor) -> float:
@@ -113,9 +125,8 @@ def power_of_later_rounds(
         The best of 0.05, 0.1, …, 1.
     """
     theta, x = theta[-_MAX_PAIRS:], x[-_MAX_PAIRS:]
-    among = torch.stack([theta.roll(k, dims=0) for k in range(min(len(theta), 1 + _CONTRASTS))])
     parts = []
-    for theta_part, x_part in zip(among.split(_ROWS, dim=1), x.split(_ROWS)):
+    for theta_part, x_part in zip(with_contrasts(theta).split(_ROWS, dim=1), x.split(_ROWS)):
         with embedded_once(main, x_part):
             log_p = main.log_prob(theta_part, x_part)
         parts.append((log_p, proxy.log_potential(theta_part, x_part), proxy.log_prior(theta_part)))

@@ -62,18 +62,17 @@ def latest_held_out(trainer: NPE, starting_round: int) -> Tensor:
     """Indices of the held-out pairs of the latest rounds, `(M,)`; after a first round, of all."""
     val = trainer.val_indices
     rounds = _sbi.rounds_of_simulations(trainer, starting_round).to(val.device)
-    return val[latest(rounds[val])]
+    return val[latest(rounds[val], _DECIDING_PAIRS)]
 
 
-def latest(rounds: Tensor, num: int | None = None) -> Tensor:
+def latest(rounds: Tensor, num: int) -> Tensor:
     """Which pairs belong to the latest rounds, `(M,)`: so many rounds that `num` pairs do, or all.
 
     Args:
         rounds: Index of each pair's round, `(M,)`.
-        num: Pairs at least; None is 50.
+        num: Pairs at least.
     """
-    newest_first = rounds.sort(descending=True).values
-    return rounds >= newest_first[: _DECIDING_PAIRS if num is None else num].min()
+    return rounds >= rounds.sort(descending=True).values[:num].min()
 
 
 def _kernel(

@@ -26,14 +26,18 @@ from sbi_jeffreys.diagnostics.calibration import (
     inside_prior,
 )
 from sbi_jeffreys.networks.embedding import embedded_once
-from sbi_jeffreys.objective import forward_term, log_normaliser, ranking_nce_losses
+from sbi_jeffreys.objective import (
+    forward_term,
+    log_normaliser,
+    ranking_nce_losses,
+    with_contrasts,
+)
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
 from sbi_jeffreys.training.temperature import inverse_temperature
 
 __all__ = ["HeldOut"]
 
-_MAX_CONTRASTS = 50
 _EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
 _COVERAGE_DRAWS = 200  # per held-out pair
 _ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # per held-out pair: many, where pairs are few
@@ -60,11 +64,6 @@ class HeldOut:
     weights: Tensor
     atomic: bool = False
 
-    def _with_contrasts(self) -> Tensor:
-        """Each pair's θ, and after it other pairs' θ, `(1 + K, M, D)`."""
-        num = min(len(self.theta) - 1, _MAX_CONTRASTS)
-        return torch.stack([self.theta.roll(k, dims=0) for k in range(num + 1)])
-
     @property
     def excluded(self) -> bool:
         """Whether the kernel excludes every pair."""
@@ -88,7 +87,9 @@ class HeldOut:
             pairs = zip(self.theta.split(_AT_ONCE), self.x.split(_AT_ONCE))
             return torch.cat([-main.log_prob(theta.unsqueeze(0), x)[0] for theta, x in pairs])
         parts = []
-        for theta, x in zip(self._with_contrasts().split(_AT_ONCE, dim=1), self.x.split(_AT_ONCE)):
+        for theta, x in zip(
+            with_contrasts(self.theta).split(_AT_ONCE, dim=1), self.x.split(_AT_ONCE)
+        ):
             with embedded_once(main, x):
                 parts.append(main.log_prob(theta, x) - proxy.log_prior(theta))
         ratio = torch.cat(parts, dim=1)
@@ -122,7 +123,7 @@ class HeldOut:
         if there are some already.
         """
         if self.atomic:
-            theta = self._with_contrasts()
+            theta = with_contrasts(self.theta)
             # mutant: atomic-reading-not-tempered
             factor = proxy.inverse_temperature * proxy.log_factor(theta, self.x)
             losses = ranking_nce_losses(factor[0], factor[1:])
@@ -170,7 +171,7 @@ class HeldOut:
         The contrasts are `draws`, if there are some already.
         """
         if self.atomic:
-            theta = self._with_contrasts()
+            theta = with_contrasts(self.theta)
             factor = proxy.log_factor(theta, self.x)
             return inverse_temperature(torch.zeros_like(factor), factor, self._evidence())
         draws = self.draws(proxy, main) if draws is None else draws

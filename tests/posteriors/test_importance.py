@@ -150,8 +150,12 @@ def test_the_warning_names_the_callers_line(adapted, monkeypatch):
         assert warning.filename == __file__
 
 
-def without_adaptation(main, log_potential, x, num, proxy):
+def without_adaptation(main, proxy, log_target, x, num):
     """As if the adapted proposal had been no better than the main."""
+
+    def log_potential(theta, x, log_p):
+        return log_target(theta, proxy.log_potential(theta, x))
+
     return candidates.draw_candidates(main, log_potential, x, num, num)
 
 
