@@ -141,6 +141,16 @@ MUTANTS = (
         "tests/proxies/test_energy.py -k drawn_anew",
     ),
     Mutant("main-sees-distractors", "pass", "tests/proxies/test_screening.py"),
+    Mutant(
+        "correlated-noise-compressed", "pass", "tests/proxies/test_compression.py -k correlated"
+    ),
+    Mutant("summaries-whatever-they-cost", "if False:", "tests/training/test_refit.py -k worse"),
+    Mutant("main-sees-noise", "pass", "tests/training/test_refit.py -k stage_starts"),
+    Mutant(
+        "renewed-at-gamma-one",
+        "self.pool.weights = torch.ones(len(x))",
+        "tests/training/test_loss.py -k weighed",
+    ),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant(

@@ -23,45 +23,18 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
 from sbi_jeffreys.networks.prior_space import PriorTransform, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
+from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
 from sbi_jeffreys.networks.transforms import MarginalTransform
 
 __all__ = [
-    "WIDE",
     "MainBuilder",
-    "StandardisedInput",
     "UnconstrainedDensityEstimator",
     "main_builder",
 ]
 
-WIDE = 30  # outputs from which on x counts as wide, and those independent of θ may be left out
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
-
-
-class StandardisedInput(nn.Module):
-    """Marginal transform of x followed by z-scoring, as the main's embedding net.
-
-    Outputs may be left out: the network then gets their mean in place of their values.
-    """
-
-    def __init__(self, transform: MarginalTransform, x: Tensor) -> None:
-        super().__init__()
-        self.transform = transform
-        y = transform(x)
-        std = y.std(dim=0).clamp_min(1e-7) if len(y) > 1 else torch.ones_like(y[0])
-        # Constants, but parameters: sbi asks an embedding net's first parameter for its device.
-        self.mean = nn.Parameter(y.mean(dim=0), requires_grad=False)
-        self.std = nn.Parameter(std, requires_grad=False)
-        self.used = nn.Parameter(torch.ones_like(self.mean), requires_grad=False)
-
-    def use_only(self, columns: Tensor) -> None:
-        """Leave out every output whose index is not among `columns`."""
-        kept = torch.isin(self.transform.keep, columns.to(self.transform.keep))
-        self.used.copy_(kept)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used * (self.transform(x) - self.mean) / self.std
 
 
 class UnconstrainedDensityEstimator(ConditionalDensityEstimator):

@@ -13,8 +13,8 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
-from sbi_jeffreys.networks.builders import StandardisedInput
 from sbi_jeffreys.networks.prior_space import inside_support
+from sbi_jeffreys.networks.standardised import StandardisedInput
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
@@ -44,6 +44,7 @@ __all__ = [
     "RegressionExpert",
     "build_proxy",
     "hand_back_embedding",
+    "hand_over_summaries",
     "leave_out_uninformative",
 ]
 
@@ -155,9 +156,10 @@ def _no_density(x: Tensor) -> str | None:
 
 
 def _embeds(main: ConditionalDensityEstimator) -> bool:
-    """Whether the main has a trainable embedding net of x."""
+    """Whether the main has a trainable embedding net of x, other than our own input."""
     net = main.embedding_net
-    return net is not None and any(p.requires_grad for p in net.parameters())
+    trainable = net is not None and any(p.requires_grad for p in net.parameters())
+    return trainable and not _standardised(main)
 
 
 def _is_fixed(net: nn.Module | None) -> bool:
@@ -189,8 +191,34 @@ def leave_out_uninformative(proxy: Proxy, main: ConditionalDensityEstimator) -> 
     Plain NPE has fitted some of their noise, and the symmetric stage would take long to undo that,
     because draws of the proxy contain the same noise.
     """
+    if isinstance(proxy, LikelihoodProxy) and proxy.can_sample:
+        for part in _standardised(main):
+            part.use_only(proxy.columns)  # mutant: main-sees-distractors
+
+
+def hand_over_summaries(proxy: Proxy, main: ConditionalDensityEstimator, x: Tensor) -> bool:
+    """Let the main look at the proxy's linear summaries of x alone; whether it does now.
+
+    Over hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. What the
+    main has learned is of no use for its new input: it has to be fitted again.
+
+    Args:
+        proxy: A fitted proxy.
+        main: The main; it has to have an input of its own that transforms x as the proxy does.
+        x: Simulations `(N, dim_x)` by which the summaries are standardised.
+    """
+    if not isinstance(proxy, LikelihoodProxy) or proxy.compression is None:
+        return False
+    transform, summaries = proxy.compression.transform, proxy.compression.summaries
+    for part in _standardised(main):
+        # Where outputs were left out as uninformative, the transforms differ.
+        if part.transforms_as(transform):
+            part.use_summaries(summaries, x)
+            return True
+    return False
+
+
+def _standardised(main: ConditionalDensityEstimator) -> list[StandardisedInput]:
     net = main.embedding_net
-    if isinstance(proxy, LikelihoodProxy) and proxy.can_sample and isinstance(net, nn.Module):
-        for part in net.modules():
-            if isinstance(part, StandardisedInput):
-                part.use_only(proxy.columns)  # mutant: main-sees-distractors
+    parts = net.modules() if isinstance(net, nn.Module) else ()
+    return [part for part in parts if isinstance(part, StandardisedInput)]

@@ -33,6 +33,7 @@ from sbi_jeffreys._checks import check_instance, check_int
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.compression import Compression, fit_compressed
 from sbi_jeffreys.proxies.experts import (
     DEFAULT_EXPERTS,
     WIDE_EXPERTS,
@@ -40,8 +41,8 @@ from sbi_jeffreys.proxies.experts import (
     FittedExpert,
     check_experts,
 )
-from sbi_jeffreys.proxies.experts.base import NARROW, OnEpoch
-from sbi_jeffreys.proxies.experts.fit import fit_experts
+from sbi_jeffreys.proxies.experts.base import NARROW, ExpertData, OnEpoch, scales_of
+from sbi_jeffreys.proxies.experts.fit import fit_to_folds
 from sbi_jeffreys.proxies.folds import fit_folds
 from sbi_jeffreys.proxies.screening import WIDE, informative_outputs
 from sbi_jeffreys.proxies.stacking import stacking_weights
@@ -120,6 +121,7 @@ class LikelihoodProxy(Proxy):
         self.results: list[FitResult] = []
         self.drawn: DrawCount | None = None
         self.fitted = nn.ModuleList()
+        self.compression: Compression | None = None
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
         # Training simulations, which draws take the outputs from that are not in `columns`.
@@ -152,13 +154,22 @@ class LikelihoodProxy(Proxy):
         self.columns = informative_outputs(theta[train_indices], x[train_indices])
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
-        experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
         folds = self.folds_for(len(train_indices))
-        if folds > 1:
+        data = ExpertData(
+            z, x, train_indices, val_indices, base, scales_of(x[train_indices]), on_epoch
+        )
+        # With folds, the directions would have been chosen by every one of them.
+        compressed = fit_compressed(data) if self.experts is None and folds == 1 else None
+        self.compression = None
+        experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
+        if compressed is not None:
+            self.compression, fitted = compressed
+            x = self.compression(x)
+        elif folds > 1:
             # mutant: folds-of-held-out-pairs
             fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
         else:
-            fitted = fit_experts(experts, base, z, x, train_indices, val_indices, on_epoch)
+            fitted = list(fit_to_folds(experts, [data])[0].values())
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
         # Of more than fifty experts, none may exceed the bound.
@@ -189,7 +200,7 @@ class LikelihoodProxy(Proxy):
     @property
     def can_be_tempered(self) -> bool:  # type: ignore[override]
         """Only with few outputs: with many, weights ℓ_ψ^{γ−1} of a pool would degenerate."""
-        return 0 < len(self.columns) <= WIDE
+        return self.compression is not None or 0 < len(self.columns) <= WIDE
 
     @property
     def draws_cheaply(self) -> bool:
@@ -199,9 +210,13 @@ class LikelihoodProxy(Proxy):
     @property
     def remark(self) -> str:  # type: ignore[override]
         """What the fit found out about x, in words; empty where there is nothing to say."""
-        if len(self.rest) == 0:
-            return ""
-        return f"{len(self.columns)} of {self.rest.shape[1]} outputs depend on theta"
+        parts = []
+        if len(self.rest):
+            parts.append(f"{len(self.columns)} of {self.rest.shape[1]} outputs depend on theta")
+        if self.compression is not None:
+            num = self.compression.summaries.directions.shape[1]
+            parts.append(f"of {num} linear summaries and the size of the rest")
+        return "; ".join(parts)
 
     def _mixture(self) -> list[FittedExpert]:
         """The experts of the mixture."""
@@ -222,7 +237,8 @@ class LikelihoodProxy(Proxy):
 
     def _own(self, x: Tensor) -> Tensor:
         """The outputs `(B, dim_x)` that ℓ_ψ is a density of."""
-        return x[:, self.columns] if len(self.rest) else x
+        x = x[:, self.columns] if len(self.rest) else x
+        return x if self.compression is None else self.compression(x)
 
     @torch.no_grad()
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -277,6 +293,8 @@ class LikelihoodProxy(Proxy):
         # Not expert by expert: whoever takes the first pairs would get those of one expert alone.
         order = torch.cat(kept).argsort()  # mutant: pairs-in-order-of-experts
         theta, x = theta[torch.cat(kept)[order]], torch.cat(xs)[order]
+        if self.compression is not None:
+            x = self.compression.draw(x)
         if len(self.rest):
             whole = self.rest[torch.randint(len(self.rest), (len(x),))]
             whole[:, self.columns] = x

@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 from torch import Tensor
 
-from sbi_jeffreys.networks.builders import WIDE
+from sbi_jeffreys.networks.standardised import WIDE
 
 __all__ = ["WIDE", "informative_outputs"]
 

@@ -22,7 +22,7 @@ from sbi_jeffreys.objective import (
 )
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.training.pool import Pool
+from sbi_jeffreys.training.pool import Pool, tempering_weights
 
 __all__ = ["PERIOD", "RealBatch", "StageLoss", "SymmetricLoss", "weigh"]
 
@@ -35,7 +35,6 @@ StageLoss = Callable[[int, Tensor, Callable[[], RealBatch]], tuple[Tensor, dict[
 PERIOD = 4  # steps between two turns of R, and of F
 _REAL_WEIGHT = 0.1  # w_F at full trust: the weight of training simulations beside proxy pairs
 _AVERAGE = 0.9  # of F over its last turns
-_SEEN = 2  # times that each pair of a renewable pool is drawn, on average
 
 
 def weigh(
@@ -109,15 +108,16 @@ class SymmetricLoss:
         self._forward = _AVERAGE * before + (1 - _AVERAGE) * value
 
     def _renew_pool(self, step: int) -> None:
-        """Draw the pool anew once each pair was used twice on average, to avoid overfitting."""
+        """Draw the pool anew once its pairs were used so often on average, to avoid overfitting."""
         # What there is may be fewer than were asked for, and would be fewer at every renewal.
         size = self.pool.asked or len(self.pool.x)  # mutant: pool-shrinks
-        every = max(1, _SEEN * size // self.options.proxy_batch_size)
+        every = max(1, self.pool.uses * size // self.options.proxy_batch_size)
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed
             theta, x = self.proxy.sample_joint(size)
             self.pool.theta, self.pool.x = theta, x
             self.pool.asked = size  # mutant: old-pool-shrinks
-            self.pool.weights = torch.ones(len(x), device=x.device)
+            # mutant: renewed-at-gamma-one
+            self.pool.weights = tempering_weights(self.proxy, theta, x)
 
     def terms(self, step: int, next_real: Callable[[], RealBatch]) -> dict[str, Tensor]:
         """`generated`, and in turn `reverse` (steps 0, 4, …) or `forward` (steps 1, 5, …)."""

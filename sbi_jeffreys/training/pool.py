@@ -45,6 +45,7 @@ class Pool:
         x: Shape `(N, *x_shape)`.
         weights: How often each observation is drawn, in proportion, `(N,)`.
         renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
+        uses: How often each pair is drawn, on average, before a renewable pool is drawn anew.
         asked: How many pairs the proxy was asked for, of which some were not plausible; 0 where
             none were drawn.
     """
@@ -53,6 +54,7 @@ class Pool:
     x: Tensor
     weights: Tensor
     renewable: bool = False
+    uses: int = 2
     asked: int = 0
 
     @property

@@ -35,6 +35,7 @@ from sbi_jeffreys.training.pool import (
     resampled_pool,
     tempering_weights,
 )
+from sbi_jeffreys.training.refit import summarise
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
@@ -44,6 +45,7 @@ __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
 _NEXT_TO_ONE = 0.02
 _SAME_TEMPERATURE = 0.1  # of log γ, up to which draws that were adapted to γ = 1 serve
+_USES, _USES_OF_EXPENSIVE = 2, 5  # of each draw of a renewable pool, on average
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -221,8 +223,11 @@ def _with_pool(
         pool = Pool(theta, x, weights, asked=num_draws)  # mutant: pool-size-forgotten
         cheap = isinstance(proxy, LikelihoodProxy) and proxy.draws_cheaply
         kept = kernel(x)
-        pool.renewable = first_round and cheap and bool(((kept == kept[0]) & (kept > 0)).all())
-        pool.renewable &= bool((pool.weights == 1).all())
+        alike = bool(((kept == kept[0]) & (kept > 0)).all())
+        # Of wide x, memory holds fewer draws than the stage needs.
+        few = options.proxy_draws is None and num_draws < options.draws_for(budget.num_steps)
+        pool.renewable = first_round and alike and (few or (cheap and bool((weights == 1).all())))
+        pool.uses = _USES if cheap else _USES_OF_EXPENSIVE
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
         pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
     pool.weights = pool.weights * kernel(pool.x)
@@ -268,7 +273,8 @@ def begin_stage(
     """The symmetric stage before its first step, with plain NPE as the best main so far.
 
     The stage starts from plain NPE with the embedding net that the proxy has trained further, and
-    without the outputs that the proxy found uninformative. What is said of plain NPE is measured
+    without the outputs that the proxy found uninformative; where the proxy is a density of linear
+    summaries, the main looks at these and is fitted again. What is said of plain NPE is measured
     before these changes, and the main is left as plain NPE until the stage runs.
 
     Args:
@@ -289,6 +295,7 @@ def begin_stage(
     coverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)
     hand_back_embedding(found.proxy, main)
     leave_out_uninformative(found.proxy, main)
+    summarise(found.proxy, main, found.pool, held_out, found.main_value)  # mutant: main-sees-noise
     stage = SymmetricStage(
         SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
         options,

@@ -16,7 +16,8 @@ from sbi.neural_nets.embedding_nets import FCEmbedding
 
 from sbi_jeffreys import JeffreysWarning, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys.networks import configs
-from sbi_jeffreys.networks.builders import StandardisedInput, UnconstrainedDensityEstimator
+from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
+from sbi_jeffreys.networks.standardised import StandardisedInput
 
 Base: Any = getattr(neural_nets, "DensityConfigBase", object)
 with_sbis_own = pytest.mark.skipif(Base is object, reason="this sbi has no typed configs")

@@ -8,8 +8,8 @@ from contract_tools import PRIOR, TINY, fresh, train, trained
 from torch import nn
 
 from sbi_jeffreys import MainBuilder, NPE_Jeffreys, RegressionExpert
-from sbi_jeffreys.networks.builders import StandardisedInput
 from sbi_jeffreys.networks.fitting import FitConfig
+from sbi_jeffreys.networks.standardised import StandardisedInput
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept
 from sbi_jeffreys.training.symmetric import SymmetricTraining

@@ -5,7 +5,7 @@ import torch
 from sbi_jeffreys import JeffreysOptions
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.training.loss import SymmetricLoss, weigh
-from sbi_jeffreys.training.pool import Pool
+from sbi_jeffreys.training.pool import Pool, tempering_weights
 
 OPTIONS = JeffreysOptions(proxy_batch_size=10, reverse_batch_size=5, reverse_samples=2)
 
@@ -88,6 +88,25 @@ def test_a_renewable_pool_is_drawn_anew_once_its_pairs_were_seen_twice():
     for step in range(25):
         other(step, torch.tensor(1.0), real)
     assert float(other.pool.x[0]) == 0
+
+
+def test_a_pool_whose_draws_are_expensive_is_drawn_anew_later():
+    loss = loss_of(renewable=True)
+    loss.pool.uses = 4
+    for step in range(25):
+        loss(step, torch.tensor(1.0), real)
+        assert float(loss.pool.x[0]) == step // 20
+
+
+def test_a_renewed_pool_is_weighed_by_the_proxys_temperature():
+    loss = loss_of(renewable=True)
+    loss.proxy.inverse_temperature = torch.tensor(0.5)
+    loss.proxy.log_factor = lambda theta, x: theta[..., 0]  # type: ignore[method-assign]
+    for step in range(12):
+        loss(step, torch.tensor(1.0), real)
+    expected = tempering_weights(loss.proxy, loss.pool.theta, loss.pool.x)
+    assert torch.equal(loss.pool.weights, expected)
+    assert float(expected.std()) > 0.1
 
 
 def test_a_pool_of_which_some_draws_are_not_plausible_does_not_shrink():

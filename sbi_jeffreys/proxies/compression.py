@@ -1,0 +1,139 @@
+r"""Which few directions of a wide x depend on θ, as a neural regression finds them.
+
+Errors of a thousand regression means add up as if they were independent, and flows of a thousand
+outputs are out of reach. The means of a smooth signal span a few directions, though. Their
+principal components, weighed by the noise, are taken as far as they predict held-out x; a density
+of these coordinates and of the noise's size is one of ten or twenty numbers
+(`networks.summaries`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sbi_jeffreys.networks.summaries import LinearSummaries
+from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.proxies.experts import REGRESSIONS, FlowExpert, RegressionExpert
+from sbi_jeffreys.proxies.experts.base import ExpertData, FittedExpert
+from sbi_jeffreys.proxies.experts.fit import fit_to_folds
+from sbi_jeffreys.proxies.experts.neural import NeuralRegression, NeuralRegressionExpert
+from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
+from sbi_jeffreys.proxies.screening import WIDE
+from sbi_jeffreys.proxies.stacking import stacking_weights
+
+__all__ = ["Compression", "fit_compressed"]
+
+#: Regressions of x itself that summaries have to stand beside.
+_RIVALS = (RegressionExpert(1, kernel=True),)
+#: Experts of the summaries. Most weight goes to regressions, and each flow takes several seconds.
+_EXPERTS = (
+    *REGRESSIONS,
+    NeuralRegressionExpert(weight_decay=0.3),
+    NeuralRegressionExpert(hidden_features=256, num_layers=2),
+    FlowExpert("maf", weight_decay=0.3, around_regression=True),
+    FlowExpert("maf", weight_decay=0.3),
+)
+
+
+class Compression(nn.Module):
+    """x ↔ linear summaries of T(x), and the direction of the rest of a simulation.
+
+    Args:
+        transform: T, without cells.
+        summaries: Of T(x).
+        x: Training simulations `(N, dim_x)`; draws take the direction of the rest from them.
+    """
+
+    rest: Tensor
+
+    def __init__(self, transform: MarginalTransform, summaries: LinearSummaries, x: Tensor) -> None:
+        super().__init__()
+        self.transform, self.summaries = transform, summaries
+        self.register_buffer("rest", summaries.split(transform(x))[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Summaries of x `(*B, dim_x)`, `(*B, k + 1)`."""
+        return self.summaries(self.transform(x))
+
+    def draw(self, summaries: Tensor) -> Tensor:
+        """An x `(B, dim_x)` with each of these summaries `(B, k + 1)`."""
+        rows = torch.randint(len(self.rest), (len(summaries),), device=summaries.device)
+        return self.transform.inverse(self.summaries.join(summaries, self.rest[rows]))
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """log density of x over that of its summaries, `(*B,)`."""
+        return self.summaries.log_det(self.transform(x)) + self.transform.log_det(x)
+
+
+@torch.no_grad()
+def _directions(net: NeuralRegression, y: Tensor, data: ExpertData) -> tuple[Tensor, Tensor]:
+    """The outputs' scales `(D,)`, and the directions that predict held-out y, `(D, k)`.
+
+    As many are taken as give the predictions their largest gain in likelihood over constants.
+    """
+    scale = net.log_scale.exp() * net.scale_y
+    mean, deviation = net.moments(data.z)
+    noise = (deviation / scale)[:, :1]  # of each simulation, relative to the others
+    signal = (mean - net.centre_y) / scale / noise
+    white = (y - net.centre_y) / scale / noise
+    basis = torch.linalg.svd(signal[data.train].double(), full_matrices=False)[2].T.to(y)
+    observed, predicted = white[data.val] @ basis, signal[data.val] @ basis
+    residual, observed = observed - predicted, observed - observed.mean(dim=0)
+    before, after = observed.square().mean(dim=0), residual.square().mean(dim=0)
+    gains = 0.5 * (before / after).log()
+    gains = gains + 0.5 * (observed.square() / before - residual.square() / after)
+    total = gains[:, : 2 * WIDE].mean(dim=0).cumsum(dim=0)
+    num = int(total.argmax()) + 1 if float(total.max()) > 0 else 0
+    return scale, basis[:, :num]
+
+
+def _compression(data: ExpertData) -> tuple[Compression, FittedExpert] | None:
+    """Summaries of x, and the regression whose means they follow; None: see `fit_compressed`."""
+    transform = data.scales[0]
+    y = transform(data.x)
+    if y.shape[1] <= WIDE or bool(transform.has_cells.any()):
+        return None
+    expert = NeuralRegressionExpert().fit(data, (), math.inf)
+    scale, directions = _directions(expert.net, y, data)
+    if not 0 < directions.shape[1] < WIDE:
+        return None
+    summaries = LinearSummaries(expert.net.centre_y.clone(), scale, directions.clone())
+    return Compression(transform, summaries, data.x[data.train]), expert
+
+
+def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] | None:
+    """Summaries of x and experts of them, where summaries can replace x.
+
+    None for at most 30 outputs, for outputs with cells (integers, atoms), where no direction
+    depends on θ or more than 29 do, and where regressions of x itself predict held-out x clearly
+    better: where noise is correlated, the rest tells about the noise of the summaries.
+    """
+    found = _compression(data)
+    if found is None:
+        return None
+    compression, neural = found
+    summaries = compression(data.x)
+    # Noise is added to them on their own scale.
+    scale = MarginalTransform.fit(summaries[data.train], choose=False, atoms=False)
+    own = replace(data, x=summaries, scales=(scale, scale))
+    experts = list(fit_to_folds(_EXPERTS, [own])[0].values())
+    rivals = [neural, *(spec.fit(data, (), math.inf) for spec in _RIVALS)]
+    ours, theirs = _stacked(experts), _stacked(rivals)
+    if ours is not None and theirs is not None:
+        gain = paired_gain(theirs, ours + compression.log_det(data.x[data.val]))
+        ours = ours if gain <= CLEARLY else None  # mutant: correlated-noise-compressed
+    return None if ours is None else (compression, experts)
+
+
+def _stacked(experts: Sequence[FittedExpert]) -> Tensor | None:
+    """log density of held-out pairs under the stacked mixture, `(M,)`; None if none is finite."""
+    held_out = [each.held_out for each in experts if bool(torch.isfinite(each.held_out).all())]
+    if not held_out:
+        return None
+    log_density = torch.stack(held_out)
+    return torch.logsumexp(log_density + stacking_weights(log_density).log().unsqueeze(1), dim=0)

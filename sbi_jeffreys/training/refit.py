@@ -1,0 +1,73 @@
+"""A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.fitting import FitConfig, FitResult, fit_network
+from sbi_jeffreys.proxies import Proxy, hand_over_summaries
+from sbi_jeffreys.training.held_out import HeldOut
+from sbi_jeffreys.training.pool import Pool
+
+__all__ = ["fit_to_pool", "summarise"]
+
+_DRAWS = 20_000
+_STANDARDISED = 5_000  # draws by which the summaries are standardised
+_CONFIG = FitConfig(learning_rate=1e-2, batch_size=200, max_epochs=5)
+
+
+def summarise(
+    proxy: Proxy, main: ConditionalDensityEstimator, pool: Pool, held_out: HeldOut, npe_nll: float
+) -> bool:
+    """Let the main look at the proxy's linear summaries of x, and fit it again.
+
+    Over hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. Where
+    the main is worse on held-out simulations afterwards, it is left as it was.
+
+    Args:
+        proxy: A fitted proxy.
+        main: Plain NPE, in evaluation mode.
+        pool: The proxy's draws.
+        held_out: The held-out pairs.
+        npe_nll: Plain NPE's held-out value.
+
+    Returns:
+        Whether the main looks at summaries now; False where the proxy has none, where the main has
+        an input of its own, and in later rounds, whose pools are no draws of the joint.
+    """
+    if held_out.atomic or pool.grouped:
+        return False
+    before = deepcopy(main.state_dict())
+    if not hand_over_summaries(proxy, main, pool.x[:_STANDARDISED]):
+        return False
+    fit_to_pool(main, pool, held_out)
+    # mutant: summaries-whatever-they-cost
+    if not held_out.mean(held_out.main_losses(main)) < npe_nll:
+        main.load_state_dict(before)
+        return False
+    return True
+
+
+def fit_to_pool(main: ConditionalDensityEstimator, pool: Pool, held_out: HeldOut) -> FitResult:
+    """Minimise −log p_φ(θ̃|x̃) over a pool of the joint, and stop by the held-out simulations.
+
+    Args:
+        main: Fitted in place, and left in evaluation mode.
+        pool: With one θ̃ for each observation.
+        held_out: The held-out pairs.
+    """
+    rows = pool.draw(_DRAWS)
+    theta, x = torch.cat([pool.theta[rows], held_out.theta]), torch.cat([pool.x[rows], held_out.x])
+    indices = torch.arange(len(theta), device=theta.device)
+
+    def loss(net: nn.Module, batch: Tensor, training: bool) -> Tensor:
+        assert isinstance(net, ConditionalDensityEstimator)
+        return -net.log_prob(theta[batch].unsqueeze(0), x[batch])[0]
+
+    result = fit_network(main, loss, indices[:_DRAWS], indices[_DRAWS:], _CONFIG)
+    main.eval()
+    return result
