@@ -191,13 +191,22 @@ class MarginalTransform(nn.Module):
         """Where kept outputs have a cell: all integers, and atoms; `(*B, dim_out)`."""
         return self.integer | self.atoms.at(values)
 
+    def _kept(self, x: Tensor) -> Tensor:
+        """Outputs that are not constant, not to be changed in place: `(*B, dim_out)`."""
+        return x if self.dim_out == self.dim_in else x[..., self.keep]
+
     def _scaled(self, v: Tensor) -> Tensor:
         return ((v - self.centre) / self.scale).clamp_min(self.floor)
 
     def _smooth(self, v: Tensor) -> Tensor:
         """T(v) without the cells of atoms."""
-        u = self._scaled(v)
-        columns = [_KINDS[kind].value(u[..., d]) for d, kind in enumerate(self.kinds)]
+        return self._each("value", self._scaled(v))
+
+    def _each(self, name: str, u: Tensor) -> Tensor:
+        """A function of each dimension's kind, by its name in `_Kind`, of `(*B, dim_out)`."""
+        if len(set(self.kinds)) == 1:  # a call for each of a thousand outputs would take long
+            return getattr(_KINDS[self.kinds[0]], name)(u)
+        columns = [getattr(_KINDS[kind], name)(u[..., d]) for d, kind in enumerate(self.kinds)]
         return torch.stack(columns, dim=-1)
 
     def _values(self, v: Tensor) -> Tensor:
@@ -205,7 +214,7 @@ class MarginalTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """T(x) at the midpoint of cells: `(*B, dim_in)` → `(*B, dim_out)`."""
-        return self._values(x[..., self.keep] + 0.5 * self.integer)
+        return self._values(self._kept(x) + 0.5 * self.integer)
 
     def dequantise(self, x: Tensor) -> Tensor:
         """T(x) with values that have a cell spread uniformly over it: fresh noise each call."""
@@ -221,7 +230,7 @@ class MarginalTransform(nn.Module):
 
     def log_det(self, x: Tensor) -> Tensor:
         """log |det ∂T/∂x| at the midpoint of cells, shape `(*B,)`."""
-        return self.log_slopes(x[..., self.keep]).sum(dim=-1)
+        return self.log_slopes(self._kept(x)).sum(dim=-1)
 
     def cell(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """T at both ends of the cells of kept outputs, `(*B, dim_out)`; see `in_cell`.
@@ -237,9 +246,9 @@ class MarginalTransform(nn.Module):
         That of an atom is the log width of its cell.
         """
         u = self._scaled(values + 0.5 * self.integer)
-        slopes = [_KINDS[kind].log_slope(u[..., d]) for d, kind in enumerate(self.kinds)]
+        slopes = self._each("log_slope", u) - self.scale.log()
         # mutant: atoms-as-densities
-        return self.atoms.log_slopes(values, torch.stack(slopes, dim=-1) - self.scale.log())
+        return self.atoms.log_slopes(values, slopes)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest T(x) of simulations `(N, dim_in)`, with whole cells of integers."""
@@ -248,9 +257,7 @@ class MarginalTransform(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """x with T(x) = y, integers and atoms restored, dropped dimensions at their constant."""
-        smooth = self.atoms.remove(y)
-        columns = [_KINDS[kind].inverse(smooth[..., d]) for d, kind in enumerate(self.kinds)]
-        v = torch.stack(columns, dim=-1) * self.scale + self.centre
+        v = self._each("inverse", self.atoms.remove(y)) * self.scale + self.centre
         x = self.constant.expand(*y.shape[:-1], self.dim_in).clone()
         x[..., self.keep] = self.atoms.restore(torch.where(self.integer, v.floor(), v), y)
         return x

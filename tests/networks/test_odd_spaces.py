@@ -130,9 +130,13 @@ def test_the_samples_of_a_signal_share_one_transform():
     assert set(MarginalTransform.fit((3 * x).exp()).kinds) == {"log"}
 
 
-def test_plain_npe_on_a_signal_is_sbis_network():
-    """With nothing transformed, the network is sbi's own, in the prior's unconstrained space."""
+def test_plain_npe_on_a_short_signal_is_sbis_network():
+    """With nothing transformed, the network is sbi's own, in the prior's unconstrained space.
+
+    That of more than thirty outputs sees combinations of them, `tests/networks/test_summaries.py`.
+    """
     theta, x = signal(200)
+    x = x[:, :30]
     torch.manual_seed(0)
     ours = MainBuilder("maf").with_prior(PRIOR)(theta, x)
     torch.manual_seed(0)

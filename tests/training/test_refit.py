@@ -86,7 +86,7 @@ def test_later_rounds_grouped_pools_and_other_inputs_are_left_alone(curve, monke
     assert not summarise(proxy, other, pool, held_out, 100.0)
 
 
-def test_the_stage_starts_from_it_and_plain_npe_is_what_it_was(monkeypatch):
+def test_the_stage_and_later_rounds_start_from_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compression, "_EXPERTS", (RegressionExpert(1),))
     monkeypatch.setattr(refit, "_DRAWS", 2_000)
     seen = []
@@ -106,6 +106,14 @@ def test_the_stage_starts_from_it_and_plain_npe_is_what_it_was(monkeypatch):
     assert "linear summaries" in inference.proxy.remark
     symmetric = inference._training.symmetric
     assert float(symmetric.start[next(n for n in symmetric.start if "summarises" in n)]) == 1.0
-    x = curves(50)[1]
-    posterior = inference.build_posterior()
-    assert posterior.sample((20,), x=x[:1], show_progress_bars=False).shape == (20, 2)
+    # Weights fit into a main that is built anew, and later rounds go on with it.
+    theta, x = curves(40)
+    main = inference._neural_net
+    inference.save(tmp_path / "trainer.pt")
+    other = fresh("maf", options, prior=PRIOR).load_weights(tmp_path / "trainer.pt")
+    expected = main.log_prob(theta.unsqueeze(0), x)
+    assert torch.equal(other._neural_net.log_prob(theta.unsqueeze(0), x), expected)
+    proposal = inference.build_posterior().set_default_x(x[:1])
+    theta = proposal.sample((40,), show_progress_bars=False)
+    x = theta @ SHAPES + 0.3 * torch.randn(40, 50)
+    assert summarises(train(inference.append_simulations(theta, x, proposal=proposal)))
