@@ -145,6 +145,7 @@ MUTANTS = (
         "correlated-noise-compressed", "pass", "tests/proxies/test_compression.py -k correlated"
     ),
     Mutant("summaries-whatever-they-cost", "if False:", "tests/training/test_refit.py -k worse"),
+    Mutant("half-fitted-main-left", "pass", "tests/training/test_refit.py -k interrupt"),
     Mutant("main-sees-noise", "pass", "tests/training/test_refit.py -k later_rounds_start"),
     Mutant(
         "renewed-at-gamma-one",
@@ -248,7 +249,7 @@ MUTANTS = (
     ),
     Mutant(
         "coverage-of-a-changed-npe",
-        "hand_back_embedding(found.proxy, main)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
+        "hand_over(found.proxy, main, found.pool, held_out, 0.0)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
         "tests/training/test_beginning.py -k coverage",
     ),
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),

@@ -20,8 +20,6 @@ from sbi_jeffreys.proxies import (
     LikelihoodProxy,
     Proxy,
     build_proxy,
-    hand_back_embedding,
-    leave_out_uninformative,
 )
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.arguments import TrainArguments
@@ -35,7 +33,7 @@ from sbi_jeffreys.training.pool import (
     resampled_pool,
     tempering_weights,
 )
-from sbi_jeffreys.training.refit import summarise
+from sbi_jeffreys.training.refit import hand_over
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
@@ -269,6 +267,7 @@ def begin_stage(
     options: JeffreysOptions,
     arguments: TrainArguments,
     num_steps: int,
+    show_progress_bars: bool = False,
 ) -> SymmetricTraining:
     """The symmetric stage before its first step, with plain NPE as the best main so far.
 
@@ -284,6 +283,7 @@ def begin_stage(
         options: The stage's options.
         arguments: Of `train`.
         num_steps: Length of the stage.
+        show_progress_bars: Whether to show progress.
     """
     assert found.proxy is not None
     assert found.pool is not None
@@ -293,9 +293,7 @@ def begin_stage(
     best = Best(found.main_value, found.main_losses, plain, Kept.PLAIN_NPE)
     # mutant: coverage-of-a-changed-npe
     coverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)
-    hand_back_embedding(found.proxy, main)
-    leave_out_uninformative(found.proxy, main)
-    summarise(found.proxy, main, found.pool, held_out, found.main_value)  # mutant: main-sees-noise
+    hand_over(found.proxy, main, found.pool, held_out, found.main_value, show_progress_bars)
     stage = SymmetricStage(
         SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
         options,

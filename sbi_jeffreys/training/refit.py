@@ -1,4 +1,7 @@
-"""A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood."""
+"""What the main gets from the proxy before the symmetric stage.
+
+A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,57 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult, fit_network
-from sbi_jeffreys.proxies import Proxy, hand_over_summaries
+from sbi_jeffreys.proxies import (
+    Proxy,
+    hand_back_embedding,
+    hand_over_summaries,
+    leave_out_uninformative,
+)
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import Pool
 
-__all__ = ["fit_to_pool", "summarise"]
+__all__ = ["fit_to_pool", "hand_over", "summarise"]
 
 _DRAWS = 20_000
 _STANDARDISED = 5_000  # draws by which the summaries are standardised
 _CONFIG = FitConfig(learning_rate=1e-2, batch_size=200, max_epochs=5)
 
 
+def hand_over(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    pool: Pool,
+    held_out: HeldOut,
+    npe_nll: float,
+    show_progress_bars: bool = False,
+) -> None:
+    """Give the main what the proxy has found out about x; arguments as of `summarise`.
+
+    An embedding net trained further, outputs that do not depend on θ, linear summaries. Whatever
+    interrupts this leaves the main as it was.
+    """
+    plain = deepcopy(main.state_dict())
+    try:
+        hand_back_embedding(proxy, main)
+        leave_out_uninformative(proxy, main)
+        # mutant: main-sees-noise
+        summarise(proxy, main, pool, held_out, npe_nll, show_progress_bars)
+    except BaseException:
+        main.load_state_dict(plain)  # mutant: half-fitted-main-left
+        raise
+
+
 def summarise(
-    proxy: Proxy, main: ConditionalDensityEstimator, pool: Pool, held_out: HeldOut, npe_nll: float
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    pool: Pool,
+    held_out: HeldOut,
+    npe_nll: float,
+    show_progress_bars: bool = False,
 ) -> bool:
     """Let the main look at the proxy's linear summaries of x, and fit it again.
 
@@ -34,6 +72,7 @@ def summarise(
         pool: The proxy's draws.
         held_out: The held-out pairs.
         npe_nll: Plain NPE's held-out value.
+        show_progress_bars: Whether to show progress.
 
     Returns:
         Whether the main looks at summaries now; False where the proxy has none, where the main has
@@ -44,7 +83,7 @@ def summarise(
     before = deepcopy(main.state_dict())
     if not hand_over_summaries(proxy, main, pool.x[:_STANDARDISED]):
         return False
-    fit_to_pool(main, pool, held_out)
+    fit_to_pool(main, pool, held_out, show_progress_bars)
     # mutant: summaries-whatever-they-cost
     if not held_out.mean(held_out.main_losses(main)) < npe_nll:
         main.load_state_dict(before)
@@ -52,13 +91,19 @@ def summarise(
     return True
 
 
-def fit_to_pool(main: ConditionalDensityEstimator, pool: Pool, held_out: HeldOut) -> FitResult:
+def fit_to_pool(
+    main: ConditionalDensityEstimator,
+    pool: Pool,
+    held_out: HeldOut,
+    show_progress_bars: bool = False,
+) -> FitResult:
     """Minimise −log p_φ(θ̃|x̃) over a pool of the joint, and stop by the held-out simulations.
 
     Args:
         main: Fitted in place, and left in evaluation mode.
         pool: With one θ̃ for each observation.
         held_out: The held-out pairs.
+        show_progress_bars: Whether to show progress.
     """
     rows = pool.draw(_DRAWS)
     theta, x = torch.cat([pool.theta[rows], held_out.theta]), torch.cat([pool.x[rows], held_out.x])
@@ -68,6 +113,9 @@ def fit_to_pool(main: ConditionalDensityEstimator, pool: Pool, held_out: HeldOut
         assert isinstance(net, ConditionalDensityEstimator)
         return -net.log_prob(theta[batch].unsqueeze(0), x[batch])[0]
 
-    result = fit_network(main, loss, indices[:_DRAWS], indices[_DRAWS:], _CONFIG)
+    train, val = indices[:_DRAWS], indices[_DRAWS:]
+    epochs, silent = _CONFIG.max_epochs, not show_progress_bars
+    with tqdm(total=epochs, desc="Fitting main to summaries", disable=silent) as bar:
+        result = fit_network(main, loss, train, val, _CONFIG, lambda epoch, value: bar.update())
     main.eval()
     return result

@@ -275,7 +275,9 @@ class Training:
         trainer.summary["proxy"].append(found.note)
         trainer.summary["proxy_held_out"].append(found.proxy_value)
         if found.status is ProxyStatus.USED:
-            self.symmetric = begin_stage(found, main, held_out, options, arguments, num_steps)
+            self.symmetric = begin_stage(
+                found, main, held_out, options, arguments, num_steps, show_progress_bars
+            )
 
     def _keep_plain(
         self, trainer: NPE, arguments: TrainArguments, builder: Any, show_progress_bars: bool

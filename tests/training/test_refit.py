@@ -12,7 +12,7 @@ from sbi_jeffreys import LikelihoodProxy, MainBuilder, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.standardised import StandardisedInput
 from sbi_jeffreys.proxies import compression
-from sbi_jeffreys.training import preparation, refit
+from sbi_jeffreys.training import refit
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import Pool
 from sbi_jeffreys.training.refit import summarise
@@ -20,6 +20,8 @@ from sbi_jeffreys.training.refit import summarise
 PRIOR = BoxUniform(-torch.ones(2), torch.ones(2))
 TIMES = torch.linspace(0, 1, 50)
 SHAPES = torch.stack([TIMES, (6 * TIMES).sin()])
+FIT = FitConfig(max_epochs=30)
+OPTIONS = replace(TINY, experts=None, proxy_fit=FIT, num_steps=12, steps_per_epoch=4)
 
 
 def curves(num: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +37,7 @@ def curve(monkeypatch):
     torch.manual_seed(0)
     theta, x = curves(440)
     train_indices, val = torch.arange(340), torch.arange(340, 440)
-    proxy = LikelihoodProxy(PRIOR, config=FitConfig(max_epochs=30), num_folds=1)
+    proxy = LikelihoodProxy(PRIOR, config=FIT, num_folds=1)
     proxy.fit(theta, x, train_indices, val)
     main = MainBuilder("maf", hidden_features=16).with_prior(PRIOR)(theta[:340], x[:340]).eval()
     drawn = proxy.sample_joint(4_000)
@@ -71,6 +73,22 @@ def test_a_main_that_is_worse_for_it_is_left_as_it_was(curve):
         assert torch.equal(value, plain[name])
 
 
+def test_an_interrupt_leaves_plain_npe(monkeypatch):
+    monkeypatch.setattr(compression, "_EXPERTS", (RegressionExpert(1),))
+
+    def interrupted(main, *arguments):
+        assert summarises(main)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refit, "fit_to_pool", interrupted)
+    torch.manual_seed(0)
+    inference = fresh("maf", OPTIONS, prior=PRIOR).append_simulations(*curves(400))
+    with pytest.raises(KeyboardInterrupt):
+        train(inference, 30)
+    for name, value in inference._neural_net.state_dict().items():
+        assert torch.equal(value, inference._best_model_state_dict[name])
+
+
 def test_later_rounds_grouped_pools_and_other_inputs_are_left_alone(curve, monkeypatch):
     main, proxy, pool, held_out = curve
     monkeypatch.setattr(refit, "fit_to_pool", None)  # would raise
@@ -90,17 +108,15 @@ def test_the_stage_and_later_rounds_start_from_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compression, "_EXPERTS", (RegressionExpert(1),))
     monkeypatch.setattr(refit, "_DRAWS", 2_000)
     seen = []
-    original = preparation.summarise
+    original = refit.summarise
 
     def summarise_here(*arguments):
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(preparation, "summarise", summarise_here)
-    fit = FitConfig(max_epochs=30)
-    options = replace(TINY, experts=None, proxy_fit=fit, num_steps=12, steps_per_epoch=4)
+    monkeypatch.setattr(refit, "summarise", summarise_here)
     torch.manual_seed(0)
-    inference = fresh("maf", options, prior=PRIOR).append_simulations(*curves(400))
+    inference = fresh("maf", OPTIONS, prior=PRIOR).append_simulations(*curves(400))
     train(inference, 30)
     assert seen == [True]
     assert "linear summaries" in inference.proxy.remark
@@ -110,7 +126,7 @@ def test_the_stage_and_later_rounds_start_from_it(monkeypatch, tmp_path):
     theta, x = curves(40)
     main = inference._neural_net
     inference.save(tmp_path / "trainer.pt")
-    other = fresh("maf", options, prior=PRIOR).load_weights(tmp_path / "trainer.pt")
+    other = fresh("maf", OPTIONS, prior=PRIOR).load_weights(tmp_path / "trainer.pt")
     expected = main.log_prob(theta.unsqueeze(0), x)
     assert torch.equal(other._neural_net.log_prob(theta.unsqueeze(0), x), expected)
     proposal = inference.build_posterior().set_default_x(x[:1])
