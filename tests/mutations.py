@@ -144,6 +144,9 @@ MUTANTS = (
     Mutant(
         "correlated-noise-compressed", "pass", "tests/proxies/test_compression.py -k correlated"
     ),
+    Mutant(
+        "two-noise-levels-compressed", "if False:", "tests/proxies/test_compression.py -k levels"
+    ),
     Mutant("summaries-whatever-they-cost", "if False:", "tests/training/test_refit.py -k worse"),
     Mutant("half-fitted-main-left", "pass", "tests/training/test_refit.py -k interrupt"),
     Mutant("main-sees-noise", "pass", "tests/training/test_refit.py -k later_rounds_start"),

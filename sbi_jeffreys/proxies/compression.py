@@ -40,6 +40,12 @@ _EXPERTS = (
 )
 
 
+# R² above which the rest's direction depends on θ: .01 to .19 for curves in white noise, .4 for two
+# series each of which has a noise level of its own.
+_UNEVEN = 0.3
+_LEAST = 1e-12
+
+
 class Compression(nn.Module):
     """x ↔ linear summaries of T(x), and the direction of the rest of a simulation.
 
@@ -103,15 +109,35 @@ def _compression(data: ExpertData) -> tuple[Compression, FittedExpert] | None:
     if not 0 < directions.shape[1] < WIDE:
         return None
     summaries = LinearSummaries(expert.net.centre_y.clone(), scale, directions.clone())
-    return Compression(transform, summaries, data.x[data.train]), expert
+    compression = Compression(transform, summaries, data.x[data.train])
+    # mutant: two-noise-levels-compressed
+    if _unevenness(data.z[data.train], compression.rest) > _UNEVEN:
+        return None
+    return compression, expert
+
+
+def _unevenness(z: Tensor, rest: Tensor) -> float:
+    """How much of where the rest is large is explained by z, the largest R² of four parts.
+
+    The regressors are squares and first powers of z `(N, D)`; a part's size is the logarithm of its
+    length in the direction of the rest `(N, dim_x)`, less the mean over the parts.
+    """
+    sizes = [part.square().sum(dim=1).clamp_min(_LEAST).log() for part in rest.chunk(4, dim=1)]
+    target = torch.stack(sizes, dim=1).double()
+    target = target - target.mean(dim=1, keepdim=True)
+    target = target - target.mean(dim=0)
+    scaled = ((z - z.mean(dim=0)) / z.std(dim=0).clamp_min(_LEAST)).double()
+    basis = torch.linalg.qr(torch.cat([torch.ones_like(scaled[:, :1]), scaled, scaled**2], 1))[0]
+    explained = (basis.T @ target).square().sum(dim=0) / target.square().sum(dim=0)
+    return float(explained.max())
 
 
 def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] | None:
     """Summaries of x and experts of them, where summaries can replace x.
 
     None for at most 30 outputs, for outputs with cells (integers, atoms), where no direction
-    depends on θ or more than 29 do, and where regressions of x itself predict held-out x clearly
-    better: where noise is correlated, the rest tells about the noise of the summaries.
+    depends on θ or more than 29 do, where the noise of some outputs depends on θ otherwise than that
+    of others, and where regressions of x itself predict held-out x clearly better: where noise is correlated, the rest tells about the noise of the summaries.
     """
     found = _compression(data)
     if found is None:

@@ -99,6 +99,15 @@ def test_x_whose_noise_is_correlated_is_not_compressed():
     assert fit_compressed(data(theta, x + drift)) is None
 
 
+def test_two_series_with_noise_levels_of_their_own_are_not_compressed():
+    """The size of the rest alone would not tell one level from the other."""
+    theta = PRIOR.sample((420,))
+    noise = 0.2 * torch.randn(420, 60)
+    levels = theta.exp().repeat_interleave(30, dim=1)
+    assert fit_compressed(data(theta, theta @ SHAPES + levels * noise)) is None
+    assert fit_compressed(data(theta, theta @ SHAPES + levels[:, :1] * noise)) is not None
+
+
 def test_narrow_x_counts_pure_noise_and_folds_are_not_compressed():
     theta, x = curves()
     assert fit_compressed(data(theta, x[:, :30])) is None
