@@ -136,8 +136,9 @@ def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] |
     """Summaries of x and experts of them, where summaries can replace x.
 
     None for at most 30 outputs, for outputs with cells (integers, atoms), where no direction
-    depends on θ or more than 29 do, where the noise of some outputs depends on θ otherwise than that
-    of others, and where regressions of x itself predict held-out x clearly better: where noise is correlated, the rest tells about the noise of the summaries.
+    depends on θ or more than 29 do, where the noise of some outputs depends on θ otherwise than
+    that of others, and where regressions of x itself predict held-out x clearly better: where
+    noise is correlated, the rest tells about the noise of the summaries.
     """
     found = _compression(data)
     if found is None:
