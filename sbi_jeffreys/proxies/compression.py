@@ -20,7 +20,7 @@ from sbi_jeffreys.networks.summaries import LinearSummaries
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.experts import REGRESSIONS, FlowExpert, RegressionExpert
 from sbi_jeffreys.proxies.experts.base import ExpertData, FittedExpert
-from sbi_jeffreys.proxies.experts.fit import fit_to_folds
+from sbi_jeffreys.proxies.experts.fit import fit_to
 from sbi_jeffreys.proxies.experts.neural import NeuralRegression, NeuralRegressionExpert
 from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
 from sbi_jeffreys.proxies.screening import WIDE
@@ -148,13 +148,16 @@ def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] |
     # Noise is added to them on their own scale.
     scale = MarginalTransform.fit(summaries[data.train], choose=False, atoms=False)
     own = replace(data, x=summaries, scales=(scale, scale))
-    experts = list(fit_to_folds(_EXPERTS, [own])[0].values())
+    experts = fit_to(_EXPERTS, own)
     rivals = [neural, *(spec.fit(data, (), math.inf) for spec in _RIVALS)]
     ours, theirs = _stacked(experts), _stacked(rivals)
-    if ours is not None and theirs is not None:
+    if ours is None:
+        return None
+    if theirs is not None:
         gain = paired_gain(theirs, ours + compression.log_det(data.x[data.val]))
-        ours = ours if gain <= CLEARLY else None  # mutant: correlated-noise-compressed
-    return None if ours is None else (compression, experts)
+        if not gain <= CLEARLY:  # mutant: correlated-noise-compressed
+            return None
+    return compression, experts
 
 
 def _stacked(experts: Sequence[FittedExpert]) -> Tensor | None:

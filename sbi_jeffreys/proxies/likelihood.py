@@ -42,7 +42,7 @@ from sbi_jeffreys.proxies.experts import (
     check_experts,
 )
 from sbi_jeffreys.proxies.experts.base import NARROW, ExpertData, OnEpoch, scales_of
-from sbi_jeffreys.proxies.experts.fit import fit_to_folds
+from sbi_jeffreys.proxies.experts.fit import fit_to
 from sbi_jeffreys.proxies.folds import fit_folds
 from sbi_jeffreys.proxies.screening import WIDE, informative_outputs
 from sbi_jeffreys.proxies.stacking import stacking_weights
@@ -155,21 +155,20 @@ class LikelihoodProxy(Proxy):
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
         folds = self.folds_for(len(train_indices))
-        data = ExpertData(
-            z, x, train_indices, val_indices, base, scales_of(x[train_indices]), on_epoch
-        )
-        # With folds, the directions would have been chosen by every one of them.
-        compressed = fit_compressed(data) if self.experts is None and folds == 1 else None
         self.compression = None
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
-        if compressed is not None:
-            self.compression, fitted = compressed
-            x = self.compression(x)
-        elif folds > 1:
+        if folds > 1:  # not compressed: every fold would have had its part in the directions
             # mutant: folds-of-held-out-pairs
             fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
         else:
-            fitted = list(fit_to_folds(experts, [data])[0].values())
+            scales = scales_of(x[train_indices])
+            data = ExpertData(z, x, train_indices, val_indices, base, scales, on_epoch)
+            compressed = fit_compressed(data) if self.experts is None else None
+            if compressed is not None:
+                self.compression, fitted = compressed
+                x = self.compression(x)
+            else:
+                fitted = fit_to(experts, data)
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
         # Of more than fifty experts, none may exceed the bound.

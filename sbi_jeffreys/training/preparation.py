@@ -43,7 +43,7 @@ __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
 _NEXT_TO_ONE = 0.02
 _SAME_TEMPERATURE = 0.1  # of log γ, up to which draws that were adapted to γ = 1 serve
-_USES, _USES_OF_EXPENSIVE = 2, 5  # of each draw of a renewable pool, on average
+_USES_OF_EXPENSIVE = 5  # of each draw of a renewable pool, on average
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -225,7 +225,8 @@ def _with_pool(
         # Of wide x, memory holds fewer draws than the stage needs.
         few = options.proxy_draws is None and num_draws < options.draws_for(budget.num_steps)
         pool.renewable = first_round and alike and (few or (cheap and bool((weights == 1).all())))
-        pool.uses = _USES if cheap else _USES_OF_EXPENSIVE
+        if not cheap:
+            pool.uses = _USES_OF_EXPENSIVE
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
         pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
     pool.weights = pool.weights * kernel(pool.x)

@@ -30,7 +30,7 @@ from sbi_jeffreys.proxies.experts.base import (
 )
 from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
 
-__all__ = ["fit_experts", "fit_to_folds"]
+__all__ = ["fit_experts", "fit_to", "fit_to_folds"]
 
 #: The experts fitted so far to one part of the data.
 Fits = dict[Expert, FittedExpert]
@@ -60,6 +60,11 @@ def fit_experts(
         The experts fitted, at least one.
     """
     data = ExpertData(z, x, train, val, config, scales_of(x[train]), on_epoch)
+    return fit_to(specs, data)
+
+
+def fit_to(specs: Sequence[Expert], data: ExpertData) -> list[FittedExpert]:
+    """As `fit_experts`, on given scales of x."""
     (fitted,) = fit_to_folds(specs, [data])
     return list(fitted.values())
 
