@@ -51,7 +51,10 @@ def test_sized_options() -> Any:
     # Here, not at the top: another class can be tested where this package is not installed.
     from sbi_jeffreys import EnergyConfig, FlowExpert, JeffreysOptions
     from sbi_jeffreys.networks.fitting import FitConfig
+    from sbi_jeffreys.training import held_out
 
+    # Not an option, since what training decides rests on it: here it was two thirds of the time.
+    held_out._EVALUATIONS = 1_000
     fit = FitConfig(max_epochs=3)
     return JeffreysOptions(
         experts=(FlowExpert("maf", num_transforms=2),),
