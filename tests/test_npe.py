@@ -236,12 +236,12 @@ def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
 
     monkeypatch.setattr(LikelihoodProxy, "fit", shuffled)
     torch.manual_seed(5)
-    broken = trained(400, JeffreysOptions(**{**vars(TINY), "min_trust": 0.3}), max_num_epochs=25)
+    broken = trained(400, JeffreysOptions(**{**vars(TINY), "min_trust": 0.3}), max_num_epochs=60)
     assert broken.training_report.proxy_status is ProxyStatus.UNTRUSTED
     assert broken.training_report.problems == (Problem.PROXY_REFUSED,)
     assert broken.summary["trust"] == []
     torch.manual_seed(5)
-    plain = trained(400, JeffreysOptions(num_steps=0), max_num_epochs=25)
+    plain = trained(400, JeffreysOptions(num_steps=0), max_num_epochs=60)
     for a, b in zip(broken._neural_net.parameters(), plain._neural_net.parameters()):
         assert torch.equal(a, b)
 
