@@ -254,7 +254,7 @@ MUTANTS = (
     ),
     Mutant(
         "coverage-of-a-changed-npe",
-        "hand_over(found.proxy, main, found.pool, held_out, 0.0)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
+        "hand_back_embedding(found.proxy, main)\ncoverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)",
         "tests/training/test_beginning.py -k coverage",
     ),
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),

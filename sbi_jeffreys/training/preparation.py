@@ -20,6 +20,8 @@ from sbi_jeffreys.proxies import (
     LikelihoodProxy,
     Proxy,
     build_proxy,
+    hand_back_embedding,
+    leave_out_uninformative,
 )
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.arguments import TrainArguments
@@ -33,7 +35,7 @@ from sbi_jeffreys.training.pool import (
     resampled_pool,
     tempering_weights,
 )
-from sbi_jeffreys.training.refit import hand_over
+from sbi_jeffreys.training.refit import restored_if_interrupted, summarise
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
@@ -267,8 +269,7 @@ def begin_stage(
     held_out: HeldOut,
     options: JeffreysOptions,
     arguments: TrainArguments,
-    num_steps: int,
-    show_progress_bars: bool = False,
+    budget: Budget,
 ) -> SymmetricTraining:
     """The symmetric stage before its first step, with plain NPE as the best main so far.
 
@@ -283,8 +284,7 @@ def begin_stage(
         held_out: The held-out pairs.
         options: The stage's options.
         arguments: Of `train`.
-        num_steps: Length of the stage.
-        show_progress_bars: Whether to show progress.
+        budget: The stage's length, and whether to show progress.
     """
     assert found.proxy is not None
     assert found.pool is not None
@@ -294,7 +294,11 @@ def begin_stage(
     best = Best(found.main_value, found.main_losses, plain, Kept.PLAIN_NPE)
     # mutant: coverage-of-a-changed-npe
     coverage = None if held_out.atomic else held_out.coverage(main, found.proxy.prior)
-    hand_over(found.proxy, main, found.pool, held_out, found.main_value, show_progress_bars)
+    with restored_if_interrupted(main, plain):
+        hand_back_embedding(found.proxy, main)
+        leave_out_uninformative(found.proxy, main)
+        show, value = budget.show_progress_bars, found.main_value
+        summarise(found.proxy, main, found.pool, held_out, value, show)  # mutant: main-sees-noise
     stage = SymmetricStage(
         SymmetricLoss(main, found.proxy, found.pool, options, found.trust),
         options,
@@ -302,7 +306,7 @@ def begin_stage(
         arguments.clip_max_norm,
         entropy=min(found.proxy_value, found.main_value),
         npe_nll=found.main_value,
-        num_steps=num_steps,
+        num_steps=budget.num_steps,
     )
     symmetric = SymmetricTraining(
         stage,

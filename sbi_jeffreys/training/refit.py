@@ -1,10 +1,9 @@
-"""What the main gets from the proxy before the symmetric stage.
-
-A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood.
-"""
+"""A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -13,43 +12,26 @@ from tqdm.auto import tqdm
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult, fit_network
-from sbi_jeffreys.proxies import (
-    Proxy,
-    hand_back_embedding,
-    hand_over_summaries,
-    leave_out_uninformative,
-)
+from sbi_jeffreys.proxies import Proxy, hand_over_summaries
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import Pool
 
-__all__ = ["fit_to_pool", "hand_over", "summarise"]
+__all__ = ["fit_to_pool", "restored_if_interrupted", "summarise"]
 
 _DRAWS = 20_000
 _STANDARDISED = 5_000  # draws by which the summaries are standardised
 _CONFIG = FitConfig(learning_rate=1e-2, batch_size=200, max_epochs=5)
 
 
-def hand_over(
-    proxy: Proxy,
-    main: ConditionalDensityEstimator,
-    pool: Pool,
-    held_out: HeldOut,
-    npe_nll: float,
-    show_progress_bars: bool = False,
-) -> None:
-    """Give the main what the proxy has found out about x; arguments as of `summarise`.
-
-    An embedding net trained further, outputs that do not depend on θ, linear summaries. Whatever
-    interrupts this leaves the main as it was.
-    """
-    plain = deepcopy(main.state_dict())
+@contextmanager
+def restored_if_interrupted(
+    main: ConditionalDensityEstimator, weights: dict[str, Tensor]
+) -> Iterator[None]:
+    """Give the main these weights again if anything interrupts what is done to it within."""
     try:
-        hand_back_embedding(proxy, main)
-        leave_out_uninformative(proxy, main)
-        # mutant: main-sees-noise
-        summarise(proxy, main, pool, held_out, npe_nll, show_progress_bars)
+        yield
     except BaseException:
-        main.load_state_dict(plain)  # mutant: half-fitted-main-left
+        main.load_state_dict(weights)  # mutant: half-fitted-main-left
         raise
 
 

@@ -260,6 +260,9 @@ class Training:
         theta, x = data.simulations_in_use(trainer, self.starting_round)
         # mutant: steps-of-the-default-alone
         num_steps = options.steps_for(len(theta), self.plain_steps)
+        budget = Budget(
+            num_steps, arguments.max_num_epochs, arguments.stop_after_epochs, show_progress_bars
+        )
         indices = trainer.train_indices.to(theta.device), trainer.val_indices.to(theta.device)
         found = self.prepared = prepare(
             _sbi.prior_of(trainer),
@@ -268,16 +271,12 @@ class Training:
             held_out,
             arguments.kernel,
             options,
-            Budget(
-                num_steps, arguments.max_num_epochs, arguments.stop_after_epochs, show_progress_bars
-            ),
+            budget,
         )
         trainer.summary["proxy"].append(found.note)
         trainer.summary["proxy_held_out"].append(found.proxy_value)
         if found.status is ProxyStatus.USED:
-            self.symmetric = begin_stage(
-                found, main, held_out, options, arguments, num_steps, show_progress_bars
-            )
+            self.symmetric = begin_stage(found, main, held_out, options, arguments, budget)
 
     def _keep_plain(
         self, trainer: NPE, arguments: TrainArguments, builder: Any, show_progress_bars: bool

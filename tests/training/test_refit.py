@@ -12,7 +12,7 @@ from sbi_jeffreys import LikelihoodProxy, MainBuilder, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.standardised import StandardisedInput
 from sbi_jeffreys.proxies import compression
-from sbi_jeffreys.training import refit
+from sbi_jeffreys.training import preparation, refit
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import Pool
 from sbi_jeffreys.training.refit import summarise
@@ -108,13 +108,13 @@ def test_the_stage_and_later_rounds_start_from_it(monkeypatch, tmp_path):
     monkeypatch.setattr(compression, "_EXPERTS", (RegressionExpert(1),))
     monkeypatch.setattr(refit, "_DRAWS", 2_000)
     seen = []
-    original = refit.summarise
+    original = preparation.summarise
 
     def summarise_here(*arguments):
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(refit, "summarise", summarise_here)
+    monkeypatch.setattr(preparation, "summarise", summarise_here)
     torch.manual_seed(0)
     inference = fresh("maf", OPTIONS, prior=PRIOR).append_simulations(*curves(400))
     train(inference, 30)
