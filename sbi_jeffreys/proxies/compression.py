@@ -23,7 +23,7 @@ from sbi_jeffreys.proxies.experts.base import ExpertData, FittedExpert
 from sbi_jeffreys.proxies.experts.fit import fit_to
 from sbi_jeffreys.proxies.experts.neural import NeuralRegression, NeuralRegressionExpert
 from sbi_jeffreys.proxies.experts.regression import CLEARLY, paired_gain
-from sbi_jeffreys.proxies.screening import WIDE
+from sbi_jeffreys.proxies.screening import WIDE, sums_of_squares
 from sbi_jeffreys.proxies.stacking import stacking_weights
 
 __all__ = ["Compression", "fit_compressed"]
@@ -38,7 +38,6 @@ _EXPERTS = (
     FlowExpert("maf", weight_decay=0.3, around_regression=True),
     FlowExpert("maf", weight_decay=0.3),
 )
-
 
 # R² above which the rest's direction depends on θ: .01 to .19 for curves in white noise, .4 for two
 # series each of which has a noise level of its own.
@@ -125,11 +124,10 @@ def _unevenness(z: Tensor, rest: Tensor) -> float:
     sizes = [part.square().sum(dim=1).clamp_min(_LEAST).log() for part in rest.chunk(4, dim=1)]
     target = torch.stack(sizes, dim=1).double()
     target = target - target.mean(dim=1, keepdim=True)
-    target = target - target.mean(dim=0)
     scaled = ((z - z.mean(dim=0)) / z.std(dim=0).clamp_min(_LEAST)).double()
-    basis = torch.linalg.qr(torch.cat([torch.ones_like(scaled[:, :1]), scaled, scaled**2], 1))[0]
-    explained = (basis.T @ target).square().sum(dim=0) / target.square().sum(dim=0)
-    return float(explained.max())
+    features = torch.cat([torch.ones_like(scaled[:, :1]), scaled, scaled**2], dim=1)
+    explained, total = sums_of_squares(features, target)
+    return float((explained / total).max())
 
 
 def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] | None:

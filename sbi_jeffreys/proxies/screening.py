@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sbi_jeffreys.networks.standardised import WIDE
 
-__all__ = ["WIDE", "informative_outputs"]
+__all__ = ["WIDE", "informative_outputs", "sums_of_squares"]
 
 _LEVEL = 0.01  # of the test of one output
 _NOISE = 0.001  # level of the test of all outputs together that fail
@@ -72,12 +72,17 @@ def _normal_scores(values: Tensor) -> Tensor:
     return torch.special.ndtri((ranks + 0.5) / len(values))
 
 
-def _p_values(features: Tensor, target: Tensor) -> Tensor:
-    """Of F-tests whether features `(N, F)`, a constant first, explain columns `(N, D)`."""
-    num, size = features.shape
+def sums_of_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of columns `(N, D)` about their means: explained by features `(N, F)`, and in all; `(D,)`."""
     target = target - target.mean(dim=0)
     basis, _ = torch.linalg.qr(features)
     explained = (basis.T @ target).square().sum(dim=0)
-    total = target.square().sum(dim=0).clamp_min(1e-12)
+    return explained, target.square().sum(dim=0).clamp_min(1e-12)
+
+
+def _p_values(features: Tensor, target: Tensor) -> Tensor:
+    """Of F-tests whether features `(N, F)`, a constant first, explain columns `(N, D)`."""
+    num, size = features.shape
+    explained, total = sums_of_squares(features, target)
     ratio = (explained / (size - 1)) / ((total - explained).clamp_min(1e-12) / (num - size))
     return torch.as_tensor(f_distribution.sf(ratio.numpy(), size - 1, num - size))
