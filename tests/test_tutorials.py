@@ -43,7 +43,7 @@ def test_the_first_runs_in_a_kernel_as_it_is_committed(tiny):
 
 @pytest.mark.parametrize("path", _NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_it_runs_in_tiny_budgets(path, tiny, tmp_path, monkeypatch):
-    # Here, without a kernel, which takes longer to start than most of them take to run.
+    # Here, without a kernel, which would import torch and sbi once more for each of them.
     (tmp_path / "data").symlink_to(_FOLDER / "data")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

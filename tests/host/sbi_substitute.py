@@ -51,10 +51,7 @@ def test_sized_options() -> Any:
     # Here, not at the top: another class can be tested where this package is not installed.
     from sbi_jeffreys import EnergyConfig, FlowExpert, JeffreysOptions
     from sbi_jeffreys.networks.fitting import FitConfig
-    from sbi_jeffreys.training import held_out
 
-    # Not an option, since what training decides rests on it: here it was two thirds of the time.
-    held_out._EVALUATIONS = 1_000
     fit = FitConfig(max_epochs=3)
     return JeffreysOptions(
         experts=(FlowExpert("maf", num_transforms=2),),
@@ -71,6 +68,17 @@ def test_sized_options() -> Any:
 
 
 test_sized_options.__test__ = False  # type: ignore[attr-defined]  # the name looks like a test
+
+
+def shorten_reading() -> None:
+    """Read the held-out value of the proxy with fewer draws, or this takes two thirds of the time.
+
+    What training decides rests on this number, so that it is no option.
+    """
+    from sbi_jeffreys.training import held_out
+
+    held_out._EVALUATIONS = 1_000
+
 
 # ------------------------------------------------------------------------------------------------
 
@@ -247,6 +255,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Substitute, before any test module imports a name."""
     path = os.environ.get(SUBSTITUTE_VARIABLE, DEFAULT_SUBSTITUTE)
     substitute = load_class(path)
+    shorten_reading()
     substitute_in_sbi(lambda original: test_sized(substitute, original, test_sized_options()))
 
 
