@@ -718,7 +718,8 @@ def passing(tests: str, path: Path | None = None, text: str = "") -> bool:
         shutil.copy(REPOSITORY / "pyproject.toml", root)
         if path is not None:
             (root / path.relative_to(REPOSITORY)).write_text(text, encoding="utf-8")
-        arguments = ["-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+        # Slow tests too: `addopts` leaves them out.
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "-m", "", *tests.split()]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments],
             cwd=root,

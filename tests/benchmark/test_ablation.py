@@ -56,6 +56,7 @@ def test_the_default_fork_is_what_the_library_trains(trainer, options):
     assert torch.equal(weights(trainer), before)
 
 
+@pytest.mark.slow
 def test_every_variant_differs_from_the_default(trainer, options, monkeypatch):
     # So few pairs may favour no temperature, and then leaving it out changes nothing.
     monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 1.1)

@@ -16,6 +16,7 @@ from sbi_jeffreys.benchmark.tasks import get_task
 SETTINGS = RoundsSettings(rounds=2, simulations=60, raw_draws=200, num_samples=50, fast=True)
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
     folder, methods = tmp_path / "out", ("nle_mcmc", "npe_jeffreys_truncated")

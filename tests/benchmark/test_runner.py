@@ -147,6 +147,7 @@ def test_observations_and_pairs_do_not_depend_on_the_callers_seed():
     assert torch.equal(simulations_for(task, 9, 4)[1], simulations_for(task, 9, 4)[1])
 
 
+@pytest.mark.slow
 def test_parallel_workers_give_the_same_numbers(tmp_path, toys):
     go(tmp_path / "one", ["prior_method"])
     go(tmp_path / "two", ["prior_method"], jobs=2)

@@ -93,6 +93,7 @@ def test_trials_moments_and_density():
     )
 
 
+@pytest.mark.slow
 def test_references_are_calibrated(task: StructuredTask):
     """Ranks of true parameters among reference draws are uniform (Talts et al. 2018)."""
     num_observations, num_draws = 30, 200

@@ -35,6 +35,7 @@ CHEAP = [
 SBC_TRIALS, SBC_BINS = 60, 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted([*CHEAP, "sir", "lotka_volterra"]))
 def test_reference_is_inside_the_prior_and_repeats_under_a_seed(name: str):
     task = get_task(name)
@@ -238,6 +239,7 @@ def _stein_agrees(task: Task, x: Tensor, draws: Tensor, logs: bool, step: float)
     assert ((products.mean(0) - expected).abs() < 4.5 * products.std(0) / root_n).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["bernoulli_glm", "bernoulli_glm_raw", "sir", "lotka_volterra"])
 def test_reference_satisfies_steins_identities(name: str, seed: int):

@@ -63,6 +63,7 @@ def test_evidence_and_p_value_are_the_exact_ones(exact):
     assert torch.allclose(found.p_values, (1 + as_low.sum(1)) / 201, atol=0.1)
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_under_the_simulator_and_small_elsewhere():
     """By the default proxy, and with the simulations that training held out.
 

@@ -186,6 +186,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.full_reading
 def test_a_killed_training_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp_path):
     path, folder = str(tmp_path / "training.sbij"), os.path.dirname(os.path.dirname(__file__))
     script = textwrap.dedent(SCRIPT).format(folder=folder, path=path, halt=20)

@@ -68,6 +68,7 @@ def test_a_kernel_that_excludes_every_held_out_pair_leaves_plain_npe():
     assert report.space is None  # nothing to choose it by
 
 
+@pytest.mark.full_reading
 def test_everything_that_is_reported_is_weighted_by_the_kernel():
     def kernel(x: Tensor) -> Tensor:
         return 7.0 * (x[:, 0] > 0)

@@ -130,6 +130,7 @@ def test_a_handful_of_pairs_does_not_move_it():
     assert found == [1.0] * 20
 
 
+@pytest.mark.full_reading
 def test_an_exact_proxy_is_seldom_sharpened():
     """A hundred pairs, as at 1,000 simulations: by a tenth in no case of twenty."""
     torch.manual_seed(1)
