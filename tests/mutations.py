@@ -388,7 +388,8 @@ MUTANTS = (
         "best = results[-1] if results else FitResult(math.inf, 0)",
         "tests/proxies/test_experts.py -k races",
     ),
-    Mutant("mixture-of-one", "if False:", "tests/proxies/test_noise.py -k those_of_the_noise"),
+    Mutant("mixture-of-one", "if True:", "tests/proxies/test_noise.py -k those_of_the_noise"),
+    Mutant("hopeless-mixtures-fitted", "if False:", "tests/proxies/test_noise.py -k bic_rises"),
     Mutant("mean-not-fitted-again", "if True:", "tests/proxies/test_noise.py -k outliers"),
     Mutant("worse-second-fit-taken", "if False:", "tests/proxies/test_noise.py -k predicts_worse"),
     Mutant(

@@ -15,6 +15,7 @@ from sbi_jeffreys.proxies.experts.base import ExpertData
 from sbi_jeffreys.proxies.experts.fit import fit_experts
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
+from sbi_jeffreys.proxies.experts import noise
 from sbi_jeffreys.proxies.experts.noise import NoiseMixture, fit_noise
 
 NOTHING = torch.zeros(1, 1)
@@ -72,6 +73,26 @@ def test_gaussian_noise_stays_as_whitening_left_it(finite):
     net = NoiseMixture(torch.randn(400, 3) if finite else torch.full((400, 3), math.nan))
     e = torch.randn(10, 3)
     torch.testing.assert_close(net.log_prob(e, NOTHING), Normal(0, 1).log_prob(e).sum(dim=1))
+
+
+def test_larger_mixtures_are_not_tried_once_bic_rises(monkeypatch):
+    tried = []
+    fit = noise.GaussianMixture.fit
+
+    def counted(self, values):
+        tried.append(self.n_components)
+        return fit(self, values)
+
+    monkeypatch.setattr(noise.GaussianMixture, "fit", counted)
+    torch.manual_seed(0)
+    net = NoiseMixture(torch.randn(400, 3))
+    assert tried == [2]
+    assert len(net.means) == 1
+    tried.clear()
+    centres = 6 * torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    net = NoiseMixture(centres.repeat(100, 1) + torch.randn(400, 2))
+    assert tried == [2, 4, 8]
+    assert len(net.means) == 4
 
 
 def test_the_pull_on_the_mean_is_the_gradient_of_the_log_density():

@@ -3,7 +3,8 @@ r"""Noise that is not Gaussian: the residuals of a regression as a mixture of Ga
 ℓ(y|z) = Σ_c π_c N(e; μ_c, Σ_c) |∂e/∂y|,  e = L⁻¹(y − m(z)).
 
 The right model for outliers, two noise levels, or a skewed or curved cloud about the mean, where
-the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size. The mean
+the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size: sizes are
+tried from small to large while BIC falls, since with many outputs the large ones take long. The mean
 is then fitted again, with each pair weighted by the precision of its noise under the mixture, so
 that outliers hardly influence it (expectation–conditional maximisation; Meng & Rubin 1993).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -51,13 +53,14 @@ class NoiseMixture(nn.Module):
         best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
         for fit in _mixtures(values):
             score = float(fit.bic(values.cpu().numpy()))
-            if score < best:  # mutant: mixture-of-one
-                best = score
-                found = fit.weights_, fit.means_, fit.precisions_cholesky_
-                self.log_weights, self.means, self.precision_factors = (
-                    torch.as_tensor(part).to(values) for part in found
-                )
-                self.log_weights = self.log_weights.log()
+            if score >= best:  # mutant: mixture-of-one, hopeless-mixtures-fitted
+                break
+            best = score
+            found = fit.weights_, fit.means_, fit.precisions_cholesky_
+            self.log_weights, self.means, self.precision_factors = (
+                torch.as_tensor(part).to(values) for part in found
+            )
+            self.log_weights = self.log_weights.log()
         self.to(residuals)
 
     def _log_joint(self, e: Tensor) -> Tensor:
@@ -106,18 +109,21 @@ class NoiseMixture(nn.Module):
         return weights, weighted @ self.means / weights.unsqueeze(-1)
 
 
-def _mixtures(residuals: Tensor) -> list[GaussianMixture]:
-    """Mixtures of every size that the residuals `(N, D)` suffice for; none if not finite."""
+def _mixtures(residuals: Tensor) -> Iterator[GaussianMixture]:
+    """Mixtures, fitted as they are asked for, of every size that the residuals `(N, D)` suffice for.
+
+    None if not finite.
+    """
     num, dim = residuals.shape
     if not bool(torch.isfinite(residuals).all()):
-        return []
-    values, fits = residuals.cpu().numpy(), []
+        return
+    values = residuals.cpu().numpy()
     for size in (s for s in _SIZES if s * (dim + 1) < num // 2):
         seed = int(torch.randint(2**31 - 1, ()))  # torch's generator, so that one seed suffices
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fits.append(GaussianMixture(size, reg_covar=_FLOOR, random_state=seed).fit(values))
-    return fits
+            fit = GaussianMixture(size, reg_covar=_FLOOR, random_state=seed).fit(values)
+        yield fit
 
 
 def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundRegression:
