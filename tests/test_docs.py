@@ -97,7 +97,9 @@ def test_snippets_run(path, monkeypatch):
     train = sbi_jeffreys.NPE_Jeffreys.train
     few = functools.partialmethod(train, max_num_epochs=2)
     monkeypatch.setattr(sbi_jeffreys.NPE_Jeffreys, "train", few)
-    small = functools.partial(sbi_jeffreys.JeffreysOptions, proxy_folds=1, proxy_draws=2_000)
+    experts = (sbi_jeffreys.RegressionExpert(1),)
+    fast = {"proxy_folds": 1, "proxy_draws": 2_000, "experts": experts}
+    small = functools.partial(sbi_jeffreys.JeffreysOptions, **fast)
     small.preset = sbi_jeffreys.JeffreysOptions.preset  # type: ignore[attr-defined]
     monkeypatch.setattr(sbi_jeffreys.npe, "JeffreysOptions", small)  # the default options
     prior = BoxUniform(-torch.ones(2), torch.ones(2))

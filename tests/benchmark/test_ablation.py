@@ -221,6 +221,7 @@ def run(folder, *more):
     return main(["ablation", *arguments, "--quiet", "--out", str(folder), *more])
 
 
+@pytest.mark.slow
 def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "out"

@@ -58,6 +58,7 @@ def test_a_stall_ends_the_measurement_and_is_recorded(monkeypatch):
     assert entry["sampling_seconds"] is None
 
 
+@pytest.mark.slow
 def test_corrected_draws_are_the_proposal_of_the_next_round(monkeypatch):
     proposals, append = [], NPE_Jeffreys.append_simulations
 

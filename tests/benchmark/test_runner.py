@@ -198,6 +198,7 @@ def test_proxy_alone_and_focused_share_the_training_of_the_main():
     assert focused.pair_draws(theta[:5], x[:5], 7) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fmpe", "npe_maf", "nle_vi"])
 def test_other_methods_of_sbi_run(name):
     task = get_task("two_moons")

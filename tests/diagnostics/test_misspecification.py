@@ -109,7 +109,7 @@ def test_bad_input(exact):
         misspecification_test(exact, torch.full((1, 2), torch.nan))
     with pytest.raises(ValueError, match="at least 20 simulations, got 5"):
         misspecification_test(exact, x_o, torch.zeros(5, 2))
-    ratio = trained(GivenProxy(PRIOR, log_likelihood))
+    ratio = trained(GivenProxy(PRIOR, log_likelihood), num=100, num_steps=1)
     with pytest.raises(ValueError, match=r"likelihood proxy, got GivenProxy.*calc_missp"):
         misspecification_test(ratio, x_o)
     assert not EnergyProxy(PRIOR).has_evidence

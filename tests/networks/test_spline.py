@@ -8,7 +8,7 @@ import torch
 from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
 from sbi.neural_nets import posterior_nn
 
-from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys import JeffreysOptions, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys.networks.spline import FastSplineCoupling, Spline, with_fast_splines
 
 SPLINE = Spline(num_bins=6, tail_bound=2.5, min_derivative=1e-2, scale=0.3)
@@ -123,7 +123,8 @@ def test_the_main_has_it_and_can_be_pickled():
     torch.manual_seed(0)
     prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
     theta = prior.sample((60,))
-    inference = NPE_Jeffreys(prior, show_progress_bars=False)
+    options = JeffreysOptions(proxy_folds=1, experts=(RegressionExpert(1),))
+    inference = NPE_Jeffreys(prior, show_progress_bars=False, options=options)
     net = inference.append_simulations(theta, theta).train(
         max_num_epochs=1, show_train_summary=False
     )

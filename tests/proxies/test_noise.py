@@ -11,11 +11,11 @@ from sbi_jeffreys import FlowExpert, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.proxies.experts import gaussian as _gaussian
+from sbi_jeffreys.proxies.experts import noise
 from sbi_jeffreys.proxies.experts.base import ExpertData
 from sbi_jeffreys.proxies.experts.fit import fit_experts
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
-from sbi_jeffreys.proxies.experts import noise
 from sbi_jeffreys.proxies.experts.noise import NoiseMixture, fit_noise
 
 NOTHING = torch.zeros(1, 1)

@@ -3,10 +3,11 @@ r"""Noise that is not Gaussian: the residuals of a regression as a mixture of Ga
 ℓ(y|z) = Σ_c π_c N(e; μ_c, Σ_c) |∂e/∂y|,  e = L⁻¹(y − m(z)).
 
 The right model for outliers, two noise levels, or a skewed or curved cloud about the mean, where
-the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size: sizes are
-tried from small to large while BIC falls, since with many outputs the large ones take long. The mean
-is then fitted again, with each pair weighted by the precision of its noise under the mixture, so
-that outliers hardly influence it (expectation–conditional maximisation; Meng & Rubin 1993).
+the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size:
+sizes are tried from small to large while BIC falls, since with many outputs the large ones take
+long. The mean is then fitted again, with each pair weighted by the precision of its noise under the
+mixture, so that outliers hardly influence it (expectation–conditional maximisation; Meng & Rubin
+1993).
 """
 
 from __future__ import annotations
@@ -110,9 +111,9 @@ class NoiseMixture(nn.Module):
 
 
 def _mixtures(residuals: Tensor) -> Iterator[GaussianMixture]:
-    """Mixtures, fitted as they are asked for, of every size that the residuals `(N, D)` suffice for.
+    """Mixtures of every size that the residuals `(N, D)` suffice for; none if not finite.
 
-    None if not finite.
+    Each is fitted when it is asked for.
     """
     num, dim = residuals.shape
     if not bool(torch.isfinite(residuals).all()):
