@@ -12,6 +12,12 @@ import pytest
 
 _FOLDER = Path(__file__).parents[1] / "tutorials"
 _NOTEBOOKS = sorted(_FOLDER.glob("*.ipynb"))
+# Those that take longest are tried before a release, and whenever they are changed.
+_LONG = ("04_structured_data_and_rounds", "06_reaction_times", "07_images")
+_OTHERS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in _LONG))
+    for path in _NOTEBOOKS[1:]
+]
 _EACH = pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -41,7 +47,7 @@ def test_the_first_runs_in_a_kernel_as_it_is_committed(tiny):
     execute(nbformat.read(_NOTEBOOKS[0], as_version=4), timeout=600)
 
 
-@pytest.mark.parametrize("path", _NOTEBOOKS[1:], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", _OTHERS)
 def test_it_runs_in_tiny_budgets(path, tiny, tmp_path, monkeypatch):
     # Here, without a kernel, which would import torch and sbi once more for each of them.
     (tmp_path / "data").symlink_to(_FOLDER / "data")
