@@ -92,6 +92,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_memory_is_bounded():
     """Two thousand centres and 60,000 points: the mixture of torch took 17.8 GB in training."""
     done = subprocess.run([sys.executable, "-c", _USE], capture_output=True, text=True, check=True)
-    # One number for each pair of a centre and a point would be 480 MB; machines were seen to need
-    # 28 to 196 MB, because what the linear algebra library loads at its first call differs.
+    # One number for each pair of a centre and a point would be 480 MB. Of two machines, one needed
+    # 28 MB and the other 196; why is not known.
     assert int(done.stdout) < 400_000  # kilobytes

@@ -54,7 +54,8 @@ class NoiseMixture(nn.Module):
         best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
         for fit in _mixtures(values):
             score = float(fit.bic(values.cpu().numpy()))
-            if score >= best:  # mutant: mixture-of-one, hopeless-mixtures-fitted
+            # A score that is NaN ends it, too.
+            if not score < best:  # mutant: mixture-of-one, hopeless-mixtures-fitted
                 break
             best = score
             found = fit.weights_, fit.means_, fit.precisions_cholesky_
