@@ -70,6 +70,11 @@ def _known(text: str, names: Collection[str]) -> str:
     return text
 
 
+def seed_range(args: argparse.Namespace) -> range:
+    """The seeds that `add_run_arguments` asks for."""
+    return range(args.first_seed, args.first_seed + args.seeds)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every training command has."""
     parser.add_argument("--quiet", action="store_true", help="no progress, only results")
@@ -81,6 +86,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> None:
     """Add the options of every command that fills a results folder."""
     parser.add_argument("--seeds", type=positive_int(), default=seeds, help=f"how many {DEFAULT}")
+    text = f"the lowest one {DEFAULT}"
+    parser.add_argument("--first-seed", type=positive_int(0), default=0, help=text)
     parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {DEFAULT}")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder {DEFAULT}")
     add_common(parser)

@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark._arguments import DEFAULT, add_run_arguments, items, positive_int
+from sbi_jeffreys.benchmark._arguments import (
+    DEFAULT,
+    add_run_arguments,
+    items,
+    positive_int,
+    seed_range,
+)
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.cells import Number, study_check
 from sbi_jeffreys.benchmark.entries import run_study
@@ -293,7 +299,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the ablation and write `ablation.md`; the exit code, 1 if rows failed."""
     settings = replace(_SETTINGS.smoke(), observations=1) if args.fast else _SETTINGS
     budget, measurements = args.simulations, []
-    for seed, row in [(seed, row) for seed in range(args.seeds) for row in args.tasks]:
+    for seed, row in [(seed, row) for seed in seed_range(args) for row in args.tasks]:
         name = f"{row.task}:{row.condition}"
         key = {"row": name, "simulations": f"n{budget}", "seed": f"s{seed}"}
         arguments = {"task": get_task(row.task), "row": row, "simulations": budget, "seed": seed}

@@ -26,6 +26,7 @@ from sbi_jeffreys.benchmark._arguments import (
     add_run_arguments,
     known_items,
     positive_int,
+    seed_range,
     task_list,
 )
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
@@ -241,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
     small = {"num_samples": args.num_samples, **small}
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
     measurements = []
-    for seed, (name, method) in product(range(args.seeds), product(args.tasks, args.methods)):
+    for seed, (name, method) in product(seed_range(args), product(args.tasks, args.methods)):
         key = {"task": name, "seed": f"s{seed}", "method": method}
         arguments = {"task": get_task(name), "method": METHODS[method]}
         measurements.append((key, {**arguments, "seed": seed, "settings": settings}))

@@ -63,7 +63,7 @@ def run_benchmark(
     tasks: Sequence[str],
     methods: Sequence[str],
     simulations: Sequence[int],
-    seeds: int,
+    seeds: Sequence[int],
     settings: EvaluationSettings,
     folder: Path,
     **how: Any,
@@ -74,7 +74,7 @@ def run_benchmark(
         tasks: Names of tasks.
         methods: Names of methods.
         simulations: Budgets.
-        seeds: Number of seeds, 0 … seeds − 1.
+        seeds: Of the simulations and of training.
         settings: What to evaluate.
         folder: Where results go.
         how: `jobs`, `backend`, `show_progress` and `retry_failed` of `run_entries`.
@@ -83,7 +83,7 @@ def run_benchmark(
         CommandError: See `run_entries`.
     """
     entries = []
-    for task, budget, seed, name in product(tasks, simulations, range(seeds), methods):
+    for task, budget, seed, name in product(tasks, simulations, seeds, methods):
         cell, method = Cell(task, budget, seed, name), get_method(name)
         arguments = {"task": get_task(task), "method": method, "cell": cell, "settings": settings}
         training = (budget, seed, task, method.training)
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         args.tasks,
         args.methods,
         args.simulations,
-        args.seeds,
+        _arguments.seed_range(args),
         settings.smoke() if args.fast else settings,
         args.out,
         jobs=args.jobs,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
-from sbi_jeffreys.benchmark._arguments import positive_int
+from sbi_jeffreys.benchmark._arguments import add_run_arguments, positive_int, seed_range
 from sbi_jeffreys.benchmark.main_job import plot_posteriors
 
 
@@ -123,6 +123,16 @@ def test_whole_numbers_may_be_written_with_an_exponent():
     for text in ("1e1", "20.5", "inf", "nan", "1e-3", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number of at least 20"):
             parse(text)
+
+
+def test_further_seeds_can_be_asked_for():
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, "results", seeds=5)
+    assert list(seed_range(parser.parse_args([]))) == [0, 1, 2, 3, 4]
+    asked = parser.parse_args(["--first-seed", "2", "--seeds", "3"])
+    assert list(seed_range(asked)) == [2, 3, 4]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--first-seed", "-1"])
 
 
 def test_the_main_job_names_trainings_only_where_something_is_trained(

@@ -70,7 +70,7 @@ def toys(monkeypatch, tmp_path):
 
 def go(folder, methods, **kwargs):
     return run_benchmark(
-        ["two_moons"], methods, [30], 2, SETTINGS, folder, show_progress=False, **kwargs
+        ["two_moons"], methods, [30], range(2), SETTINGS, folder, show_progress=False, **kwargs
     )
 
 
@@ -122,7 +122,7 @@ def test_other_settings_do_not_mix(tmp_path, toys):
     go(folder, ["prior_method"])
     other = EvaluationSettings(observations=2).smoke()
     with pytest.raises(ValueError, match=r"observations=1 \(now 2\)"):
-        run_benchmark(["two_moons"], ["prior_method"], [30], 1, other, folder)
+        run_benchmark(["two_moons"], ["prior_method"], [30], range(1), other, folder)
 
 
 def test_all_methods_see_the_same_simulations(tmp_path, toys):
