@@ -13,10 +13,10 @@ import pytest
 _FOLDER = Path(__file__).parents[1] / "tutorials"
 _NOTEBOOKS = sorted(_FOLDER.glob("*.ipynb"))
 # Those that take longest are tried before a release, and whenever they are changed.
-_LONG = ("04_structured_data_and_rounds", "06_reaction_times", "07_images")
-_OTHERS = [
+_LONG = ("04_structured_data_and_rounds", "05_hare_and_lynx", "06_reaction_times", "07_images")
+_ALL = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in _LONG))
-    for path in _NOTEBOOKS[1:]
+    for path in _NOTEBOOKS
 ]
 _EACH = pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -40,6 +40,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_the_first_runs_in_a_kernel_as_it_is_committed(tiny):
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("nbclient")
@@ -47,7 +48,7 @@ def test_the_first_runs_in_a_kernel_as_it_is_committed(tiny):
     execute(nbformat.read(_NOTEBOOKS[0], as_version=4), timeout=600)
 
 
-@pytest.mark.parametrize("path", _OTHERS)
+@pytest.mark.parametrize("path", _ALL)
 def test_it_runs_in_tiny_budgets(path, tiny, tmp_path, monkeypatch):
     # Here, without a kernel, which would import torch and sbi once more for each of them.
     (tmp_path / "data").symlink_to(_FOLDER / "data")

@@ -60,7 +60,7 @@ def quiet_sample(posterior, num: int = 12, **kwargs) -> torch.Tensor:
     ("sample_with", "parameters"),
     [
         ("direct", DirectPosteriorParameters()),
-        ("mcmc", QUICK_MCMC),
+        pytest.param("mcmc", QUICK_MCMC, marks=pytest.mark.slow),  # sbi's own tests have it, too
         ("rejection", QUICK_REJECTION),
         ("importance", ImportanceSamplingPosteriorParameters(oversampling_factor=4)),
     ],

@@ -126,6 +126,7 @@ def test_skipped_steps_are_counted_and_warned_of(monkeypatch):
         inference.train(max_num_epochs=2)
 
 
+@pytest.mark.slow
 def test_a_clean_training_warns_of_nothing_and_says_what_it_did(capsys):
     torch.manual_seed(0)
     theta, x = simulate(500)

@@ -255,6 +255,7 @@ def test_the_main_follows_the_tempered_proxy(tempered: NPE_Jeffreys):
     assert "tempered with γ" in str(tempered.training_report)
 
 
+@pytest.mark.slow
 def test_without_temperature_the_main_is_as_wide_as_the_proxy():
     inference = trained(ScaledProxy(0.7), temper=False)
     assert width(inference) > 0.53
