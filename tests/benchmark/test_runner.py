@@ -299,7 +299,7 @@ def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     assert "| NPE_Jeffreys | 100 | 4.00 × | 4.00 × | 1.14 × | 4.00 × |" in text
     assert "no luck" in text
     assert "corrupt, left out" in text
-    assert len(list(path.parent.glob("*.png"))) == 4
+    assert len(list(path.parent.glob("*.png"))) == 5
 
 
 def test_times_of_another_commit_are_not_compared(results, tmp_path):
