@@ -79,12 +79,12 @@ class Problem(Enum):
         "more simulations"
     )
     MULTIPLIER_AT_BOUND = (
-        "the main could not reach its proxy's held-out loss; raise JeffreysOptions.num_steps, use "
-        "a larger density_estimator, or correct the draws with build_corrected_posterior()"
+        "the main could not reach its proxy's held-out loss; pass options='thorough' or a larger "
+        "density_estimator, or correct the draws with build_corrected_posterior()"
     )
     MAIN_BEHIND_PROXY = (
-        "raise JeffreysOptions.num_steps, use a larger density_estimator, or correct the draws "
-        "with build_corrected_posterior()"
+        "pass options='thorough' or a larger density_estimator, or correct the draws with "
+        "build_corrected_posterior()"
     )
     MAIN_APART = (
         "the main was trained for too few steps or is too small; pass options='thorough' or a "
