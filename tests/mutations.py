@@ -278,6 +278,31 @@ MUTANTS = (
     Mutant("worse-main-handed-out", "kept = True", "tests/posteriors/test_focus.py"),
     Mutant("last-weights-of-a-focus", "if True:", "tests/posteriors/test_focus.py"),
     Mutant(
+        "judged-by-what-it-was-fitted-to",
+        "halves = (torch.arange(len(theta)),) * 2",
+        "tests/posteriors/test_focus.py -k judged",
+    ),
+    Mutant(
+        "distances-by-cancellation",
+        'exact = {"compute_mode": "use_mm_for_euclid_dist"}',
+        "tests/proxies/test_normaliser.py -k far_from_zero",
+    ),
+    Mutant(
+        "many-parameters-explain-anything",
+        "excess = 1.0",
+        "tests/proxies/test_compression.py -k many_parameters",
+    ),
+    Mutant(
+        "losses-of-the-proxy-grow-with-every-pause",
+        "if True:",
+        "tests/contract/test_contract_saving.py -k between_batches",
+    ),
+    Mutant(
+        "resumed-with-another-batch",
+        "for _ in range(0):",
+        "tests/contract/test_contract_saving.py -k between_batches",
+    ),
+    Mutant(
         "focus-without-reverse", "reverse = 0.0 * log_p.sum()", "tests/posteriors/test_focus.py"
     ),
     Mutant("stage-length-dead", "return steps", "tests/test_npe.py"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from contract_tools import PRIOR, TINY, fresh, simulate, trained
+from torch.distributions import Independent, Normal, Uniform
 
 from sbi_jeffreys import JeffreysOptions, MainBuilder, NPE_Jeffreys
 
@@ -239,3 +240,20 @@ def test_what_sbi_accepts_stays_accepted():
 
 def test_a_path_like_checkpoint_is_accepted(tmp_path):
     JeffreysOptions(checkpoint=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        Normal(torch.zeros(1), torch.ones(1)),
+        Uniform(torch.zeros(2), torch.ones(2)),
+        Uniform(0.0, 1.0),
+    ],
+    ids=str,
+)
+def test_a_prior_with_a_density_of_each_component(prior):
+    with pytest.raises(ValueError, match=r"prior must have an event shape .*Independent") as error:
+        NPE_Jeffreys(prior)
+    names(error.value, "prior", "got event_shape ()")
+    if prior.batch_shape:
+        NPE_Jeffreys(Independent(prior, 1))

@@ -38,7 +38,7 @@ __all__ = [
     "seeded",
 ]
 
-_MAX_ADAPTED = 10_000
+_MIN_ADAPTED, _MAX_ADAPTED = 4, 10_000
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
 
@@ -106,14 +106,14 @@ def adapted_candidates(
     x: Tensor,
     num: int,
 ) -> Candidates:
-    """Weighted draws of a proposal that follows the proxy, `num` (at most 10,000) at one x.
+    """Weighted draws of a proposal that follows the proxy, about `num` (4 to 10,000) at one x.
 
     The proposal is a mixture that is fitted to weighted draws several times
     (`proxies.normaliser.adapted_draws`). `log_target(theta, log_q)` returns the unnormalised log
     target of θ whose log q̃ is known, `(K, 1)`.
     """
     own = main.sample(torch.Size((1,)), x)[0]
-    found = adapted_draws(proxy, main, own, x, min(num, _MAX_ADAPTED))
+    found = adapted_draws(proxy, main, own, x, max(_MIN_ADAPTED, min(num, _MAX_ADAPTED)))
     theta, log_q = found.theta[1:], found.log_potential(proxy.inverse_temperature)[1:]
     with embedded_once(main, x):
         log_w = log_target(theta, log_q) - found.log_m[1:]

@@ -95,13 +95,14 @@ class CorrectedPosterior(DirectPosterior):
         self._cache = candidates.CandidateCache()
 
     def __str__(self) -> str:
-        """One sentence about this posterior."""
         return f"{type(self).__name__}: the main's draws, resampled by weights of the proxy."
 
     def to(self, device: str | torch.device) -> None:
         """Move main, proxy and prior to a device."""
-        super().to(device)
+        potential: Any = self.potential_fn
+        super().to(device)  # which puts the main's potential in its place
         self.proxy.to(device)
+        self.potential_fn = potential.to(device)
         self.clear_cache()
 
     def clear_cache(self) -> None:
@@ -234,8 +235,7 @@ class CorrectedPosterior(DirectPosterior):
         Args:
             theta: Parameters, shape `(N, D)`.
             x: One observation; the default x if None.
-            norm_posterior: Whether to normalise, by importance sampling from the main; warns where
-                that is unreliable.
+            norm_posterior: Whether to normalise by importance sampling; warns if it is unreliable.
             track_gradients: Whether gradients flow to θ.
             num_candidates: Draws for the normaliser; as many as `sample` weights if None.
 

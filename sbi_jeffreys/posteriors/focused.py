@@ -179,13 +179,19 @@ class _Target:
 
     @torch.no_grad()
     def draws(self) -> tuple[Tensor, float]:
-        """θ̃ `(K, 1, D)` of the target, and how many of the proposal's draws are effective."""
+        """θ̃ `(K, 1, D)` of the target, and how many of the proposal's draws are effective.
+
+        No draw of the proposal is in both halves, of which one is to judge what the other fits.
+        """
         found = adapted_candidates(self.main, self.proxy, self._pool, self.x_o, _DRAWS)
         theta, log_w = found.theta, found.log_weights
-        if not bool(torch.isfinite(log_w).any()):
+        # mutant: judged-by-what-it-was-fitted-to
+        halves = torch.randperm(len(theta), device=theta.device).chunk(2)
+        if not all(bool(torch.isfinite(log_w[half]).any()) for half in halves):
             return theta, 0.0
-        rows = torch.multinomial(torch.softmax(log_w[:, 0], dim=0), _KEPT, replacement=True)
-        return theta[rows], float(effective_sample_size(log_w)[0])
+        shares = [torch.softmax(log_w[half, 0], dim=0) for half in halves]
+        kept = [half[share.multinomial(_KEPT // 2, True)] for half, share in zip(halves, shares)]
+        return theta[torch.cat(kept)], float(effective_sample_size(log_w)[0])
 
     @torch.no_grad()
     def quality(self, main: ConditionalDensityEstimator) -> ImportanceQuality:

@@ -19,16 +19,18 @@ _ROWS, _MAX_PAIRS = 25, 200  # held-out pairs per network call, and in all
 
 
 def log_pool(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:
-    """log p_φ^{1−β} q̃_ψ^β, unnormalised; −∞ where the proxy has no mass.
+    """log p_φ^{1−β} q̃_ψ^β, unnormalised; −∞ where proxy or, for β < 1, main has no mass.
 
     Args:
         log_p: log p_φ(θ|x), of any shape.
         log_q: log q̃_ψ(θ, x), of the same shape.
         power: β.
     """
-    outside = torch.isneginf(log_q)  # there the main may have no density either
+    if power == 1.0:
+        return log_q
+    outside = torch.isneginf(log_q) | torch.isneginf(log_p)
     # mutant: all-the-way-to-the-proxy
-    return torch.where(outside, log_q, log_p + power * (log_q - log_p))
+    return torch.where(outside, -torch.inf, log_p + power * (log_q - log_p))
 
 
 def log_pool_at(

@@ -92,7 +92,8 @@ class Proxy(nn.Module, ABC):
         safe = torch.where(inside.unsqueeze(-1), flat, self._inside_point(flat))
         with silent_prior():
             log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
-        return log_prob.reshape(theta.shape[:-1])
+        # A prior of another precision than the simulations has log densities of that precision.
+        return log_prob.reshape(theta.shape[:-1]).to(theta)
 
     @torch.no_grad()
     def check_prior(self, theta: Tensor) -> None:
@@ -202,8 +203,9 @@ class EmpiricalPrior(Distribution):
         if num > _MAX_CENTRES:
             rows = torch.linspace(0, num - 1, _MAX_CENTRES, device=theta.device).long()
             theta, num = theta[rows], _MAX_CENTRES
-        jitter = 1e-6 * covariance.diagonal().mean().clamp_min(1e-12)
-        covariance = num ** (-2.0 / (dim + 4)) * covariance + jitter * torch.eye(dim).to(theta)
+        # For each parameter on its own scale, because their units may differ by any factor.
+        jitter = torch.diag(1e-6 * covariance.diagonal().clamp_min(1e-24))
+        covariance = num ** (-2.0 / (dim + 4)) * covariance + jitter
         self.centres = theta
         self.cholesky = torch.linalg.cholesky(covariance)
         self._white = self._whitened(theta)

@@ -116,7 +116,7 @@ def _compression(data: ExpertData) -> tuple[Compression, FittedExpert] | None:
 
 
 def _unevenness(z: Tensor, rest: Tensor) -> float:
-    """How much of where the rest is large is explained by z, the largest R² of four parts.
+    """How much of where the rest is large is explained by z, the largest adjusted R² of four parts.
 
     The regressors are squares and first powers of z `(N, D)`; a part's size is the logarithm of its
     length in the direction of the rest `(N, dim_x)`, less the mean over the parts.
@@ -127,7 +127,10 @@ def _unevenness(z: Tensor, rest: Tensor) -> float:
     scaled = ((z - z.mean(dim=0)) / z.std(dim=0).clamp_min(_LEAST)).double()
     features = torch.cat([torch.ones_like(scaled[:, :1]), scaled, scaled**2], dim=1)
     explained, total = sums_of_squares(features, target)
-    return float((explained / total).max())
+    num, used = features.shape
+    # mutant: many-parameters-explain-anything
+    excess = (num - 1) / max(1, num - used)
+    return float((1 - (1 - explained / total) * excess).max())
 
 
 def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] | None:

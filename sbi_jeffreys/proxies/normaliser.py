@@ -259,13 +259,17 @@ class _Kernels:
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Log density of θ `(K, B, D)`, `(K, B)`."""
-        dim = theta.shape[-1]
+        dim, origin = theta.shape[-1], self.centres[:, :1]
 
         def white(points: Tensor) -> Tensor:
-            solved = torch.linalg.solve_triangular(self.factor, points.transpose(1, 2), upper=False)
+            # From a point nearby: θ may be thousands of posterior widths away from 0.
+            centred = (points - origin).transpose(1, 2)
+            solved = torch.linalg.solve_triangular(self.factor, centred, upper=False)
             return solved.transpose(1, 2)
 
-        squares = torch.cdist(white(theta.transpose(0, 1)), white(self.centres)).square()
+        # mutant: distances-by-cancellation
+        exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+        squares = torch.cdist(white(theta.transpose(0, 1)), white(self.centres), **exact).square()
         log_det = self.factor.diagonal(dim1=1, dim2=2).log().sum(dim=-1)
         constant = (
             math.lgamma((_DEGREES + dim) / 2)

@@ -38,6 +38,7 @@ def check_constructor(
     if prior is not None:
         remedy = "pass None, or wrap other priors with sbi.utils.user_input_checks.process_prior"
         check_instance("prior", prior, Distribution, remedy)
+        _check_event(prior)
     check_trainable("density_estimator", density_estimator)
     kinds = density_estimator is None or isinstance(density_estimator, (str, MainBuilder))
     network = isinstance(density_estimator, torch.nn.Module)
@@ -65,6 +66,21 @@ def check_constructor(
         raise ValueError(
             f"logging_level must be one of {_LEVELS} or a number such as "
             f"{logging.WARNING}, got {logging_level!r}; pass one of these."
+        )
+
+
+def _check_event(prior: Distribution) -> None:
+    """Require that one log density belongs to a whole θ, not to each of its components.
+
+    A prior of the user's own class need not declare its shapes.
+    """
+    ours_to_judge = len(prior.batch_shape) or type(prior).__module__.startswith("torch.")
+    if len(prior.event_shape) == 0 and ours_to_judge:
+        raise ValueError(
+            "prior must have an event shape (D,), so that log_prob is one number for each theta, "
+            f"got event_shape {tuple(prior.event_shape)} and batch_shape "
+            f"{tuple(prior.batch_shape)}; pass torch.distributions.Independent(prior, 1) of a "
+            "prior with batch_shape (D,), or sbi.utils.BoxUniform."
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
 
 __all__ = [
+    "Position",
     "held_out_pairs",
     "latest",
     "latest_held_out",
@@ -107,17 +110,58 @@ def training_loader(trainer: NPE, starting_round: int, arguments: TrainArguments
     )[0]
 
 
+@dataclass
+class Position:
+    """Where in an epoch of the loader a training is, so that resuming it takes the next batch.
+
+    Attributes:
+        start: Torch's random state before the epoch was shuffled; None before the first epoch.
+        taken: Batches of that epoch that were taken.
+    """
+
+    start: Tensor | None = None
+    taken: int = 0
+
+    def rest(self, loader: DataLoader) -> Iterator[Any]:
+        """What is left of the epoch, shuffled as before; the random state stays as it is."""
+        if self.start is None:
+            return
+        with torch.random.fork_rng(devices=[]), suppress(StopIteration):
+            torch.set_rng_state(self.start.cpu())
+            batches = iter(loader)
+            for _ in range(self.taken):  # mutant: resumed-with-another-batch
+                next(batches)
+        for batch in batches:
+            self.taken += 1
+            yield batch
+
+    def epoch(self, loader: DataLoader) -> Iterator[Any]:
+        """The batches of a new epoch."""
+        self.start, self.taken = torch.get_rng_state(), 0
+        for batch in loader:
+            self.taken += 1
+            yield batch
+
+
 def real_batches(
-    trainer: NPE, starting_round: int, arguments: TrainArguments, atomic: bool
+    trainer: NPE,
+    starting_round: int,
+    arguments: TrainArguments,
+    atomic: bool,
+    position: Position,
 ) -> Callable[[], RealBatch]:
-    """Successive training batches, starting over at the end; in later rounds sbi's losses."""
+    """Successive training batches, starting over at the end; in later rounds sbi's losses.
+
+    They go on from `position`, which is kept up to date.
+    """
     loader = training_loader(trainer, starting_round, arguments)
     kernel = _kernel(trainer, starting_round, arguments)  # mutant: forward-term-by-another-scale
     device = _sbi.device_of(trainer)
 
     def endless() -> Iterator[Any]:
+        yield from position.rest(loader)
         while True:
-            yield from loader
+            yield from position.epoch(loader)
 
     stream = endless()
 

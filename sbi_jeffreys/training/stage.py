@@ -110,13 +110,16 @@ class SymmetricStage:
         return float(self.multipliers.multipliers[0]) >= self.options.max_multiplier
 
     def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
-        """Up to `steps_per_epoch` steps; returns the mean of each term over the steps it was in.
+        """The steps up to the end of the epoch; returns each term's mean over the steps it was in.
+
+        An epoch has `steps_per_epoch` steps; one that was interrupted is completed.
 
         A term that was in no step of a short epoch keeps its last mean; NaN before its first.
         """
         self.main.train()
         seen: dict[str, list[float]] = {name: [] for name in self.latest}
-        num = min(self.options.steps_per_epoch, self.num_steps - self.step)
+        size = self.options.steps_per_epoch
+        num = min(size - self.step % size, self.num_steps - self.step)
         with flattened(self.main, self.vector) as weights:
             for _ in range(num):
                 for name, value in self._step(weights, next_real).items():

@@ -68,6 +68,7 @@ class SymmetricTraining:
         weights: Of the held-out pairs, `(M,)`; None before the first call of `run`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
         judged: Whether the weights of the last epoch were evaluated, and kept or not.
+        believed: `proxy_losses` before the first pause or end of the stage.
     """
 
     stage: SymmetricStage
@@ -83,6 +84,7 @@ class SymmetricTraining:
     start: dict[str, Tensor] | None = None  # None in pickles from before there was one
     judged: bool = True
     weights: Tensor | None = None
+    believed: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -161,7 +163,9 @@ class SymmetricTraining:
             held_out: Held-out pairs.
         """
         after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
-        before = after if self.proxy_losses is None else self.proxy_losses
+        if self.believed is None:  # mutant: losses-of-the-proxy-grow-with-every-pause
+            self.believed = self.proxy_losses
+        before = after if self.believed is None else self.believed
         self.proxy_losses = torch.maximum(before, after)
         if not held_out.atomic:
             self.coverage_after = held_out.coverage(self.stage.main, self.proxy.prior)

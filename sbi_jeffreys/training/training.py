@@ -48,6 +48,7 @@ class Training:
         arguments: Of the call of `train` under way, None between calls.
         set_aside: The main in the prior's space, while one in θ's own space is the trainer's.
         written: When the last checkpoint was written, by the monotonic clock.
+        position: Where in an epoch of training batches the symmetric stage is.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Training:
         self.report: TrainingReport | None = None
         self.prepared: Prepared | None = None
         self.symmetric: SymmetricTraining | None = None
+        self.position = data.Position()
         self.plain_steps = 0
         self.seconds = [0.0, 0.0, 0.0]
 
@@ -208,7 +210,9 @@ class Training:
         # mutant: refused-call-swaps-the-main
         held_out = data.held_out_pairs(trainer, self.starting_round, arguments)
         # After the checks of `get_dataloaders`, which also gives back the main that was set aside.
-        batches = data.real_batches(trainer, self.starting_round, arguments, held_out.atomic)
+        batches = data.real_batches(
+            trainer, self.starting_round, arguments, held_out.atomic, self.position
+        )
         if self.symmetric is None:
             with self._timed(1):
                 self._prepare(trainer, held_out, options, arguments, show_progress_bars)

@@ -169,6 +169,25 @@ def test_resumed_stage_equals_an_uninterrupted_one_even_after_a_worse_epoch(monk
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
+def test_resumed_between_batches_of_an_epoch_equals_uninterrupted():
+    """100 simulations in batches of 20: an epoch of the stage ends after two of five batches."""
+
+    def run(*pauses: int) -> NPE_Jeffreys:
+        torch.manual_seed(4)
+        inference = fresh(options=replace(TINY, num_steps=12)).append_simulations(*simulate(110))
+        train(inference, 1, training_batch_size=20)
+        for epochs in pauses:
+            inference = pickled(inference)
+            train(inference, epochs, training_batch_size=20, resume_training=True)
+        assert inference._training.stage.finished
+        return inference
+
+    once, often = run(6), run(1, 2, 3)
+    assert torch.equal(weights(once), weights(often))
+    # Nor does the report depend on the number of pauses.
+    assert once.training_report.proxy_held_out == often.training_report.proxy_held_out
+
+
 @pytest.mark.parametrize("through_pickle", [False, True])
 def test_exhausted_budget_without_symmetric_stage_resumes_sbis_loop(through_pickle):
     def run(budgets: tuple[int, ...]) -> NPE_Jeffreys:

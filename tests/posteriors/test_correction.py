@@ -1,6 +1,7 @@
 """The corrected posterior: draws, density and power of the pool, against closed forms."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from sbi_jeffreys import (
     CorrectedPosterior,
     GivenProxy,
     JeffreysOptions,
+    JeffreysWarning,
     NPE_Jeffreys,
     held_out_report,
 )
 from sbi_jeffreys.posteriors import best_power, pooling_power
-from sbi_jeffreys.posteriors.power import power_of_later_rounds
+from sbi_jeffreys.posteriors.power import log_pool, power_of_later_rounds
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no parameters/buffers")
 
@@ -159,3 +161,30 @@ def test_a_power_out_of_range_is_refused(power):
 def test_a_power_that_is_no_number_is_refused(power):
     with pytest.raises(TypeError, match=r"power must be a number in \(0, 1\].*build_posterior"):
         corrected(power)
+
+
+def test_moving_it_keeps_the_potential_of_the_pool():
+    box = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+    main, proxy = Known(gaussian(shift=1.0)), GivenProxy(box, log_likelihood)
+    posterior = CorrectedPosterior(main, proxy, box).set_default_x(X)
+    theta = X.unsqueeze(0)
+    before = posterior.potential(theta)
+    posterior.to("cpu")
+    assert torch.equal(posterior.potential(theta), before)
+    assert torch.equal(posterior.log_prob(theta, norm_posterior=False), before)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1.0, -0.5), (0.5, -math.inf)])
+def test_where_the_main_alone_has_no_mass_there_is_a_number(power, expected):
+    nowhere, log_q = torch.tensor([-math.inf]), torch.tensor([-0.5])
+    assert float(log_pool(nowhere, log_q, power)) == expected
+    assert float(log_pool(log_q, nowhere, power)) == -math.inf
+
+
+def test_one_candidate_is_enough_for_a_density():
+    posterior = CorrectedPosterior(
+        Known(gaussian(shift=1.0)), GivenProxy(PRIOR, log_likelihood), PRIOR, num_candidates=1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", JeffreysWarning)
+        assert bool(torch.isfinite(posterior.log_prob(X.unsqueeze(0), x=X)).all())

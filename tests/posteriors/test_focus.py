@@ -177,3 +177,12 @@ def test_without_a_proxy_there_is_nothing_to_focus_with():
 def trainer():
     torch.manual_seed(0)
     return trained()
+
+
+def test_no_draw_is_both_fitted_to_and_judged_by(rough):
+    torch.manual_seed(0)
+    target = _Target(rough, GivenProxy(PRIOR, log_likelihood), X.unsqueeze(0), 1.0)
+    drawn, _ = target.draws()
+    fit, judge = ({tuple(row) for row in half[:, 0].tolist()} for half in drawn.chunk(2))
+    assert len(fit) > 100
+    assert not fit & judge

@@ -298,3 +298,11 @@ def test_equal_joints_of_a_box_and_a_simplex_are_compared():
         choose(equal, copy.deepcopy(equal))
     with pytest.warns(JeffreysWarning, match=r"\d+ of 1000 draws of it are outside the trainer's"):
         choose(other, equal)
+
+
+def test_a_prior_of_double_precision_has_densities_of_the_simulations_precision():
+    prior = MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+    proxy = GivenProxy(prior, lambda theta, x: -(theta - x).square().sum(-1))
+    theta = torch.zeros(5, 3, 2)
+    assert proxy.log_prior(theta).dtype == torch.float32
+    assert proxy.log_potential(theta, torch.zeros(3, 2)).dtype == torch.float32

@@ -192,3 +192,15 @@ def test_an_observation_from_far_away_is_improbable_and_no_error():
     found = adapted_draws(proxy, main, x.clone(), x, 256).log_normaliser(1.0)
     assert bool((found.lower[:2] < -1e10).all())
     assert abs(float(found.lower[2] - proxy.log_z(x)[2])) < 0.5
+
+
+def test_the_proposals_density_is_exact_far_from_zero():
+    """θ may be a hundred thousand posterior widths away from 0, as masses in kilograms are."""
+    torch.manual_seed(0)
+    theta = 1000.0 + 0.01 * torch.randn(256, 1, 2)
+    kernels = normaliser._Kernels.about(theta, torch.zeros(256, 1))
+    parts = (kernels.centres, kernels.factor, kernels.scales)
+    exact = normaliser._Kernels(*(part.double() for part in parts))
+    torch.testing.assert_close(
+        kernels.log_prob(theta).double(), exact.log_prob(theta.double()), atol=1e-3, rtol=0
+    )
