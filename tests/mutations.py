@@ -283,8 +283,8 @@ MUTANTS = (
         "tests/posteriors/test_focus.py -k judged",
     ),
     Mutant(
-        "distances-by-cancellation",
-        'exact = {"compute_mode": "use_mm_for_euclid_dist"}',
+        "distances-from-zero",
+        "centred = points.transpose(1, 2)",
         "tests/proxies/test_normaliser.py -k far_from_zero",
     ),
     Mutant(

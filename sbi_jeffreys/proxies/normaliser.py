@@ -263,13 +263,11 @@ class _Kernels:
 
         def white(points: Tensor) -> Tensor:
             # From a point nearby: θ may be thousands of posterior widths away from 0.
-            centred = (points - origin).transpose(1, 2)
+            centred = (points - origin).transpose(1, 2)  # mutant: distances-from-zero
             solved = torch.linalg.solve_triangular(self.factor, centred, upper=False)
             return solved.transpose(1, 2)
 
-        # mutant: distances-by-cancellation
-        exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-        squares = torch.cdist(white(theta.transpose(0, 1)), white(self.centres), **exact).square()
+        squares = torch.cdist(white(theta.transpose(0, 1)), white(self.centres)).square()
         log_det = self.factor.diagonal(dim1=1, dim2=2).log().sum(dim=-1)
         constant = (
             math.lgamma((_DEGREES + dim) / 2)

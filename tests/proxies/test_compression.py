@@ -121,6 +121,6 @@ def test_narrow_x_counts_pure_noise_and_folds_are_not_compressed():
 
 
 def test_many_parameters_do_not_make_white_noise_look_uneven():
-    """61 regressors explain a fifth of 270 numbers by chance, and the largest of four a third."""
+    """61 regressors explain a fifth of the variance of 270 numbers by chance."""
     torch.manual_seed(0)
-    assert compression._unevenness(torch.randn(270, 30), torch.randn(270, 100)) < 0.25
+    assert compression._unevenness(torch.randn(270, 30), torch.randn(270, 100)) < 0.15
