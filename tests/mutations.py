@@ -283,6 +283,21 @@ MUTANTS = (
         "tests/posteriors/test_focus.py -k judged",
     ),
     Mutant(
+        "lowest-count-open",
+        'self.register_buffer("low", low)',
+        "tests/proxies/test_neural.py -k lowest_of_many",
+    ),
+    Mutant(
+        "large-units-are-counts",
+        "integer = (kept == kept.round()).all(dim=0)",
+        "tests/networks/test_transforms.py -k resolve",
+    ),
+    Mutant(
+        "half-lines-by-the-logit",
+        "rounded = v.abs() > _EDGE",
+        "tests/networks/test_odd_spaces.py -k do_not_lie",
+    ),
+    Mutant(
         "distances-from-zero",
         "centred = points.transpose(1, 2)",
         "tests/proxies/test_normaliser.py -k far_from_zero",

@@ -123,10 +123,11 @@ class PriorTransform(nn.Module):
         """Which θ `(N, D)` lie on the support's edge, where u is infinite but for rounding, `(N,)`.
 
         Draws of a continuous prior do so less than once in a million; clamped ones and grids do.
+        Only in an interval does rounding hide the edge: near 0, float32 resolves a half-line.
         """
-        v = torch.as_tensor(self.bijection(theta)).abs()
-        far = (v.nan_to_num(nan=0.0) > _EDGE).any(dim=-1)
-        return within_support(self, theta) & torch.isfinite(v).all(dim=-1) & far
+        v = torch.as_tensor(self.bijection(theta))
+        rounded = self.is_interval & (v.abs() > _EDGE)  # mutant: half-lines-by-the-logit
+        return within_support(self, theta) & (rounded | torch.isinf(v)).any(dim=-1)
 
 
 def inside_support(prior: Distribution, theta: Tensor) -> Tensor:

@@ -22,12 +22,21 @@ from torch import Tensor, nn
 from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys.networks.atoms import Atoms, find_atoms
 
-__all__ = ["MarginalTransform"]
+__all__ = ["MarginalTransform", "varying"]
 
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
 _MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
-_RESOLVED = 8.0  # spread, in units of float32's spacing, from which an output counts as varying
+_RESOLVED = 2.0  # spread, in units of float32's spacing, from which an output counts as varying
+_MAX_COUNT = 2**22  # from twice that on, every number of float32 is an integer
 _MIN_GAIN = 0.05  # nats per datum that a transform must win over the identity: Occam's margin
+
+
+def varying(x: Tensor) -> Tensor:
+    """Which columns of `(N, dim)` vary by more than the rounding of float32, `(dim,)`."""
+    wide = x.detach().double()
+    low, high = wide.aminmax(dim=0)
+    spacing = torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
+    return high - low > _RESOLVED * spacing
 
 
 class _Kind(NamedTuple):
@@ -133,9 +142,7 @@ class MarginalTransform(nn.Module):
         """
         remedy = "structured or incomplete x needs an embedding net and the energy proxy"
         check_tensor("x", x, ("N", "dim_x"), finite=True, remedy=remedy)
-        wide = x.detach().to("cpu", torch.float64)
-        spacing = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
-        varies = wide.amax(dim=0) - wide.amin(dim=0) > _RESOLVED * spacing
+        wide, varies = x.detach().to("cpu", torch.float64), varying(x).cpu()
         if not bool(varies.any()):
             raise ValueError(
                 f"x is constant over all {len(x)} simulations in every dimension, as far as "
@@ -144,7 +151,8 @@ class MarginalTransform(nn.Module):
             )
         keep = varies.nonzero().squeeze(-1)
         kept = wide[:, keep]
-        integer = (kept == kept.round()).all(dim=0)
+        # mutant: large-units-are-counts
+        integer = ((kept == kept.round()) & (kept.abs() < _MAX_COUNT)).all(dim=0)
         # mutant: atoms-without-cells
         found = find_atoms(kept if atoms else kept[:0])
         found[:, integer] = torch.inf  # mutant: counts-with-atoms

@@ -15,6 +15,7 @@ from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.networks.standardised import StandardisedInput
+from sbi_jeffreys.networks.transforms import varying
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.energy import EnergyProxy
 from sbi_jeffreys.proxies.energy_net import EnergyConfig
@@ -152,6 +153,8 @@ def _no_density(x: Tensor) -> str | None:
         return f"x has shape {tuple(x.shape[1:])} per simulation, not a vector"
     if not bool(torch.isfinite(x).all()):
         return "x contains NaN or inf"
+    if not bool(varying(x).any()):
+        return _CONSTANT
     return None
 
 

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
+from sbi_jeffreys.networks.transforms import varying
 from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
@@ -43,8 +44,8 @@ from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
 __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
-_NEXT_TO_ONE = 0.02
-_SAME_TEMPERATURE = 0.1  # of log γ, up to which draws that were adapted to γ = 1 serve
+# How near γ is to 1 to be as good as 1; up to which log γ draws that were adapted to γ = 1 serve.
+_NEXT_TO_ONE, _SAME_TEMPERATURE = 0.02, 0.1
 _USES_OF_EXPENSIVE = 5  # of each draw of a renewable pool, on average
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
@@ -143,8 +144,7 @@ def prepare(
     """
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
-    theta = simulations.theta[simulations.train]
-    fixed = (theta == theta[:1]).all(dim=0).nonzero().flatten().tolist()
+    fixed = (~varying(simulations.theta[simulations.train])).nonzero().flatten().tolist()
     if fixed:  # mutant: constant-parameters-modelled
         note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
         return Prepared(ProxyStatus.ABSENT, None, note)

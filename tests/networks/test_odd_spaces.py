@@ -7,14 +7,25 @@ import pytest
 import torch
 from contract_tools import PRIOR, TINY, fresh, train
 from sbi.neural_nets import posterior_nn
-from sbi.utils import BoxUniform, RestrictedPrior, process_prior
-from torch.distributions import Dirichlet, Distribution, Uniform, constraints
+from sbi.utils import BoxUniform, MultipleIndependent, RestrictedPrior, process_prior
+from torch.distributions import (
+    Dirichlet,
+    Distribution,
+    Exponential,
+    HalfNormal,
+    Independent,
+    Normal,
+    Uniform,
+    constraints,
+)
 
 from sbi_jeffreys import JeffreysWarning, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
 from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.training.report import ProxyStatus
 
 UNIT = BoxUniform(torch.zeros(2), torch.ones(2))
+FAR = torch.tensor([50.0]), torch.tensor([10.0])
 
 
 def draw(inference: NPE_Jeffreys, x: torch.Tensor) -> torch.Tensor:
@@ -39,12 +50,39 @@ def test_parameters_on_the_edge_are_modelled_as_they_are(kind):
     assert draw(inference, x[:1]).shape == (20, 2)
 
 
-def test_draws_of_the_prior_do_not_lie_on_the_edge():
-    theta = UNIT.sample((20_000,))
-    builder = MainBuilder().with_prior(UNIT)
+@pytest.mark.parametrize(
+    "prior",
+    [
+        UNIT,
+        MultipleIndependent([BoxUniform(torch.zeros(1), torch.ones(1)), Normal(*FAR)]),
+        Independent(HalfNormal(torch.full((2,), 1e-9)), 1),
+        Independent(Exponential(torch.full((2,), 1e-7)), 1),
+    ],
+    ids=["box", "box and normal", "tiny half-line", "long half-line"],
+)
+def test_draws_of_the_prior_do_not_lie_on_the_edge(prior):
+    theta = prior.sample((20_000,))
+    builder = MainBuilder().with_prior(prior)
     with warnings.catch_warnings():
         warnings.simplefilter("error", JeffreysWarning)
         assert builder.avoiding_edge(theta) is builder
+
+
+def test_zero_on_a_half_line_is_on_the_edge():
+    prior = Independent(Exponential(torch.ones(2)), 1)
+    theta = (prior.sample((200,)) - 0.2).clamp(min=0)
+    with pytest.warns(JeffreysWarning, match="lie on the edge of the prior's support"):
+        MainBuilder().with_prior(prior).avoiding_edge(theta)
+
+
+def test_an_offset_that_leaves_a_dozen_values_crashes_nothing():
+    theta = PRIOR.sample((100,))
+    x = 0.3 * (theta + 0.3 * torch.randn(100, 2)) + 1e6
+    inference = fresh(options=TINY).append_simulations(theta, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.train(max_num_epochs=2)
+    assert inference.training_report.proxy_status is ProxyStatus.USED
 
 
 class Triangle(Distribution):

@@ -48,6 +48,14 @@ def test_dequantised_counts_stay_in_their_cell_and_have_no_atoms():
     assert torch.equal(noisy[:, 0], x[:, 0])
 
 
+def test_what_float32_cannot_resolve_is_no_count():
+    """From 8 million on, all numbers of float32 are integers: watts are not counted."""
+    torch.manual_seed(0)
+    transform = MarginalTransform.fit(1e9 + 1e8 * torch.randn(N, 2))
+    assert not bool(transform.integer.any())
+    assert bool(MarginalTransform.fit(torch.randint(0, 10**6, (N, 1)).float()).integer.all())
+
+
 def test_values_below_those_seen_stay_finite():
     transform = MarginalTransform.fit(torch.randn(N, 1).mul(1.5).exp())
     assert transform.kinds == ["log"]

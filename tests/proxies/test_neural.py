@@ -62,6 +62,20 @@ def test_integers_have_the_probability_of_their_cell(scale):
     assert torch.allclose(mean, scale * torch.sigmoid(at[:, 0]), atol=0.07 * scale)
 
 
+def test_the_lowest_of_many_counts_is_a_count_and_no_limit():
+    """Counts of 300 ± 20 at one θ: below the lowest one seen there are more of them."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((800,))
+    x = torch.poisson(300 + 50 * theta[:, :1])
+    proxy = fitted(NeuralRegressionExpert(num_layers=1, hidden_features=32), theta, x)
+    lowest = float(x.min())
+    at = theta[x[:, 0].argmin()].reshape(1, 1, 2)
+    values = torch.stack([torch.tensor([lowest]), torch.tensor([lowest + 1])])
+    at_lowest, above = proxy.log_factor(at.expand(1, 2, 2), values)[0].tolist()
+    # Neighbours have nearly the same probability; an open cell would have several times as much.
+    assert abs(at_lowest - above) < 0.5
+
+
 class PeakedInTheMiddle(nn.Module):
     """A density that is eight times too high in the middle eighth of each cell, and else zero."""
 

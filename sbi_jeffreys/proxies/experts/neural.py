@@ -4,10 +4,10 @@ r"""Neural regression: outputs that are independent given θ, about means that a
 
 The right likelihood for a curve or a spectrum, a smooth signal in white noise: all outputs of a
 simulation teach the same network, and the cost grows linearly with their number. An integer output
-has the probability of its cell, the normal integrated from T(n) to T(n + 1), with the smallest
-observed value open below, and the largest open above where few values were observed: an ordered
-probit, which for binary outputs is probit regression. So has an atom, whose cell is open at a limit
-of x: a tobit model (Tobin 1958).
+has the probability of its cell, the normal integrated from T(n) to T(n + 1). Where few values were
+observed, the smallest is open below and the largest open above: an ordered probit, which for binary
+outputs is probit regression. A smallest value of zero is always open below. An atom has a
+probability, too, and its cell is open at a limit of x: a tobit model (Tobin 1958).
 """
 
 from __future__ import annotations
@@ -92,8 +92,11 @@ class NeuralRegression(nn.Module):
         self.shared_log_scale = shared if num_layers else None
         kept = x[:, transform.keep]
         low, high = kept.amin(dim=0), kept.amax(dim=0)
-        self.register_buffer("low", low)
-        self.register_buffer("high", torch.where(high - low < FEW_VALUES, high, torch.inf))
+        # Integers of few values, and zero, are limits: beyond the others, too, there are counts.
+        few = high - low < FEW_VALUES
+        # mutant: lowest-count-open
+        self.register_buffer("low", torch.where(few | (low == 0), low, -torch.inf))
+        self.register_buffer("high", torch.where(few, high, torch.inf))
         self.to(z.device)
 
     def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
