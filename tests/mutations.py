@@ -298,6 +298,11 @@ MUTANTS = (
         "tests/networks/test_odd_spaces.py -k do_not_lie",
     ),
     Mutant(
+        "scales-in-units-of-one",
+        "least = torch.full_like(wide[0], 1e-7)",
+        "tests/networks/test_transforms.py -k unit_of_x",
+    ),
+    Mutant(
         "distances-from-zero",
         "centred = points.transpose(1, 2)",
         "tests/proxies/test_normaliser.py -k far_from_zero",

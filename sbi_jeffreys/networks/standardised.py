@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sbi_jeffreys.networks.summaries import LinearSummaries
-from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
 
 __all__ = ["WIDE", "StandardisedInput"]
 
@@ -35,7 +35,7 @@ class StandardisedInput(nn.Module):
         super().__init__()
         self.transform = transform
         y = transform(x)
-        std = y.std(dim=0).clamp_min(1e-7) if len(y) > 1 else torch.ones_like(y[0])
+        std = scale_of(y) if len(y) > 1 else torch.ones_like(y[0])
         # Constants, but parameters: sbi asks an embedding net's first parameter for its device.
         self.mean = nn.Parameter(y.mean(dim=0), requires_grad=False)
         self.std = nn.Parameter(std, requires_grad=False)

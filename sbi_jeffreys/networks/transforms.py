@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys.networks.atoms import Atoms, find_atoms
 
-__all__ = ["MarginalTransform", "varying"]
+__all__ = ["MarginalTransform", "scale_of", "varying"]
 
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
 _MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
@@ -37,6 +37,18 @@ def varying(x: Tensor) -> Tensor:
     low, high = wide.aminmax(dim=0)
     spacing = torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
     return high - low > _RESOLVED * spacing
+
+
+def scale_of(values: Tensor) -> Tensor:
+    """Standard deviation of each column of `(N, dim)`, whatever its unit; 1 where it is constant.
+
+    At least float32's rounding, so that what divides by it does not amplify that.
+    """
+    wide = values.detach().double()
+    # mutant: scales-in-units-of-one
+    least = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
+    scale = torch.maximum(wide.std(dim=0).nan_to_num(0.0), least)
+    return torch.where(scale > 0, scale, 1.0).to(values)
 
 
 class _Kind(NamedTuple):
@@ -67,7 +79,7 @@ def _scores(v: Tensor, centre: Tensor, scale: Tensor) -> dict[str, float]:
         if is_positive or name not in _POSITIVE:
             u = (v - centre) / scale if name == _SCALED else v
             log_slope = kind.log_slope(u) - (scale.log() if name == _SCALED else 0.0)
-            log_variance = kind.value(u).var().clamp_min(1e-24).log()
+            log_variance = kind.value(u).var().clamp_min(1e-300).log()
             scores[name] = float(-0.5 * log_variance + log_slope.mean())
     return scores
 
@@ -162,7 +174,7 @@ class MarginalTransform(nn.Module):
         centre = torch.stack([column.median() for column in columns])
         quarters = torch.tensor([0.25, 0.75]).to(wide)
         ends = torch.stack([column.quantile(quarters) for column in columns], dim=1)
-        deviation = torch.stack([column.std() for column in columns]).clamp_min(1e-12)
+        deviation = torch.stack([column.std() for column in columns]).clamp_min(1e-30)
         scale = torch.where(ends[1] > ends[0], ends[1] - ends[0], deviation)
         kinds = _choose(columns, centre, scale, integer) if choose else ["identity"] * len(keep)
         scaled = torch.tensor([kind == _SCALED for kind in kinds])

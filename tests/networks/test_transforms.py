@@ -8,7 +8,8 @@ from sbi.utils import BoxUniform, process_prior
 from torch.distributions import Dirichlet, Independent, LogNormal, MultivariateNormal, Uniform
 
 from sbi_jeffreys.networks.prior_space import PriorTransform, inside_support
-from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.networks.standardised import StandardisedInput
+from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
 
 N = 500
 
@@ -54,6 +55,19 @@ def test_what_float32_cannot_resolve_is_no_count():
     transform = MarginalTransform.fit(1e9 + 1e8 * torch.randn(N, 2))
     assert not bool(transform.integer.any())
     assert bool(MarginalTransform.fit(torch.randint(0, 10**6, (N, 1)).float()).integer.all())
+
+
+@pytest.mark.parametrize("unit", [1e-18, 1e-9, 1.0, 1e9, 1e18])
+def test_the_unit_of_x_does_not_decide(unit):
+    torch.manual_seed(0)
+    x = torch.randn(N, 2) @ torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    transform = MarginalTransform.fit(unit * x)
+    assert transform.is_identity
+    seen = StandardisedInput(transform, unit * x)(unit * x)
+    torch.testing.assert_close(seen.std(dim=0), torch.ones(2), rtol=1e-3, atol=0)
+    constant = torch.full((N, 1), unit)
+    assert float(scale_of(torch.zeros(N, 1))) == 1.0
+    assert 0 < float(scale_of(constant)) < 1e-6 * unit
 
 
 def test_values_below_those_seen_stay_finite():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbi_jeffreys.networks.transforms import scale_of
+
 __all__ = [
     "AroundRegression",
     "GaussianRegression",
@@ -58,7 +60,8 @@ def standardised(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
         weights = torch.ones(len(y)).to(y)
     weights = (weights.to(y) / weights.to(y).mean()).unsqueeze(1)
     shift = (weights * y).mean(dim=0)
-    spread = (weights * (y - shift) ** 2).mean(dim=0).sqrt().clamp_min(1e-12)
+    spread = (weights * (y - shift) ** 2).mean(dim=0).sqrt()
+    spread = torch.where(spread > 0, spread, 1.0)
     root = weights.clamp_min(1e-12).sqrt()
     return root * (y - shift) / spread, shift, spread, root
 
@@ -102,7 +105,7 @@ class GaussianRegression(nn.Module):
         With weights `(N,)`, the noise of a pair has the covariance Σ / weight.
         """
         self.centre = z.mean(dim=0)
-        self.scale = z.std(dim=0).clamp_min(1e-7)
+        self.scale = scale_of(z)
         target, shift, spread, root = standardised(y, weights)
         u, s, vt = torch.linalg.svd(root * self._features(z).double(), full_matrices=False)
         projection, best = u.T @ target, math.inf

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sbi_jeffreys.networks.transforms import scale_of
 from sbi_jeffreys.proxies.experts.gaussian import (
     GaussianRegression,
     shrunk_covariance,
@@ -62,7 +63,7 @@ class KernelRegression(GaussianRegression):
         With weights `(N,)`, the noise of a pair has the covariance Σ / weight.
         """
         rows = torch.randperm(len(z))[:_MOST].to(z.device).sort().values
-        self.centre, self.scale = z.mean(dim=0), z.std(dim=0).clamp_min(1e-7)
+        self.centre, self.scale = z.mean(dim=0), scale_of(z)
         chosen = None if weights is None else weights[rows]
         target, self.shift, spread, root = standardised(y[rows], chosen)
         self.points, best = ((z - self.centre) / self.scale).double()[rows], math.inf

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sbi_jeffreys._checks import check_float, check_int
 from sbi_jeffreys.networks.fitting import FitResult
 from sbi_jeffreys.networks.together import FitTask
-from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
 from sbi_jeffreys.proxies.experts.base import (
     FEW_VALUES,
     ExpertData,
@@ -80,7 +80,7 @@ class NeuralRegression(nn.Module):
         self.transform, y = transform, transform(x)
         for name, values in (("z", z), ("y", y)):
             self.register_buffer(f"centre_{name}", values.mean(dim=0))
-            self.register_buffer(f"scale_{name}", values.std(dim=0).clamp_min(1e-7))
+            self.register_buffer(f"scale_{name}", scale_of(values))
         widths = [z.shape[1], *[hidden_features] * num_layers]
         layers: list[nn.Module] = []
         for pair in pairwise(widths):
