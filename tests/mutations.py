@@ -303,6 +303,11 @@ MUTANTS = (
         "tests/networks/test_transforms.py -k unit_of_x",
     ),
     Mutant(
+        "beyond-a-limit-is-at-it",
+        "",
+        "tests/diagnostics/test_misspecification.py -k sentinel",
+    ),
+    Mutant(
         "distances-from-zero",
         "centred = points.transpose(1, 2)",
         "tests/proxies/test_normaliser.py -k far_from_zero",

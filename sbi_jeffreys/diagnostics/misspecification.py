@@ -25,6 +25,7 @@ __all__ = ["MisspecificationTest", "misspecification_test"]
 _MIN_SIMULATIONS = 20  # p-values below 1 / 21 do not exist with fewer
 _DRAWS, _ROWS = 512, 25  # of θ per x; x per network call
 _ALARM = 0.05
+_OFTEN = 0.03  # share of the simulations at one value from which it may be a limit
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,25 @@ def misspecification_test(
     with seeded(0, device):
         evidence = _log_evidence(main, proxy, torch.cat([simulations, x_o]))
     simulated, observed = evidence[: len(simulations)], evidence[len(simulations) :]
+    # mutant: beyond-a-limit-is-at-it
+    observed = torch.where(_beyond_a_limit(x_o, simulations), -torch.inf, observed)
     # mutant: the-probable-are-suspicious
     as_low = (simulated <= observed.unsqueeze(1)).sum(dim=1)
     return MisspecificationTest((1 + as_low) / (1 + len(simulated)), observed, simulated)
+
+
+def _beyond_a_limit(x_o: Tensor, simulated: Tensor) -> Tensor:
+    """Which observations are where no simulation can be, for all that a proxy sees of it, `(B,)`.
+
+    A proxy takes what is beyond a limit, such as −999 for "missing", for the limit. Limits are zero
+    where no simulation is negative, and the extreme values that a continuous output takes often.
+    """
+    low, high = simulated.aminmax(dim=0)
+    continuous = (simulated != simulated.round()).any(dim=0)
+    at_low, at_high = ((simulated == end).float().mean(dim=0) >= _OFTEN for end in (low, high))
+    beyond = (x_o < 0) & (low >= 0)
+    beyond |= continuous & ((at_low & (x_o < low)) | (at_high & (x_o > high)))
+    return beyond.flatten(1).any(dim=1)
 
 
 def _held_out(inference: NPE) -> Tensor:

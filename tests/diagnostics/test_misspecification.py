@@ -121,3 +121,19 @@ def test_after_several_rounds_simulations_of_the_prior_are_asked_for(exact, monk
         misspecification_test(exact, torch.zeros(1, 2))
     found = misspecification_test(exact, torch.zeros(1, 2), simulate(50)[1])
     assert float(found.p_values) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["rain", "squares"])
+def test_a_sentinel_for_missing_values_is_not_plausible(kind):
+    """-999 is beyond a limit, at which there are simulations: dry days, or squares near zero."""
+    torch.manual_seed(0)
+    theta = PRIOR.sample((300,))
+    noisy = theta + 0.5 * torch.randn(300, 2)
+    x = noisy.clamp(min=0) if kind == "rain" else noisy.square()
+    options = JeffreysOptions(num_steps=20, experts=EXPERTS, proxy_folds=1)
+    inference = NPE_Jeffreys(PRIOR, options=options, show_progress_bars=False)
+    inference.append_simulations(theta, x).train(max_num_epochs=5)
+    found = misspecification_test(inference, torch.tensor([[-999.0, 0.2], [0.1, 0.2]]))
+    assert found.p_values[0] <= 0.05
+    assert found.p_values[1] > 0.05
+    assert "x_o[0]: -inf nats" in str(found)
