@@ -72,15 +72,14 @@ def check_constructor(
 def _check_event(prior: Distribution) -> None:
     """Require that one log density belongs to a whole θ, not to each of its components.
 
-    A prior of the user's own class need not declare its shapes.
+    Of torch's own distributions alone: a class of sbi's or of the user's need not declare shapes.
     """
-    ours_to_judge = len(prior.batch_shape) or type(prior).__module__.startswith("torch.")
-    if len(prior.event_shape) == 0 and ours_to_judge:
+    if len(prior.event_shape) == 0 and type(prior).__module__.startswith("torch."):
         raise ValueError(
             "prior must have an event shape (D,), so that log_prob is one number for each theta, "
             f"got event_shape {tuple(prior.event_shape)} and batch_shape "
             f"{tuple(prior.batch_shape)}; pass torch.distributions.Independent(prior, 1) of a "
-            "prior with batch_shape (D,), or sbi.utils.BoxUniform."
+            "prior with batch_shape (D,), sbi.utils.BoxUniform, or what process_prior returns."
         )
 
 

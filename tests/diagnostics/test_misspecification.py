@@ -123,7 +123,7 @@ def test_after_several_rounds_simulations_of_the_prior_are_asked_for(exact, monk
     assert float(found.p_values) > 0.05
 
 
-@pytest.mark.parametrize("kind", ["rain", "squares"])
+@pytest.mark.parametrize("kind", ["rain", pytest.param("squares", marks=pytest.mark.slow)])
 def test_a_sentinel_for_missing_values_is_not_plausible(kind):
     """-999 is beyond a limit, at which there are simulations: dry days, or squares near zero."""
     torch.manual_seed(0)
