@@ -35,8 +35,12 @@ def varying(x: Tensor) -> Tensor:
     """Which columns of `(N, dim)` vary by more than the rounding of float32, `(dim,)`."""
     wide = x.detach().double()
     low, high = wide.aminmax(dim=0)
-    spacing = torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
-    return high - low > _RESOLVED * spacing
+    return high - low > _RESOLVED * _spacing(wide)
+
+
+def _spacing(wide: Tensor) -> Tensor:
+    """float32's spacing at the largest value of each column of `(N, dim)`, `(dim,)`."""
+    return torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
 
 
 def scale_of(values: Tensor) -> Tensor:
@@ -45,8 +49,7 @@ def scale_of(values: Tensor) -> Tensor:
     At least float32's rounding, so that what divides by it does not amplify that.
     """
     wide = values.detach().double()
-    # mutant: scales-in-units-of-one
-    least = torch.finfo(torch.float32).eps * wide.abs().amax(dim=0)
+    least = _spacing(wide)  # mutant: scales-in-units-of-one
     scale = torch.maximum(wide.std(dim=0).nan_to_num(0.0), least)
     return torch.where(scale > 0, scale, 1.0).to(values)
 
@@ -154,7 +157,8 @@ class MarginalTransform(nn.Module):
         """
         remedy = "structured or incomplete x needs an embedding net and the energy proxy"
         check_tensor("x", x, ("N", "dim_x"), finite=True, remedy=remedy)
-        wide, varies = x.detach().to("cpu", torch.float64), varying(x).cpu()
+        wide = x.detach().to("cpu", torch.float64)
+        varies = varying(wide)
         if not bool(varies.any()):
             raise ValueError(
                 f"x is constant over all {len(x)} simulations in every dimension, as far as "

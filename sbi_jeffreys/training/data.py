@@ -122,25 +122,26 @@ class Position:
     start: Tensor | None = None
     taken: int = 0
 
-    def rest(self, loader: DataLoader) -> Iterator[Any]:
+    def batches(self, loader: DataLoader) -> Iterator[Any]:
+        """The batches from here on, epoch after epoch, without an end."""
+        epoch = self._rest(loader)
+        while True:
+            for batch in epoch:
+                self.taken += 1
+                yield batch
+            self.start, self.taken = torch.get_rng_state(), 0
+            epoch = iter(loader)
+
+    def _rest(self, loader: DataLoader) -> Iterator[Any]:
         """What is left of the epoch, shuffled as before; the random state stays as it is."""
         if self.start is None:
-            return
+            return iter(())
         with torch.random.fork_rng(devices=[]), suppress(StopIteration):
             torch.set_rng_state(self.start.cpu())
             batches = iter(loader)
             for _ in range(self.taken):  # mutant: resumed-with-another-batch
                 next(batches)
-        for batch in batches:
-            self.taken += 1
-            yield batch
-
-    def epoch(self, loader: DataLoader) -> Iterator[Any]:
-        """The batches of a new epoch."""
-        self.start, self.taken = torch.get_rng_state(), 0
-        for batch in loader:
-            self.taken += 1
-            yield batch
+        return batches
 
 
 def real_batches(
@@ -158,12 +159,7 @@ def real_batches(
     kernel = _kernel(trainer, starting_round, arguments)  # mutant: forward-term-by-another-scale
     device = _sbi.device_of(trainer)
 
-    def endless() -> Iterator[Any]:
-        yield from position.rest(loader)
-        while True:
-            yield from position.epoch(loader)
-
-    stream = endless()
+    stream = position.batches(loader)
 
     def pairs() -> RealBatch:
         theta, x = (t.to(device) for t in next(stream)[:2])

@@ -68,7 +68,6 @@ class SymmetricTraining:
         weights: Of the held-out pairs, `(M,)`; None before the first call of `run`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
         judged: Whether the weights of the last epoch were evaluated, and kept or not.
-        believed: `proxy_losses` before the first pause or end of the stage.
     """
 
     stage: SymmetricStage
@@ -84,7 +83,6 @@ class SymmetricTraining:
     start: dict[str, Tensor] | None = None  # None in pickles from before there was one
     judged: bool = True
     weights: Tensor | None = None
-    believed: Tensor | None = None
 
     @property
     def proxy(self) -> Proxy:
@@ -154,19 +152,17 @@ class SymmetricTraining:
             self.pause()
         return epochs
 
-    def evaluate(self, held_out: HeldOut) -> None:
+    def evaluate(self, held_out: HeldOut, before: Tensor | None) -> None:
         """Evaluate the main that is kept, and the proxy once more with it as the proposal.
 
         Both estimates of the proxy's losses tend to be too low, so the larger one counts.
 
         Args:
             held_out: Held-out pairs.
+            before: The proxy's losses as they were read before the stage, `(M,)`.
         """
         after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
-        if self.believed is None:  # mutant: losses-of-the-proxy-grow-with-every-pause
-            self.believed = self.proxy_losses
-        before = after if self.believed is None else self.believed
-        self.proxy_losses = torch.maximum(before, after)
+        self.proxy_losses = after if before is None else torch.maximum(before, after)
         if not held_out.atomic:
             self.coverage_after = held_out.coverage(self.stage.main, self.proxy.prior)
 

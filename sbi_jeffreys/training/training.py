@@ -247,7 +247,9 @@ class Training:
                 show_progress_bars,
             )
             with torch.random.fork_rng(devices=[]):  # a pause must not shift the stream
-                symmetric.evaluate(held_out)
+                before = None if self.prepared is None else self.prepared.proxy_losses
+                # mutant: losses-of-the-proxy-grow-with-every-pause
+                symmetric.evaluate(held_out, before)
             return epochs
 
     def _prepare(
