@@ -227,6 +227,7 @@ def test_the_annealed_weights_beat_a_lucky_npe(inference, monkeypatch):
         assert symmetric.best.kept is kept
 
 
+@pytest.mark.slow
 def test_untrustworthy_proxy_leaves_plain_npe(monkeypatch):
     """A likelihood net fitted on shuffled θ: the weights returned are stage 0's."""
     fit = LikelihoodProxy.fit

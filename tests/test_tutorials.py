@@ -13,7 +13,13 @@ import pytest
 _FOLDER = Path(__file__).parents[1] / "tutorials"
 _NOTEBOOKS = sorted(_FOLDER.glob("*.ipynb"))
 # Those that take longest are tried before a release, and whenever they are changed.
-_LONG = ("04_structured_data_and_rounds", "05_hare_and_lynx", "06_reaction_times", "07_images")
+_LONG = (
+    "02_benchmark_simulators",
+    "04_structured_data_and_rounds",
+    "05_hare_and_lynx",
+    "06_reaction_times",
+    "07_images",
+)
 _ALL = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in _LONG))
     for path in _NOTEBOOKS

@@ -67,6 +67,7 @@ class Mean(nn.Module):
         return self.scale * x.mean(dim=1)
 
 
+@pytest.mark.slow
 def test_training_pools_both_and_reports_their_powers():
     """Twenty trials of N(θ, 1): the likelihood of their mean is exact, the energy hardly fitted."""
     torch.manual_seed(0)

@@ -187,6 +187,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.full_reading
 def test_a_killed_training_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp_path):
     path, folder = str(tmp_path / "training.sbij"), os.path.dirname(os.path.dirname(__file__))

@@ -35,7 +35,9 @@ def fitted(kernel, shift: float, num: int = 100) -> NPE_Jeffreys:
     return inference
 
 
-@pytest.mark.parametrize(("shift", "used"), [(0.6, True), (1.5, False)])
+@pytest.mark.parametrize(
+    ("shift", "used"), [pytest.param(0.6, True, marks=pytest.mark.slow), (1.5, False)]
+)
 def test_the_scale_of_the_kernel_does_not_decide_the_trust(shift: float, used: bool):
     plain = fitted(None, shift).training_report
     assert (plain.proxy_status is ProxyStatus.USED) == used
@@ -68,6 +70,7 @@ def test_a_kernel_that_excludes_every_held_out_pair_leaves_plain_npe():
     assert report.space is None  # nothing to choose it by
 
 
+@pytest.mark.slow
 @pytest.mark.full_reading
 def test_everything_that_is_reported_is_weighted_by_the_kernel():
     def kernel(x: Tensor) -> Tensor:
