@@ -717,6 +717,12 @@ MUTANTS = (
         "return self.lower",
         "tests/proxies/test_normaliser.py -k pessimistic",
     ),
+    Mutant(
+        "no-density-at-the-upper-bound",
+        "edge = safe.detach()[none]\ninwards = edge",
+        "tests/networks/test_odd_spaces.py -k upper_bound",
+        2,
+    ),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
     Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import check_instance, check_observations
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
+from sbi_jeffreys.networks.atoms import find_atoms
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
@@ -25,7 +26,6 @@ __all__ = ["MisspecificationTest", "misspecification_test"]
 _MIN_SIMULATIONS = 20  # p-values below 1 / 21 do not exist with fewer
 _DRAWS, _ROWS = 512, 25  # of θ per x; x per network call
 _ALARM = 0.05
-_OFTEN = 0.03  # share of the simulations at one value from which it may be a limit
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class MisspecificationTest:
 
     def __str__(self) -> str:
         """A line for each observation."""
-        low, high = self.simulated.quantile(torch.tensor([0.05, 0.95]).to(self.simulated))
+        ends = torch.tensor([0.05, 0.95]).to(self.simulated)
+        low, high = self.simulated.quantile(ends, interpolation="nearest")  # some may be -inf
         num = len(self.simulated)
         lines = [f"90 % of {num} simulations have a log evidence of {low:.1f} to {high:.1f} nats"]
         for k, (p_value, evidence) in enumerate(zip(self.p_values, self.log_evidence)):
@@ -116,28 +117,33 @@ def misspecification_test(
             f"x must be at least {_MIN_SIMULATIONS} simulations, got {len(simulations)}; simulate "
             "some more from the prior, and pass them as x."
         )
+    both = torch.cat([simulations, x_o])
     with seeded(0, device):
-        evidence = _log_evidence(main, proxy, torch.cat([simulations, x_o]))
-    simulated, observed = evidence[: len(simulations)], evidence[len(simulations) :]
+        evidence = _log_evidence(main, proxy, both)
+    # Limits of other simulations than those that x_o is compared with, which could lie beyond them
+    # just as well, so that p-values stay uniform.
+    beyond = _beyond_a_limit(both, _seen(inference, x is None).to(device))
     # mutant: beyond-a-limit-is-at-it
-    observed = torch.where(_beyond_a_limit(x_o, simulations), -torch.inf, observed)
+    evidence = torch.where(beyond, -torch.inf, evidence)
+    simulated, observed = evidence[: len(simulations)], evidence[len(simulations) :]
     # mutant: the-probable-are-suspicious
     as_low = (simulated <= observed.unsqueeze(1)).sum(dim=1)
     return MisspecificationTest((1 + as_low) / (1 + len(simulated)), observed, simulated)
 
 
-def _beyond_a_limit(x_o: Tensor, simulated: Tensor) -> Tensor:
-    """Which observations are where no simulation can be, for all that a proxy sees of it, `(B,)`.
+def _beyond_a_limit(x: Tensor, seen: Tensor) -> Tensor:
+    """Which of x are where none of the simulations seen is, for all that a proxy knows, `(B,)`.
 
     A proxy takes what is beyond a limit, such as −999 for "missing", for the limit. Limits are zero
-    where no simulation is negative, and the extreme values that a continuous output takes often.
+    where no simulation is negative, and atoms that are the smallest or largest value.
     """
-    low, high = simulated.aminmax(dim=0)
-    continuous = (simulated != simulated.round()).any(dim=0)
-    at_low, at_high = ((simulated == end).float().mean(dim=0) >= _OFTEN for end in (low, high))
-    beyond = (x_o < 0) & (low >= 0)
-    beyond |= continuous & ((at_low & (x_o < low)) | (at_high & (x_o > high)))
-    return beyond.flatten(1).any(dim=1)
+    x, seen = x.flatten(1), seen.flatten(1)
+    low, high = seen.aminmax(dim=0)
+    atoms = find_atoms(seen)
+    beyond = (x < 0) & (low >= 0)
+    beyond |= (atoms == low).any(dim=0) & (x < low)
+    beyond |= (atoms == high).any(dim=0) & (x > high)
+    return beyond.any(dim=1)
 
 
 def _held_out(inference: NPE) -> Tensor:
@@ -148,6 +154,12 @@ def _held_out(inference: NPE) -> Tensor:
             "None; simulate parameters of the prior."
         )
     return inference.get_simulations(0)[1][inference.val_indices.cpu()]
+
+
+def _seen(inference: NPE, without_held_out: bool) -> Tensor:
+    """The simulations that were appended, or those of them that training did not hold out."""
+    x = inference.get_simulations(0)[1]
+    return x[inference.train_indices.cpu()] if without_held_out else x
 
 
 def _log_evidence(main: ConditionalDensityEstimator, proxy: Proxy, x: Tensor) -> Tensor:

@@ -91,7 +91,14 @@ class Proxy(nn.Module, ABC):
         inside = inside_support(self.prior, flat)
         safe = torch.where(inside.unsqueeze(-1), flat, self._inside_point(flat))
         with silent_prior():
-            log_prob = torch.where(inside, self.prior.log_prob(safe), -torch.inf)
+            found = self.prior.log_prob(safe)
+            # torch's Uniform counts its upper bound as inside and has no density there.
+            if bool((none := torch.isneginf(found) & inside).any()):
+                # mutant: no-density-at-the-upper-bound
+                edge = safe.detach()[none]
+                inwards = torch.nextafter(edge, self._inside_point(flat).expand_as(edge))
+                found = found.index_put((none,), self.prior.log_prob(inwards))
+        log_prob = torch.where(inside, found, -torch.inf)
         # A prior of another precision than the simulations has log densities of that precision.
         return log_prob.reshape(theta.shape[:-1]).to(theta)
 

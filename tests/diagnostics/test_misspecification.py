@@ -10,6 +10,7 @@ from sbi.inference import NPE
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+import sbi_jeffreys.diagnostics.misspecification as misspecification
 from sbi_jeffreys import (
     EnergyProxy,
     GivenProxy,
@@ -19,6 +20,7 @@ from sbi_jeffreys import (
     _sbi,
     misspecification_test,
 )
+from sbi_jeffreys.diagnostics.misspecification import _beyond_a_limit
 
 PRIOR = MultivariateNormal(torch.zeros(2), torch.eye(2))
 EXPERTS = (RegressionExpert(1),)
@@ -121,6 +123,36 @@ def test_after_several_rounds_simulations_of_the_prior_are_asked_for(exact, monk
         misspecification_test(exact, torch.zeros(1, 2))
     found = misspecification_test(exact, torch.zeros(1, 2), simulate(50)[1])
     assert float(found.p_values) > 0.05
+
+
+@pytest.mark.parametrize("loc", [0.0, 2.0], ids=["of both signs", "nearly always positive"])
+def test_limits_are_not_the_extremes_of_a_few_simulations(loc):
+    """x_o and simulations are exchangeable: neither is more often beyond a limit than the other."""
+    torch.manual_seed(0)
+    seen, simulated, observed = (loc + torch.randn(num, 20) for num in (90, 2_000, 2_000))
+    shares = [_beyond_a_limit(x, seen).float().mean() for x in (simulated, observed)]
+    assert abs(float(shares[0] - shares[1])) < 4 * (0.5 / 2_000) ** 0.5
+    if loc == 0.0:
+        assert shares == [0.0, 0.0]
+
+
+def test_limits_come_from_what_training_saw_and_hold_for_simulations_too(exact, monkeypatch):
+    """With limits from the held-out few, a well-specified x_o was "beyond" them 1 time in 3."""
+    torch.manual_seed(3)
+    x_o = simulate(200)[1]
+    asked = []
+
+    def beyond(x: Tensor, seen: Tensor) -> Tensor:
+        asked.append((len(x), len(seen)))
+        return x[:, 0] < -2
+
+    monkeypatch.setattr(misspecification, "_beyond_a_limit", beyond)
+    found = misspecification_test(exact, x_o)
+    assert asked == [(40 + 200, 360)]
+    assert bool(torch.isneginf(found.log_evidence[x_o[:, 0] < -2]).all())
+    held_out = exact.get_simulations(0)[1][exact.val_indices]
+    assert torch.isneginf(found.simulated).equal(held_out[:, 0] < -2)
+    assert "nan" not in str(found)
 
 
 @pytest.mark.parametrize("kind", ["rain", pytest.param("squares", marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """Priors, parameters and outputs that the transforms do not suit: plain sbi spaces, and a word."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -19,7 +20,7 @@ from torch.distributions import (
     constraints,
 )
 
-from sbi_jeffreys import JeffreysWarning, MainBuilder, NPE_Jeffreys
+from sbi_jeffreys import GivenProxy, JeffreysWarning, MainBuilder, NPE_Jeffreys
 from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.training.report import ProxyStatus
@@ -48,6 +49,15 @@ def test_parameters_on_the_edge_are_modelled_as_they_are(kind):
         inference.train(max_num_epochs=2)
     assert not isinstance(inference._neural_net, UnconstrainedDensityEstimator)
     assert draw(inference, x[:1]).shape == (20, 2)
+    assert inference.training_report.proxy_status is ProxyStatus.USED
+
+
+def test_the_upper_bound_of_a_box_has_its_density():
+    """torch's Uniform has none there, though its support has; one such pair refused a proxy."""
+    proxy = GivenProxy(UNIT, lambda theta, x: torch.zeros(len(theta)))
+    theta = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.5, 1.0], [0.5, 0.5], [0.5, 1.001]])
+    assert proxy.log_prior(theta).tolist() == [0.0] * 4 + [-math.inf]
+    assert proxy.log_prior(theta.requires_grad_()).tolist() == [0.0] * 4 + [-math.inf]
 
 
 @pytest.mark.parametrize(
