@@ -723,6 +723,11 @@ MUTANTS = (
         "tests/networks/test_odd_spaces.py -k upper_bound",
         2,
     ),
+    Mutant(
+        "plain-npe-not-continued",
+        "return False",
+        "tests/contract/test_contract_saving.py -k cut_short",
+    ),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
     Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),

@@ -16,18 +16,27 @@ class Before:
     Args:
         trainer: The trainer.
         training: Its record of the symmetric part.
+
+    Attributes:
+        swapped: Set where the call, which resumes a training, gave the trainer back an earlier
+            network.
     """
 
     def __init__(self, trainer: Any, training: Any) -> None:
         self._attributes = [(owner, dict(vars(owner))) for owner in (trainer, training)]
         self._trainer, self._optimizer = trainer, getattr(trainer, "optimizer", None)
+        self._epochs = len(trainer.summary["training_loss"])
+        self.swapped = False
 
     @property
     def over(self) -> bool:
         """Whether training has begun since then; a call that resumes one has no beginning.
 
-        sbi makes an optimiser after all checks, where its loop over epochs begins.
+        sbi makes an optimiser after all checks, where its loop over epochs begins. With a network
+        that was given back, training has begun when an epoch is over.
         """
+        if self.swapped:
+            return len(self._trainer.summary["training_loss"]) > self._epochs
         return getattr(self._trainer, "optimizer", None) is not self._optimizer
 
     def put_back(self) -> None:

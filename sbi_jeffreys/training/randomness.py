@@ -49,6 +49,12 @@ class RandomStream:
             finally:
                 self.mark()
 
+    def at(self, state: Tensor) -> RandomStream:
+        """Another stream, with the numbers that followed when `torch.get_rng_state()` was this."""
+        twin = RandomStream()
+        twin._start, twin._state = self._start, state
+        return twin
+
     def mark(self) -> None:
         """Remember where the stream is now."""
         self._state = torch.get_rng_state()

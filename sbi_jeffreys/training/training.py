@@ -30,6 +30,7 @@ from sbi_jeffreys.training.randomness import RandomStream
 from sbi_jeffreys.training.report import ProxyStatus, Space, TrainingReport
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import SymmetricTraining
+from sbi_jeffreys.training.unfinished import UnfinishedPlain, goes_on
 
 __all__ = ["Training"]
 
@@ -46,6 +47,7 @@ class Training:
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
         arguments: Of the call of `train` under way, None between calls.
+        unfinished: Plain NPE, where `max_num_epochs` stopped it before the symmetric stage.
         set_aside: The main in the prior's space, while one in θ's own space is the trainer's.
         written: When the last checkpoint was written, by the monotonic clock.
         position: Where in an epoch of training batches the symmetric stage is.
@@ -67,6 +69,7 @@ class Training:
         self.prepared: Prepared | None = None
         self.symmetric: SymmetricTraining | None = None
         self.position = data.Position()
+        self.unfinished: UnfinishedPlain | None = None
         self.plain_steps = 0
         self.seconds = [0.0, 0.0, 0.0]
 
@@ -133,6 +136,12 @@ class Training:
         gradients, epochs = torch.is_grad_enabled(), 0
         before = Before(trainer, self)
         self.arguments = arguments
+        found = trainer, self.unfinished, self.symmetric, arguments.max_num_epochs
+        if arguments.resume_training and goes_on(*found):
+            assert self.unfinished is not None
+            self.stream = self.stream.at(self.unfinished.random_state)
+            self.prepared = self.symmetric = self.report = self.set_aside = None
+            self.position, before.swapped = data.Position(), True
         plain = not (arguments.resume_training and self.symmetric is not None)
         if not arguments.resume_training:
             self.stream = RandomStream()
@@ -189,7 +198,7 @@ class Training:
                 train_plain(**keywords)
         except BaseException:
             # mutant: plain-npe-after-a-refusal
-            if arguments.resume_training or before.over:
+            if (arguments.resume_training and not before.swapped) or before.over:
                 _sbi.restore_best_weights(trainer)
             else:
                 before.put_back()  # mutant: refused-call-forgets
@@ -198,6 +207,7 @@ class Training:
         loader = data.training_loader(trainer, self.starting_round, arguments)
         # mutant: steps-whatever-npe-took
         self.plain_steps += epochs * len(loader)
+        self.unfinished = UnfinishedPlain.of(trainer, arguments.max_num_epochs)
 
     def _train_symmetric(
         self,

@@ -91,7 +91,7 @@ def test_mid_symmetric_stage(duplicate):
 
 @WAYS
 def test_finished(duplicate):
-    inference = trained()
+    inference = trained(max_num_epochs=500, stop_after_epochs=1)  # plain NPE has converged, too
     other = duplicate(inference)
     assert torch.equal(samples(inference), samples(other))
     x = X_O.expand(3, -1)
@@ -204,6 +204,36 @@ def test_exhausted_budget_without_symmetric_stage_resumes_sbis_loop(through_pick
     assert losses == sorted(losses, reverse=True)
     assert parts.summary["validation_loss"] == losses
     assert torch.equal(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("through_pickle", [False, True])
+def test_plain_npe_that_was_cut_short_goes_on_once_the_stage_is_over(through_pickle):
+    """As sbi's how-to does: `max_num_epochs` was too small, so resume with more."""
+    torch.manual_seed(5)
+    whole = fresh(options=PLAIN).append_simulations(*simulate(100))
+    train(whole, 6)
+    assert whole.summary["validation_loss"] == sorted(whole.summary["validation_loss"])[::-1]
+    torch.manual_seed(5)
+    parts = fresh().append_simulations(*simulate(100))
+    train(parts, 2)
+    assert parts.training_report.stage_status is StageStatus.FINISHED
+    first = parts.proxy
+    parts = pickled(parts) if through_pickle else parts
+    train(parts, 6, resume_training=True)
+    report, best = parts.training_report, whole.summary["best_validation_loss"][-1]
+    assert report.npe.value == pytest.approx(best, abs=1e-5)
+    assert report.stage_status is StageStatus.FINISHED
+    assert parts.proxy is not first
+
+
+def test_a_paused_stage_goes_on_before_plain_npe_that_was_cut_short():
+    inference = trained(max_num_epochs=1)
+    with pytest.warns(JeffreysWarning, match="Plain NPE was stopped by max_num_epochs"):
+        inference.train(max_num_epochs=5, resume_training=True)
+    assert inference.training_report.stage_status is StageStatus.FINISHED
+    epochs = inference.epoch
+    train(inference, 5, resume_training=True)
+    assert inference.epoch > epochs
 
 
 def test_resuming_after_a_refused_proxy_goes_on_with_sbis_loop_and_tries_again(monkeypatch):

@@ -1,0 +1,80 @@
+"""Plain NPE that `max_num_epochs` stopped before it had converged, for a later call to go on."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sbi_jeffreys import _sbi
+from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
+from sbi_jeffreys.training.report import StageStatus
+from sbi_jeffreys.training.symmetric import SymmetricTraining
+
+__all__ = ["UnfinishedPlain", "goes_on"]
+
+
+@dataclass
+class UnfinishedPlain:
+    """The network and sbi's optimiser of it, from before the symmetric stage changed the network.
+
+    Attributes:
+        network: Plain NPE.
+        optimizer: Of the parameters of this network.
+        random_state: Of the training's stream.
+    """
+
+    network: ConditionalDensityEstimator
+    optimizer: Optimizer
+    random_state: Tensor
+
+    @classmethod
+    def of(cls, trainer: NPE, max_num_epochs: int) -> UnfinishedPlain | None:
+        """A copy of what sbi's `train` has just left; None if training had converged."""
+        if trainer.epoch <= max_num_epochs:
+            return None
+        # Together, so that the copied optimiser has the parameters of the copied network.
+        network, optimizer = deepcopy((_sbi.network_of(trainer), trainer.optimizer))
+        assert network is not None
+        return cls(network, optimizer, torch.get_rng_state())  # type: ignore[arg-type]
+
+    def put_back(self, trainer: NPE) -> None:
+        """Make these the trainer's, whose training sbi then resumes."""
+        _sbi.set_network(trainer, self.network)
+        trainer.optimizer = self.optimizer  # type: ignore[assignment]
+
+
+def goes_on(
+    trainer: NPE,
+    unfinished: UnfinishedPlain | None,
+    symmetric: SymmetricTraining | None,
+    max_num_epochs: int,
+) -> bool:
+    """Whether plain NPE is what a resumed training goes on with; if so, make it the trainer's.
+
+    It is where a smaller `max_num_epochs` stopped it and the symmetric stage that began from there
+    is over.
+
+    Warns:
+        JeffreysWarning: If that stage is not over, and goes on first.
+    """
+    if unfinished is None or symmetric is None:
+        return False
+    if symmetric.status is StageStatus.PAUSED:
+        warnings.warn(
+            "Plain NPE was stopped by max_num_epochs before it had converged, and the symmetric "
+            "stage, which began from there, goes on first. After it, train(resume_training=True) "
+            "with a larger max_num_epochs continues plain NPE and begins the stage anew.",
+            JeffreysWarning,
+            stacklevel=4,
+        )
+        return False
+    if trainer.epoch > max_num_epochs:
+        return False
+    unfinished.put_back(trainer)  # mutant: plain-npe-not-continued
+    return True
