@@ -59,6 +59,16 @@ def silent_prior() -> Iterator[None]:
         yield
 
 
+class RoundsTrainer(NPE):
+    """sbi's trainer, which takes no reweighted posterior for the mixture that it reweights."""
+
+    def _multiround_loss_is_per_row(self, proposal: Any | None) -> bool:
+        """Whether sbi's closed-form loss of a mixture of Gaussians applies to a proposal."""
+        # mutant: reweighted-taken-for-a-mixture
+        reweighted = getattr(proposal, "reweighted", False)
+        return not reweighted and super()._multiround_loss_is_per_row(proposal)
+
+
 def network_of(trainer: NPE) -> ConditionalDensityEstimator | None:
     """The trainer's network, None before training."""
     return trainer._neural_net

@@ -552,7 +552,7 @@ MUTANTS = (
     ),
     Mutant(
         "steps-of-the-default-alone",
-        "num_steps = options.steps_for(len(theta))",
+        "num_steps = options.steps_for(simulations.in_use)",
         "tests/test_npe.py -k as_long_as",
     ),
     Mutant("steps-whatever-npe-took", "self.plain_steps = 0", "tests/test_npe.py -k as_long_as"),
@@ -725,8 +725,23 @@ MUTANTS = (
     ),
     Mutant(
         "plain-npe-not-continued",
-        "return False",
+        "return None",
         "tests/contract/test_contract_saving.py -k cut_short",
+    ),
+    Mutant(
+        "resumed-in-other-units",
+        "if False:",
+        "tests/contract/test_contract_saving.py -k other_units",
+    ),
+    Mutant(
+        "reweighted-taken-for-a-mixture",
+        "reweighted = False",
+        "tests/contract/test_contract_rounds.py -k mixture",
+    ),
+    Mutant(
+        "proxy-of-the-latest-rounds-alone",
+        "fitted, judging = earlier[:0], earlier[:0]",
+        "tests/contract/test_contract_rounds.py -k discard",
     ),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),

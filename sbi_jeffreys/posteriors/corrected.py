@@ -4,8 +4,7 @@ The proxy is often closer to the truth than the amortised main that was fitted t
 observation the proxy can be evaluated as often as needed. Drawing many θ_k ∼ p_φ(·|x_o) and
 resampling them by w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β, truncated at w̄ √K (Ionides 2008), closes
 the amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek
-1986): main and proxy are fitted to the same few simulations but have different errors, and β is
-chosen by the pool's score on held-out simulations. β = 1 relies on the proxy alone.
+1986): main and proxy have different errors, and β is chosen by the pool's score on held-out pairs.
 """
 
 from __future__ import annotations
@@ -73,6 +72,8 @@ class CorrectedPosterior(DirectPosterior):
         TypeError, ValueError: If an argument is of another type or out of range, in every method.
     """
 
+    reweighted = True  # its draws do not have the density of its `posterior_estimator`
+
     def __init__(
         self,
         main: ConditionalDensityEstimator,
@@ -99,9 +100,9 @@ class CorrectedPosterior(DirectPosterior):
 
     def to(self, device: str | torch.device) -> None:
         """Move main, proxy and prior to a device."""
+        self.proxy.to(device)
         potential: Any = self.potential_fn
         super().to(device)  # which puts the main's potential in its place
-        self.proxy.to(device)
         self.potential_fn = potential.to(device)
         self.clear_cache()
 
@@ -121,8 +122,7 @@ class CorrectedPosterior(DirectPosterior):
         Args:
             num_candidates: K.
             x: One observation; the default x if None.
-            max_sampling_batch_size: Draws per network call.
-            show_progress_bars: Whether to show progress over network calls.
+            max_sampling_batch_size, show_progress_bars: As in sbi, of network calls.
 
         Returns:
             θ `(K, D)` and β (log q̃_ψ − log p_φ), shape `(K,)`; −∞ outside the prior.

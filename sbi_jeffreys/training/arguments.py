@@ -138,6 +138,16 @@ class TrainArguments:
                 "training to resume. Drop one of them."
             )
 
+    @property
+    def lasting(self) -> dict[str, bool]:
+        """What decides which pairs are used and what their losses mean: not to change on resuming.
+
+        Of a kernel, whether there is one.
+        """
+        names = ("force_first_round_loss", "discard_prior_samples", "use_combined_loss")
+        flags = {name: getattr(self, name) for name in names}
+        return flags | {"calibration_kernel": self.calibration_kernel is not None}
+
     def for_sbi(self) -> dict[str, Any]:
         """The arguments as keywords of sbi's `train`."""
         return dict(vars(self))
@@ -187,11 +197,14 @@ def check_resumable(
     available: int,
     options: JeffreysOptions,
     begun_options: JeffreysOptions | None,
+    arguments: TrainArguments,
+    begun_arguments: Mapping[str, bool] | None,
 ) -> None:
     """Refuse to resume a training that did not begin, or began with other simulations or options.
 
     `begun` is the number of simulations that training began with, None if it did not begin, and
-    `begun_options` are the options of the symmetric stage, None without one.
+    `begun_options` are the options of the symmetric stage, None without one, and `begun_arguments`
+    the lasting ones of the call of `train` that began it.
     """
     if begun is None:
         raise RuntimeError(
@@ -203,6 +216,15 @@ def check_resumable(
             f"but now there are {available}. Call train() without it (with "
             "force_first_round_loss=True if the new ones come from the prior)."
         )
+    for name, now in arguments.lasting.items():
+        before = now if begun_arguments is None else begun_arguments[name]
+        if now != before:  # mutant: resumed-in-other-units
+            shown = ("one", "none") if name == "calibration_kernel" else ("True", "False")
+            raise ValueError(
+                f"{name}: training began with {shown[not before]}, and resume_training=True goes "
+                f"on with it, got {shown[not now]}; pass it again as it was, or train anew without "
+                "resume_training."
+            )
     began = vars(options) if begun_options is None else vars(begun_options)
     changed = [n for n, value in vars(options).items() if n not in _FREE and value != began[n]]
     if changed:

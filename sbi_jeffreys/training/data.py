@@ -19,10 +19,12 @@ from sbi_jeffreys.training.loss import RealBatch
 
 __all__ = [
     "Position",
+    "Simulations",
     "held_out_pairs",
     "latest",
     "latest_held_out",
     "real_batches",
+    "simulations_for_proxy",
     "simulations_in_use",
     "training_loader",
 ]
@@ -35,6 +37,51 @@ def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tenso
     theta, x, _ = trainer.get_simulations(starting_round)
     device = _sbi.device_of(trainer)
     return theta.to(device), x.to(device)
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """All simulations of the rounds in use, on the training device, and how they are split.
+
+    Attributes:
+        theta: Parameters `(N, D)`.
+        x: Simulations `(N, *x_shape)`.
+        train: Indices of training pairs.
+        val: Indices of held-out pairs.
+        round_: Index of the latest round.
+        earlier: How many of the first simulations belong to rounds that only the proxy is fitted
+            to: a likelihood needs no correction for proposals, and extrapolates without them.
+    """
+
+    theta: Tensor
+    x: Tensor
+    train: Tensor
+    val: Tensor
+    round_: int
+    earlier: int = 0
+
+    @property
+    def in_use(self) -> int:
+        """How many simulations plain NPE has, to train on and held out."""
+        return len(self.theta) - self.earlier
+
+    def for_fit(self) -> tuple[Tensor, Tensor]:
+        """Indices of the pairs that the proxy is fitted to, and of those that judge the fit."""
+        share = len(self.val) / (len(self.train) + len(self.val))
+        earlier = torch.arange(self.earlier, device=self.train.device)
+        # mutant: proxy-of-the-latest-rounds-alone
+        fitted, judging = earlier.tensor_split([self.earlier - int(share * self.earlier)])
+        return torch.cat([fitted, self.train]), torch.cat([judging, self.val])
+
+
+def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
+    """All simulations, with the split of those from a round on."""
+    theta, x = simulations_in_use(trainer, 0)
+    earlier = len(theta) - len(trainer.get_simulations(starting_round)[0])
+    train, val = (
+        rows.to(theta.device) + earlier for rows in (trainer.train_indices, trainer.val_indices)
+    )
+    return Simulations(theta, x, train, val, _sbi.latest_round(trainer), earlier)
 
 
 def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:

@@ -26,6 +26,7 @@ from sbi_jeffreys.proxies import (
 )
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.training.arguments import TrainArguments
+from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import SymmetricLoss
 from sbi_jeffreys.training.multipliers import trust
@@ -48,25 +49,6 @@ _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effe
 _NEXT_TO_ONE, _SAME_TEMPERATURE = 0.02, 0.1
 _USES_OF_EXPENSIVE = 5  # of each draw of a renewable pool, on average
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
-
-
-@dataclass(frozen=True)
-class Simulations:
-    """All simulations of the rounds in use, on the training device, and how they are split.
-
-    Attributes:
-        theta: Parameters `(N, D)`.
-        x: Simulations `(N, *x_shape)`.
-        train: Indices of training pairs.
-        val: Indices of held-out pairs.
-        round_: Index of the latest round.
-    """
-
-    theta: Tensor
-    x: Tensor
-    train: Tensor
-    val: Tensor
-    round_: int
 
 
 @dataclass(frozen=True)
@@ -158,8 +140,7 @@ def prepare(
         proxy.fit(
             simulations.theta,
             simulations.x,
-            simulations.train,
-            simulations.val,
+            *simulations.for_fit(),
             on_epoch=lambda epoch, value: bar.update(),
             max_epochs=budget.max_epochs,
             patience=budget.patience,

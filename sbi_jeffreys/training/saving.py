@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from sbi.utils.torchutils import process_device
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.networks.builders import MainBuilder, UnconstrainedDensityEstimator
 from sbi_jeffreys.training import persistence
 from sbi_jeffreys.training.description import describe
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["SavedTrainer"]
 
 
-class SavedTrainer(NPE):
+class SavedTrainer(_sbi.RoundsTrainer):
     """sbi's trainer with `save`, `load`, `load_weights` and a `repr`; pickles keep the builder."""
 
     _builder: Callable[..., Any]  # of the main

@@ -22,7 +22,6 @@ from sbi_jeffreys.training.own_space import KeptPlain, choose_space
 from sbi_jeffreys.training.preparation import (
     Budget,
     Prepared,
-    Simulations,
     begin_stage,
     prepare,
 )
@@ -44,6 +43,7 @@ class Training:
         report: The outcome of the last call of `train`; None from the beginning of a training on.
         starting_round: Of the simulations in use, as sbi asked its data loaders for them.
         available: How many simulations there were when the training began; None before it.
+        lasting: Arguments of `train` that must be the same on resuming.
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
         arguments: Of the call of `train` under way, None between calls.
@@ -70,6 +70,7 @@ class Training:
         self.symmetric: SymmetricTraining | None = None
         self.position = data.Position()
         self.unfinished: UnfinishedPlain | None = None
+        self.lasting: dict[str, bool] | None = None
         self.plain_steps = 0
         self.seconds = [0.0, 0.0, 0.0]
 
@@ -97,6 +98,8 @@ class Training:
                 available,
                 options,
                 None if self.stage is None else self.stage.options,
+                arguments,
+                self.lasting,
             )
 
     def check_trainable(self, trainer: NPE, starting_round: int) -> None:
@@ -136,10 +139,8 @@ class Training:
         gradients, epochs = torch.is_grad_enabled(), 0
         before = Before(trainer, self)
         self.arguments = arguments
-        found = trainer, self.unfinished, self.symmetric, arguments.max_num_epochs
-        if arguments.resume_training and goes_on(*found):
-            assert self.unfinished is not None
-            self.stream = self.stream.at(self.unfinished.random_state)
+        if unfinished := goes_on(trainer, self.unfinished, self.symmetric, arguments):
+            self.stream = self.stream.at(unfinished.random_state)
             self.prepared = self.symmetric = self.report = self.set_aside = None
             self.position, before.swapped = data.Position(), True
         plain = not (arguments.resume_training and self.symmetric is not None)
@@ -190,7 +191,7 @@ class Training:
         """
         if not arguments.resume_training:
             self._forget()
-            self.available = None
+            self.available, self.lasting = None, arguments.lasting
         epochs_before = len(trainer.summary["training_loss"])
         keywords = arguments.for_sbi() | {"show_train_summary": False}
         try:
@@ -273,17 +274,16 @@ class Training:
         """Fit the proxy and set up the symmetric stage, or leave plain NPE as it is."""
         main = _sbi.network_of(trainer)
         assert main is not None
-        theta, x = data.simulations_in_use(trainer, self.starting_round)
+        simulations = data.simulations_for_proxy(trainer, self.starting_round)
         # mutant: steps-of-the-default-alone
-        num_steps = options.steps_for(len(theta), self.plain_steps)
+        num_steps = options.steps_for(simulations.in_use, self.plain_steps)
         budget = Budget(
             num_steps, arguments.max_num_epochs, arguments.stop_after_epochs, show_progress_bars
         )
-        indices = trainer.train_indices.to(theta.device), trainer.val_indices.to(theta.device)
         found = self.prepared = prepare(
             _sbi.prior_of(trainer),
             main,
-            Simulations(theta, x, *indices, _sbi.latest_round(trainer)),
+            simulations,
             held_out,
             arguments.kernel,
             options,

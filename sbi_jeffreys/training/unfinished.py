@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
+from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.report import StageStatus
 from sbi_jeffreys.training.symmetric import SymmetricTraining
 
@@ -53,9 +54,9 @@ def goes_on(
     trainer: NPE,
     unfinished: UnfinishedPlain | None,
     symmetric: SymmetricTraining | None,
-    max_num_epochs: int,
-) -> bool:
-    """Whether plain NPE is what a resumed training goes on with; if so, make it the trainer's.
+    arguments: TrainArguments,
+) -> UnfinishedPlain | None:
+    """The plain NPE that a resumed training goes on with, made the trainer's; None if it does not.
 
     It is where a smaller `max_num_epochs` stopped it and the symmetric stage that began from there
     is over.
@@ -63,8 +64,8 @@ def goes_on(
     Warns:
         JeffreysWarning: If that stage is not over, and goes on first.
     """
-    if unfinished is None or symmetric is None:
-        return False
+    if unfinished is None or symmetric is None or not arguments.resume_training:
+        return None
     if symmetric.status is StageStatus.PAUSED:
         warnings.warn(
             "Plain NPE was stopped by max_num_epochs before it had converged, and the symmetric "
@@ -73,8 +74,8 @@ def goes_on(
             JeffreysWarning,
             stacklevel=4,
         )
-        return False
-    if trainer.epoch > max_num_epochs:
-        return False
+        return None
+    if trainer.epoch > arguments.max_num_epochs:
+        return None
     unfinished.put_back(trainer)  # mutant: plain-npe-not-continued
-    return True
+    return unfinished

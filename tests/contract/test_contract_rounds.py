@@ -85,9 +85,30 @@ def test_mdn_keeps_sbis_closed_form_loss(prior):
     assert len(inference.summary["trust"]) == 4
 
 
+def test_draws_of_a_corrected_posterior_are_no_mixture_to_sbi():
+    """Its `posterior_estimator` is one, and sbi's closed form made posteriors √2 too narrow."""
+    inference = fresh("mdn")
+    inference.append_simulations(*simulate(60))
+    train(inference)
+    proposal = inference.build_corrected_posterior(power=1.0).set_default_x(X_O)
+    theta = proposal.sample((60,), show_progress_bars=False)
+    inference.append_simulations(theta, theta + 0.3 * torch.randn_like(theta), proposal=proposal)
+    train(inference)
+    assert not inference.use_non_atomic_loss
+
+
 def test_discard_prior_samples(seen):
-    second_round(trained(), num=40, discard_prior_samples=True)
-    assert seen == [60, 40]
+    """By the main; the likelihood needs them, or it extrapolates where later rounds never are."""
+    inference = second_round(trained(num=100), num=40, discard_prior_samples=True)
+    assert seen == [100, 140]
+    theta, x, _ = inference.get_simulations(1)
+    simulations = data.simulations_for_proxy(inference, 1)
+    fitted, judging = simulations.for_fit()
+    assert len(judging) == 10 + 4  # a tenth of either round
+    assert set(fitted.tolist()) | set(judging.tolist()) == set(range(140))
+    assert simulations.theta[simulations.val].equal(theta[inference.val_indices])
+    assert simulations.x[simulations.train].equal(x[inference.train_indices])
+    assert len(inference._training.stage.pool.x) > 0
 
 
 @pytest.mark.parametrize("kwargs", [{"use_combined_loss": True}, {"num_atoms": 3}])

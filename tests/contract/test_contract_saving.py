@@ -18,6 +18,7 @@ from contract_tools import (
     TINY,
     X_O,
     fresh,
+    refused,
     simulate,
     train,
     trained,
@@ -224,6 +225,25 @@ def test_plain_npe_that_was_cut_short_goes_on_once_the_stage_is_over(through_pic
     assert report.npe.value == pytest.approx(best, abs=1e-5)
     assert report.stage_status is StageStatus.FINISHED
     assert parts.proxy is not first
+
+
+@pytest.mark.parametrize("name", ["force_first_round_loss", "discard_prior_samples"])
+def test_resuming_in_other_units_is_refused(name):
+    """Losses of the two calls would be compared, or other simulations be taken for the split."""
+    inference = trained()
+    theta, x = simulate(40)
+    inference.append_simulations(theta, x, inference.build_posterior().set_default_x(X_O))
+    train(inference, 1, **{name: True})
+    refused(lambda: train(inference, resume_training=True), ValueError, name, "True", "False")
+    train(inference, 5, resume_training=True, **{name: True})
+    assert inference.training_report.stage_status is not StageStatus.PAUSED
+
+
+def test_resuming_without_the_kernel_is_refused():
+    inference = trained(max_num_epochs=1, calibration_kernel=lambda x: torch.ones(len(x)))
+    refused(
+        lambda: train(inference, resume_training=True), ValueError, "calibration_kernel", "none"
+    )
 
 
 def test_a_paused_stage_goes_on_before_plain_npe_that_was_cut_short():
