@@ -24,6 +24,7 @@ from sbi.inference.posteriors.posterior_parameters import (
 from sbi.inference.potentials.base_potential import BasePotential
 from sbi.inference.trainers._contracts import LossArgsNPE
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
+from sbi.neural_nets.estimators.mixed_density_estimator import MixedDensityEstimator
 from sbi.neural_nets.factory import model_builders
 from sbi.sbi_types import Tracker
 from sbi.utils.sbiutils import ImproperEmpirical
@@ -118,6 +119,25 @@ def rounds_of_simulations(trainer: NPE, starting_round: int) -> Tensor:
     """Index of the round of every simulation from a round on, `(N,)`, in the order of use."""
     parts = zip(trainer._theta_roundwise, trainer._data_round_index)
     return torch.cat([torch.full((len(t),), r) for t, r in parts if r >= starting_round])
+
+
+@contextmanager
+def all_or_nothing(trainer: NPE) -> Iterator[None]:
+    """Drop the simulations that were appended inside if sbi refuses them afterwards."""
+    lists = (
+        trainer._theta_roundwise,
+        trainer._x_roundwise,
+        trainer._prior_masks,
+        trainer._proposal_roundwise,
+        trainer._data_round_index,
+    )
+    sizes = [len(values) for values in lists]
+    try:
+        yield
+    except BaseException:
+        for values, size in zip(lists, sizes):
+            del values[size:]  # mutant: refused-simulations-kept
+        raise
 
 
 def restore_best_weights(trainer: NPE) -> None:

@@ -35,7 +35,7 @@ from sbi_jeffreys.options import JeffreysOptions, Preset
 from sbi_jeffreys.posteriors.building import BuildsPosteriors
 from sbi_jeffreys.proxies import Proxy
 from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
-from sbi_jeffreys.training.data import latest_held_out, simulations_in_use
+from sbi_jeffreys.training.data import is_atomic, latest_held_out, simulations_in_use
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
 from sbi_jeffreys.training.simulations import check_appended, check_simulations
@@ -147,7 +147,8 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         """
         before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
         check_appended(theta, x, _sbi.prior_of(self), before)
-        return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
+        with _sbi.all_or_nothing(self):
+            return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
 
     def train(
         self,
@@ -206,8 +207,12 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         self._training.check_trainable(self, starting_round)
         if not resume_training:  # a split that is used again was checked when it was made
             theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
-            check_simulations(theta, _sbi.prior_of(self), validation_fraction)
-            if isinstance(self._builder, MainBuilder):
+            arguments = self._training.arguments
+            atomic = arguments is not None and is_atomic(self, arguments)
+            check_simulations(theta, _sbi.prior_of(self), validation_fraction, atomic)
+            anew = arguments is not None and arguments.retrain_from_scratch
+            builds = anew or _sbi.network_of(self) is None
+            if isinstance(self._builder, MainBuilder) and builds:
                 _sbi.set_builder(self, self._builder.avoiding_edge(theta))
         self._training.put_back(self)
         self._training.starting_round = starting_round

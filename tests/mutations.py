@@ -743,6 +743,18 @@ MUTANTS = (
         "fitted, judging = earlier[:0], earlier[:0]",
         "tests/contract/test_contract_rounds.py -k discard",
     ),
+    Mutant(
+        "refused-simulations-kept",
+        "pass",
+        "tests/contract/test_contract_arguments.py -k refused_app",
+    ),
+    Mutant("noise-of-theta-itself", "u = input", "tests/networks/test_odd_spaces.py -k noise_that"),
+    Mutant(
+        "discrete-parameters-modelled",
+        "if False:",
+        "tests/networks/test_odd_spaces.py -k discrete_parameters",
+    ),
+    Mutant("kernel-blamed", "if False:", "tests/test_npe.py -k can_hit"),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
     Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),

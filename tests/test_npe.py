@@ -12,7 +12,7 @@ from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent
 from torch.distributions import LogNormal, MultivariateNormal, Uniform
 
-from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys
+from sbi_jeffreys import FlowExpert, GivenProxy, JeffreysOptions, JeffreysWarning, NPE_Jeffreys
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.npe import TRACES
 from sbi_jeffreys.proxies import LikelihoodProxy
@@ -225,6 +225,23 @@ def test_the_annealed_weights_beat_a_lucky_npe(inference, monkeypatch):
         monkeypatch.setattr(symmetric, "best", Best(0.0, plain, {}, Kept.PLAIN_NPE))
         symmetric.keep(behind, plain + behind + noise)
         assert symmetric.best.kept is kept
+
+
+def test_a_posterior_that_no_draw_can_hit_is_not_blamed_on_a_kernel():
+    """Noise of a millionth of the prior's width, and a likelihood that cannot draw x."""
+
+    def log_likelihood(theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(((x - theta).abs() < 1e-6).all(-1), 0.0, -torch.inf)
+
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    torch.manual_seed(0)
+    theta = prior.sample((100,))
+    options = JeffreysOptions(num_steps=10, proxy=GivenProxy(prior, log_likelihood))
+    inference = NPE_Jeffreys(prior, "maf", show_progress_bars=False, options=options)
+    inference.append_simulations(theta, theta + 5e-7 * torch.randn_like(theta).clamp(-1, 1))
+    with pytest.warns(JeffreysWarning, match="of no use for draws"):
+        inference.train(max_num_epochs=2)
+    assert inference.training_report.proxy_status is ProxyStatus.UNSAMPLED
 
 
 @pytest.mark.slow

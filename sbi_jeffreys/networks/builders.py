@@ -67,6 +67,12 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
         """Negative log density of pairs, shape `(batch_dim,)`."""
         return -self.log_prob(input.unsqueeze(0), condition, **kwargs)[0]
 
+    def inverse_transform(self, input: Tensor, condition: Tensor) -> Tensor:
+        """The noise that the flow maps to θ, as sbi's `LC2ST_NF` asks for it, shape of θ."""
+        # mutant: noise-of-theta-itself
+        u = self.transform(input)[0]
+        return self.estimator.inverse_transform(u, condition)  # type: ignore[operator]
+
     def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any) -> Tensor:
         """Samples of θ, shape `(*sample_shape, batch_dim, D)`."""
         return self.transform.inverse(self.estimator.sample(sample_shape, condition, **kwargs))

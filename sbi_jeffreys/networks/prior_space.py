@@ -6,6 +6,7 @@ No mass of a density over u = T(θ), T a bijection from the support to ℝᴰ, l
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 from sbi.utils import MultipleIndependent, mcmc_transform, within_support
@@ -15,7 +16,7 @@ from torch.nn.functional import softplus
 
 from sbi_jeffreys._sbi import silent_prior
 
-__all__ = ["PriorTransform", "inside_support", "is_bounded"]
+__all__ = ["PriorTransform", "has_discrete_part", "inside_support", "is_bounded"]
 
 _EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 resolves
 _FAR = 80.0  # a logit whose sigmoid is 2e-35: float32 still has it
@@ -141,6 +142,15 @@ def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
             return within_support(prior, theta)
     parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
     return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
+
+
+def has_discrete_part(prior: Distribution | None) -> bool:
+    """Whether the prior declares that it draws some of the parameters from a discrete set."""
+    for part in prior.dists if isinstance(prior, MultipleIndependent) else [prior]:
+        with suppress(AttributeError, NotImplementedError):
+            if part.support.is_discrete:  # type: ignore[union-attr]  # mutant: discrete-parameters-modelled
+                return True
+    return False
 
 
 def is_bounded(prior: Distribution | None) -> bool:

@@ -79,7 +79,7 @@ def build_proxy(
         return proxy, "likelihood: the main's embedding net is fixed"
     obstacle = _no_density(x)
     if obstacle == _CONSTANT:
-        return None, "x is constant: it carries no information on theta"
+        return None, "x is constant and carries no information on theta: simulate other outputs"
     if options.proxy == "likelihood" and obstacle is not None:
         raise ValueError(
             f"proxy='likelihood' needs a density of x, but {obstacle}; use proxy='auto'."

@@ -21,6 +21,7 @@ __all__ = [
     "Position",
     "Simulations",
     "held_out_pairs",
+    "is_atomic",
     "latest",
     "latest_held_out",
     "real_batches",
@@ -93,17 +94,17 @@ def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments)
     theta, x = simulations_in_use(trainer, starting_round)
     pairs = _deciding_pairs(trainer, starting_round, arguments)
     weights = _kernel(trainer, starting_round, arguments)(x[pairs])
-    return HeldOut(theta[pairs], x[pairs], weights, _is_atomic(trainer, arguments))
+    return HeldOut(theta[pairs], x[pairs], weights, is_atomic(trainer, arguments))
 
 
-def _is_atomic(trainer: NPE, arguments: TrainArguments) -> bool:
+def is_atomic(trainer: NPE, arguments: TrainArguments) -> bool:
     """Whether the loss of the simulations in use is that of later rounds."""
     return _sbi.latest_round(trainer) > 0 and not arguments.force_first_round_loss
 
 
 def _deciding_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> Tensor:
     """Indices of the pairs of `held_out_pairs`, `(M,)`."""
-    if not _is_atomic(trainer, arguments):
+    if not is_atomic(trainer, arguments):
         return trainer.val_indices
     return latest_held_out(trainer, starting_round)  # mutant: first-rounds-decide
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from sbi_jeffreys._sbi import ConditionalDensityEstimator, ImproperEmpirical
+from sbi_jeffreys._sbi import (
+    ConditionalDensityEstimator,
+    ImproperEmpirical,
+    MixedDensityEstimator,
+)
+from sbi_jeffreys.networks.prior_space import has_discrete_part
 from sbi_jeffreys.networks.transforms import varying
 from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
@@ -126,6 +131,9 @@ def prepare(
     """
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
+    if has_discrete_part(prior) or isinstance(main, MixedDensityEstimator):
+        note = "theta has discrete parameters, which have no density: use sbi's MNPE"
+        return Prepared(ProxyStatus.ABSENT, None, note)
     fixed = (~varying(simulations.theta[simulations.train])).nonzero().flatten().tolist()
     if fixed:  # mutant: constant-parameters-modelled
         note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
@@ -212,6 +220,8 @@ def _with_pool(
             pool.uses = _USES_OF_EXPENSIVE
     else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
         pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
+    if not bool(pool.weights.sum() > 0):  # mutant: kernel-blamed
+        return replace(found, status=ProxyStatus.UNSAMPLED)
     pool.weights = pool.weights * kernel(pool.x)
     if not bool(pool.weights.sum() > 0):
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)

@@ -35,6 +35,7 @@ class ProxyStatus(Enum):
     USED = "used"
     UNTRUSTED = "refused, because its held-out loss is much higher than plain NPE's"
     IMPLAUSIBLE = "refused, because its draws do not look like simulations"
+    UNSAMPLED = "refused, because no draw could hit its posterior at any of the simulations"
     NO_KERNEL_WEIGHT = (
         "refused, because the calibration kernel is zero at every draw or held-out simulation"
     )
@@ -67,7 +68,7 @@ class Space(Enum):
 class Problem(Enum):
     """What keeps a result from being what the method promises; the value says what to do."""
 
-    NO_PROXY = "plain NPE was kept; simulate with more varied parameters or outputs"
+    NO_PROXY = "plain NPE was kept; what to change stands in brackets"
     PROXY_REFUSED = (
         "plain NPE was kept; run more simulations, or pass a proxy that suits x "
         "(JeffreysOptions(proxy='energy') or a GivenProxy)"
@@ -103,7 +104,12 @@ class Problem(Enum):
 
 
 #: A proxy was fitted, but plain NPE was kept.
-REFUSED = (ProxyStatus.UNTRUSTED, ProxyStatus.IMPLAUSIBLE, ProxyStatus.NO_KERNEL_WEIGHT)
+REFUSED = (
+    ProxyStatus.UNTRUSTED,
+    ProxyStatus.IMPLAUSIBLE,
+    ProxyStatus.UNSAMPLED,
+    ProxyStatus.NO_KERNEL_WEIGHT,
+)
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,7 @@ class TrainingReport:
 
 _NAMES = {
     Problem.NO_PROXY: "There is no proxy",
-    Problem.PROXY_REFUSED: "The proxy is worse than plain NPE, or its draws are implausible",
+    Problem.PROXY_REFUSED: "The proxy is worse than plain NPE, or of no use for draws",
     Problem.KERNEL: "The calibration kernel excludes every draw of the proxy, or every held-out "
     "simulation",
     Problem.STAGE_PAUSED: "The epoch budget max_num_epochs ended the symmetric stage",

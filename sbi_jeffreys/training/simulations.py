@@ -71,9 +71,12 @@ def check_matrix(theta: Tensor) -> None:
 
 
 def check_simulations(
-    theta: Tensor, prior: Distribution | None, validation_fraction: float
+    theta: Tensor, prior: Distribution | None, validation_fraction: float, atomic: bool = False
 ) -> None:
-    """Check that simulations with θ `(N, D)` can be split and that θ can come from the prior."""
+    """Check that simulations with θ `(N, D)` can be split and that θ can come from the prior.
+
+    The atomic loss of later rounds divides by the prior, which must not be zero at any θ.
+    """
     num = len(theta)
     num_training = int((1 - validation_fraction) * num)  # as sbi splits
     if num_training < 2 or num - num_training < 1:
@@ -90,4 +93,11 @@ def check_simulations(
             f"theta: expected parameters inside the prior's support, got {int((~inside).sum())} of "
             f"{num} outside it, the first in row {row}: {theta[row].tolist()}; drop them, or "
             "pass the prior that they were drawn from."
+        )
+    if atomic and bool((none := ~torch.isfinite(prior.log_prob(theta).reshape(num))).any()):
+        row = int(none.nonzero()[0])
+        raise ValueError(
+            f"theta: expected parameters at which the prior has a density, as the loss of later "
+            f"rounds divides by it, got {int(none.sum())} of {num} without one, the first in row "
+            f"{row}: {theta[row].tolist()} (torch's Uniform: at its upper bound); drop them."
         )

@@ -7,6 +7,17 @@ from contract_tools import PRIOR, X_O, fresh, simulate, train, trained
 from sbi_jeffreys import NPE_Jeffreys
 
 
+def test_a_refused_append_leaves_no_simulations():
+    """sbi refuses a proposal without a prior after it has stored them."""
+    inference = trained()
+    proposal = inference.build_posterior().set_default_x(X_O)
+    alone = fresh(prior=None)
+    alone.append_simulations(*simulate(50))
+    with pytest.raises(ValueError, match="prior"):
+        alone.append_simulations(*simulate(40), proposal=proposal)
+    assert len(alone.get_simulations()[0]) == 50
+
+
 @pytest.mark.parametrize("level", ["WARNING", "info", 10])
 def test_logging_levels(level):
     NPE_Jeffreys(PRIOR, logging_level=level)

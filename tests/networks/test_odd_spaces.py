@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
-from contract_tools import PRIOR, TINY, fresh, train
+from contract_tools import PRIOR, TINY, fresh, refused, train
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent, RestrictedPrior, process_prior
 from torch.distributions import (
+    Bernoulli,
     Dirichlet,
     Distribution,
     Exponential,
@@ -58,6 +59,56 @@ def test_the_upper_bound_of_a_box_has_its_density():
     theta = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.5, 1.0], [0.5, 0.5], [0.5, 1.001]])
     assert proxy.log_prior(theta).tolist() == [0.0] * 4 + [-math.inf]
     assert proxy.log_prior(theta.requires_grad_()).tolist() == [0.0] * 4 + [-math.inf]
+
+
+def test_later_rounds_with_a_parameter_on_the_edge():
+    """The network is the first round's, so no word of another; no density is a clear error."""
+    torch.manual_seed(0)
+    prior = UNIT
+    inference = fresh(prior=prior)
+    theta = prior.sample((60,))
+    train(inference.append_simulations(theta, theta + 0.2 * torch.randn_like(theta)))
+    proposal = inference.build_posterior().set_default_x(theta[:1])
+    later = prior.sample((40,))
+    later[3, 0] = 0.0
+    inference.append_simulations(later, later + 0.2 * torch.randn_like(later), proposal)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lie on the edge")
+        inference.train(max_num_epochs=1)
+    later[3, 0] = 1.0
+    inference.append_simulations(later, later + 0.2 * torch.randn_like(later), proposal)
+    refused(lambda: train(inference), ValueError, "1 of 140 without one", "row 103")
+
+
+def test_discrete_parameters_leave_plain_npe():
+    parts = [Bernoulli(torch.tensor([0.5])), BoxUniform(torch.zeros(1), torch.ones(1))]
+    prior = MultipleIndependent(parts, validate_args=False)  # type: ignore[arg-type]
+    theta = prior.sample((60,))
+    inference = fresh(prior=prior).append_simulations(theta, theta + 0.3 * torch.randn(60, 2))
+    with pytest.warns(JeffreysWarning, match=r"discrete parameters.*MNPE.*plain NPE was kept"):
+        inference.train(max_num_epochs=2)
+    assert inference.training_report.proxy_status is ProxyStatus.ABSENT
+
+
+def test_the_mixed_estimator_of_sbi_leaves_plain_npe():
+    theta = torch.stack([torch.rand(100), torch.bernoulli(torch.full((100,), 0.5))], dim=1)
+    inference = fresh("mnpe", prior=None).append_simulations(theta, theta + 0.3)
+    with pytest.warns(JeffreysWarning, match=r"discrete parameters.*MNPE"):
+        inference.train(max_num_epochs=2)
+
+
+def test_noise_that_the_flow_maps_to_theta():
+    """For sbi's `LC2ST_NF`: of draws of the flow it is standard normal."""
+    torch.manual_seed(0)
+    theta = UNIT.sample((200,))
+    main = MainBuilder("nsf").with_prior(UNIT)(theta, theta + 0.1 * torch.randn_like(theta)).eval()
+    x = theta[:1]
+    with torch.no_grad():
+        drawn = main.sample(torch.Size((4_000,)), x)[:, 0]
+        noise = main.inverse_transform(drawn, x.expand(4_000, -1))  # type: ignore[operator]
+    assert noise.shape == (4_000, 2)
+    assert float(noise.mean(0).abs().max()) < 4.5 / 4_000**0.5
+    assert float((noise.std(0) - 1).abs().max()) < 4.5 / 8_000**0.5
 
 
 @pytest.mark.parametrize(
