@@ -27,6 +27,7 @@ from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.mixed_density_estimator import MixedDensityEstimator
 from sbi.neural_nets.factory import model_builders
 from sbi.sbi_types import Tracker
+from sbi.utils import RestrictedPrior
 from sbi.utils.sbiutils import ImproperEmpirical
 from torch import Tensor
 from torch.distributions import Distribution
@@ -138,6 +139,24 @@ def all_or_nothing(trainer: NPE) -> Iterator[None]:
         for values, size in zip(lists, sizes):
             del values[size:]  # mutant: refused-simulations-kept
         raise
+
+
+def truncated_rounds(
+    trainer: NPE, starting_round: int
+) -> list[tuple[RestrictedPrior | None, Tensor]] | None:
+    """The truncated prior, None for the prior itself, and θ of each time simulations were appended.
+
+    None if no proposal is a truncation of the trainer's prior, or if others are among them.
+    """
+    found = []
+    appended = (trainer._proposal_roundwise, trainer._theta_roundwise, trainer._data_round_index)
+    for proposal, theta, index in zip(*appended):
+        truncated = isinstance(proposal, RestrictedPrior)
+        if index != 0:
+            return None
+        if index >= starting_round:
+            found.append((proposal if truncated else None, theta.to(trainer._device)))
+    return found if any(proposal is not None for proposal, _ in found) else None
 
 
 def restore_best_weights(trainer: NPE) -> None:

@@ -755,6 +755,12 @@ MUTANTS = (
         "tests/networks/test_odd_spaces.py -k discrete_parameters",
     ),
     Mutant("kernel-blamed", "if False:", "tests/test_npe.py -k can_hit"),
+    Mutant(
+        "truncated-rounds-overlooked",
+        "if False:",
+        "tests/proxies/test_truncated.py -k compared_and",
+    ),
+    Mutant("forced-rounds-on-few-parameters", "if False:", "tests/training/test_pool.py -k smooth"),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
     Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),

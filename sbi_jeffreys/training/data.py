@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._sbi import NPE
+from sbi_jeffreys._sbi import NPE, RestrictedPrior
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.loss import RealBatch
@@ -50,6 +50,7 @@ class Simulations:
         train: Indices of training pairs.
         val: Indices of held-out pairs.
         round_: Index of the latest round.
+        rounds: The truncated prior and θ of each round, where there are truncated proposals.
         earlier: How many of the first simulations belong to rounds that only the proxy is fitted
             to: a likelihood needs no correction for proposals, and extrapolates without them.
     """
@@ -60,6 +61,7 @@ class Simulations:
     val: Tensor
     round_: int
     earlier: int = 0
+    rounds: Sequence[tuple[RestrictedPrior | None, Tensor]] | None = None
 
     @property
     def in_use(self) -> int:
@@ -82,7 +84,8 @@ def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
     train, val = (
         rows.to(theta.device) + earlier for rows in (trainer.train_indices, trainer.val_indices)
     )
-    return Simulations(theta, x, train, val, _sbi.latest_round(trainer), earlier)
+    rounds = _sbi.truncated_rounds(trainer, starting_round)
+    return Simulations(theta, x, train, val, _sbi.latest_round(trainer), earlier, rounds)
 
 
 def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
-from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
 
 __all__ = [
@@ -73,7 +74,7 @@ class Pool:
 
 
 def draw_pool(
-    proxy: Proxy, rows_theta: Tensor, first_round: bool, num_draws: int
+    proxy: Proxy, rows_theta: Tensor, first_round: bool, num_draws: int, smooth: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Pairs of a proxy that can sample x.
 
@@ -83,13 +84,19 @@ def draw_pool(
         first_round: Whether θ̃ come from the prior; else they are those of training simulations, so
             that observations lie where the rounds simulate.
         num_draws: Size of the pool.
+        smooth: Whether the θ̃ of later rounds are draws of a kernel density of those of training
+            simulations, of which there are few beside the pool's draws.
 
     Returns:
         θ̃ `(N, D)` and x̃ `(N, *x_shape)`.
     """
     if first_round:
         return proxy.sample_joint(num_draws)
-    return proxy.sample_given(rows_theta[torch.randint(len(rows_theta), (num_draws,))])
+    theta = rows_theta[torch.randint(len(rows_theta), (num_draws,))]
+    if smooth:  # mutant: forced-rounds-on-few-parameters
+        drawn = EmpiricalPrior(rows_theta).sample(torch.Size((num_draws,)))
+        theta = torch.where(inside_support(proxy.prior, drawn).unsqueeze(1), drawn, theta)
+    return proxy.sample_given(theta)
 
 
 def draws_of_later_rounds(num_simulations: int) -> int:

@@ -30,6 +30,7 @@ from sbi_jeffreys.proxies import (
     leave_out_uninformative,
 )
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
+from sbi_jeffreys.proxies.truncated import TruncatedRounds, of_truncated_rounds
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
@@ -139,6 +140,8 @@ def prepare(
         note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
         return Prepared(ProxyStatus.ABSENT, None, note)
     proxy, note = build_proxy(prior, main, simulations.x, options)
+    if simulations.rounds is not None and proxy is not None:  # mutant: truncated-rounds-overlooked
+        proxy = of_truncated_rounds(proxy, TruncatedRounds(prior, simulations.rounds))
     if proxy is None:
         return Prepared(ProxyStatus.ABSENT, None, note)
     proxy.to(simulations.theta.device)
@@ -203,7 +206,7 @@ def _with_pool(
         if found.atomic:
             # mutant: draws-that-no-one-uses
             num_draws = min(num_draws, draws_of_later_rounds(len(train)))
-        theta, x = draw_pool(proxy, theta, first_round, num_draws)
+        theta, x = draw_pool(proxy, theta, first_round, num_draws, smooth=not found.atomic)
         if len(x) < max(1, _MIN_POOL * num_draws):
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)
     if proxy.can_sample and not found.atomic:

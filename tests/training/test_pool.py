@@ -4,12 +4,14 @@ import functools
 
 import pytest
 import torch
+from sbi.utils import BoxUniform
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
-from sbi_jeffreys.training.pool import resampled_pool
+from sbi_jeffreys.training.pool import draw_pool, resampled_pool
 
 NOISE = 0.3
 
@@ -95,3 +97,15 @@ def test_observations_at_which_the_proxy_is_absurd_are_hardly_ever_drawn():
     assert float((pool.weights[~wrong] < 1).float().mean()) < 0.05
     later = resampled_pool(AbsurdAtSome(), Main(), theta, x, from_prior=False)  # type: ignore[arg-type]
     assert float(later.weights.min()) == 1.0
+
+
+def test_smooth_parameters_of_later_rounds_are_distinct_and_inside():
+    prior = BoxUniform(torch.zeros(2), torch.ones(2))
+    proxy = GivenProxy(prior, lambda theta, x: torch.zeros(len(theta)), lambda theta: theta)
+    rows = 0.1 * torch.rand(100, 2)
+    theta, _ = draw_pool(proxy, rows, first_round=False, num_draws=2_000, smooth=True)
+    assert bool(prior.support.check(theta).all())  # type: ignore[union-attr]
+    assert len(theta.unique(dim=0)) > 1_400  # most draws of the kernel density are inside
+    assert float(theta.max()) < 0.3
+    theta, _ = draw_pool(proxy, rows, first_round=False, num_draws=2_000)
+    assert len(theta.unique(dim=0)) <= 100
