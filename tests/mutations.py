@@ -158,6 +158,9 @@ MUTANTS = (
         "tests/training/test_loss.py -k weighed",
     ),
     Mutant("energy-alone", "return energy", "tests/proxies/test_pooled.py"),
+    Mutant(
+        "negative-powers-cut-off", "while False:", "tests/proxies/test_pooled.py -k contradicts"
+    ),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant(
         "the-probable-are-suspicious",

@@ -50,7 +50,8 @@ def pooling_powers(log_factors: Tensor, offset: Tensor) -> Tensor:
     """Powers v of a log-linear pool Σ_j v_j f_j under which true θ stand out among contrasts.
 
     The mode of the ranking likelihood of `ranking_nce_losses`, which is concave in v, times a
-    prior N(1/2, 0.3²) for each power; negative powers are set to 0.
+    prior N(1/2, 0.3²) for each power. A factor of a negative power is left out, with power 0, and
+    the others are found without it.
 
     Args:
         log_factors: f_j of the true θ of M pairs (row 0) and of K contrasts, `(J, 1 + K, M)`.
@@ -66,6 +67,18 @@ def pooling_powers(log_factors: Tensor, offset: Tensor) -> Tensor:
     usable &= (torch.isfinite(offset) | outside).all(dim=0) & torch.isfinite(offset[0])
     factors = torch.where(outside, 0.0, factors)[..., usable]
     offset = offset[:, usable]
+    kept = torch.ones(len(factors), dtype=torch.bool, device=factors.device)
+    powers = _mode(factors, offset)
+    while bool((powers < 0).any()):  # mutant: negative-powers-cut-off
+        kept[kept.clone()] = powers >= 0
+        powers = _mode(factors[kept], offset)
+    found = torch.zeros(len(factors)).to(log_factors)
+    found[kept] = powers.to(found)
+    return found
+
+
+def _mode(factors: Tensor, offset: Tensor) -> Tensor:
+    """The powers `(J,)` of `pooling_powers`, of either sign."""
     powers = torch.full((len(factors),), _POWER).to(factors).requires_grad_()
     optimizer = torch.optim.LBFGS([powers], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -78,6 +91,7 @@ def pooling_powers(log_factors: Tensor, offset: Tensor) -> Tensor:
         total.backward()
         return total
 
-    with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]  # torch types the loss as a float
-    return powers.detach().clamp_min(0.0).to(log_factors)
+    if len(factors):
+        with torch.enable_grad():
+            optimizer.step(loss)  # type: ignore[arg-type]  # torch types the loss as a float
+    return powers.detach()
