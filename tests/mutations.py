@@ -161,6 +161,11 @@ MUTANTS = (
     Mutant(
         "negative-powers-cut-off", "while False:", "tests/proxies/test_pooled.py -k contradicts"
     ),
+    Mutant(
+        "ranks-among-a-few-draws",
+        "by_ranks = True",
+        "tests/diagnostics/test_diagnostics.py -k few_effective",
+    ),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant(
         "the-probable-are-suspicious",

@@ -10,6 +10,7 @@ fault they would have shown. `sbi_jeffreys.diagnostics.verdicts` says what ranks
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from sbi_jeffreys._checks import check_bool, check_instance, check_int, check_te
 from sbi_jeffreys._sbi import NPE, prior_of
 from sbi_jeffreys.diagnostics.calibration import (
     CoverageCurve,
+    PairDraws,
     coverage_curve,
     held_out_nll,
     hpd_ranks,
@@ -32,12 +34,14 @@ from sbi_jeffreys.diagnostics.calibration import (
 from sbi_jeffreys.diagnostics.evaluation import evaluate
 from sbi_jeffreys.diagnostics.findings import Finding
 from sbi_jeffreys.diagnostics.verdicts import FAMILYWISE, healthy_words, judge
+from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["HeldOutReport", "held_out_report"]
 
 _MIN_PAIRS = 50
 _MIN_SAMPLES = 20
+_EFFECTIVE = 50  # draws at a pair, from which on ranks among weighted ones are nearly uniform
 
 Subject: TypeAlias = NPE | DirectPosterior | EnsemblePosterior
 
@@ -62,6 +66,10 @@ class HeldOutReport:
         marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
         leakage: Mass of the raw density estimator outside the prior, in [0, 1].
         findings: Faults of the posterior, each with its kind and numbers; empty if there are none.
+        effective_draws: Median over pairs of the effective number of draws. Those of a
+            `CorrectedPosterior` are weighted draws of the main here; where fewer than 50 are
+            effective, they say little of the draws of its `sample`, whose proposal adapts, and
+            nothing is concluded from ranks among them.
     """
 
     num_pairs: int
@@ -75,17 +83,24 @@ class HeldOutReport:
     marginal_ranks: Tensor
     leakage: float
     findings: tuple[Finding, ...]
+    effective_draws: float
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether so few draws are effective that ranks among them are no evidence."""
+        return self.effective_draws < _least_effective(self.num_samples)
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether nothing was found, and would have been."""
+        return not self.findings and not self.unreliable
 
     @property
     def verdict(self) -> list[str]:
         """The findings as sentences; without findings, one sentence on what the pairs can show."""
-        if self.findings:
-            return [str(finding) for finding in self.findings]
+        if self.findings or self.unreliable:
+            words = [str(finding) for finding in self.findings]
+            return words + [self._unreliable_words()] * self.unreliable
         num_parameters, with_proxy = self.marginal_ranks.shape[1], self.reverse is not None
         return [healthy_words(self.num_pairs, num_parameters, with_proxy)]
 
@@ -107,6 +122,13 @@ class HeldOutReport:
         return (
             f"{self.reverse:.3f} ± {self.reverse_error:.3f} nats through the proxy, effective "
             f"sample size {100 * (self.effective_sample_size or 0.0):.0f} %"
+        )
+
+    def _unreliable_words(self) -> str:
+        return (
+            f"NLL and coverage are unreliable: of {self.num_samples} draws that are weighted at a "
+            f"pair, {self.effective_draws:.0f} are effective; raise num_samples to "
+            f"{math.ceil(_EFFECTIVE * self.num_samples / max(self.effective_draws, 1.0))}"
         )
 
     def _coverage_words(self) -> str:
@@ -181,9 +203,11 @@ def held_out_report(
             "or are far outside what it was trained on."
         )
     inside = inside_prior(prior_of(inference_or_posterior), draws.theta)
-    ranks = hpd_ranks(draws, inside)
     marginals = marginal_ranks(draws, theta, inside)
     leaked = 0.0 if draws.log_weights is not None else leakage(inside)
+    effective = _effective_draws(draws)
+    by_ranks = effective >= _least_effective(num_samples)  # mutant: ranks-among-a-few-draws
+    ranks = hpd_ranks(draws, inside)
     forward, forward_error = held_out_nll(draws.log_prob_true)
     against = None
     if by_proxy is not None:
@@ -201,8 +225,21 @@ def held_out_report(
         coverage=coverage_curve(ranks),
         marginal_ranks=marginals.cpu(),
         leakage=leaked,
-        findings=judge(ranks, marginals, leaked, num_samples, against),
+        findings=judge(ranks, marginals, leaked, num_samples, against, by_ranks),
+        effective_draws=effective,
     )
+
+
+def _effective_draws(draws: PairDraws) -> float:
+    """Median over pairs of the effective number of draws, which have weights or not."""
+    if draws.log_weights is None:
+        return float(len(draws.theta))
+    return float(effective_sample_size(draws.log_weights).median())
+
+
+def _least_effective(num_samples: int) -> float:
+    """How many draws should be effective for ranks among them to be nearly uniform."""
+    return min(_EFFECTIVE, num_samples / 2)
 
 
 def _check_pairs(theta: Tensor, x: Tensor) -> None:

@@ -41,6 +41,7 @@ def judge(
     leakage: float,
     num_samples: int,
     against_proxy: tuple[float, float, float] | None = None,
+    by_ranks: bool = True,
 ) -> tuple[Finding, ...]:
     """What is wrong with a posterior; empty if no test fails.
 
@@ -52,6 +53,7 @@ def judge(
         num_samples: Draws S that the ranks are among.
         against_proxy: Reverse KL in nats, its standard error, and the effective sample size in
             [0, 1], where there is a proxy.
+        by_ranks: Whether the ranks can be relied on.
     """
     check_tensor("ranks", ranks, ("N",))
     check_tensor("marginals", marginals, (len(ranks), "D"))
@@ -59,8 +61,10 @@ def judge(
     check_int("num_samples", num_samples, 1)
     ranks, marginals = ranks.double().cpu(), marginals.double().cpu()
     alpha = _alpha(marginals.shape[1])
-    width = _width_by_density(ranks, alpha) or _width_by_marginals(marginals, alpha)
-    findings = width + _missed(ranks, num_samples, alpha) + _shifted(marginals, alpha)
+    findings: list[Finding] = []
+    if by_ranks:
+        width = _width_by_density(ranks, alpha) or _width_by_marginals(marginals, alpha)
+        findings = width + _missed(ranks, num_samples, alpha) + _shifted(marginals, alpha)
     if leakage > _TOLERATED_LEAKAGE:
         found = Measurement(Statistic.LEAKAGE, leakage, 0.0, 0.0, _TOLERATED_LEAKAGE)
         findings.append(Finding(FindingKind.LEAKS, (found,)))

@@ -23,7 +23,7 @@ THETA, XS = torch.zeros(60, 2), torch.zeros(60, 2)
 RANKS = torch.linspace(0.01, 0.99, 60)
 CURVE = coverage_curve(RANKS)
 REPORT = HeldOutReport(
-    60, 50, 1.0, 0.1, None, None, None, CURVE, RANKS.repeat(2, 1).T.contiguous(), 0.0, ()
+    60, 50, 1.0, 0.1, None, None, None, CURVE, RANKS.repeat(2, 1).T.contiguous(), 0.0, (), 60
 )
 DRAWS = PairDraws(torch.zeros(5, 3, 2), torch.zeros(5, 3), torch.zeros(3))
 INSIDE = torch.ones(5, 3, dtype=torch.bool)

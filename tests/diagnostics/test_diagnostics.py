@@ -254,6 +254,20 @@ def test_the_corrected_posterior_is_judged_by_its_weighted_draws():
     assert not held_out_report(DirectPosterior(main, PRIOR), theta, x).healthy
 
 
+def test_ranks_among_a_few_effective_draws_are_no_evidence():
+    """Weights of a main two deviations off: the exact posterior was "too wide" 7 times in 8."""
+    theta, x = pairs(500)
+    proxy = GivenProxy(PRIOR, log_likelihood)
+    corrected = CorrectedPosterior(Known(gaussian(1.0, 2.0)), proxy, PRIOR)
+    report = held_out_report(corrected, theta, x)
+    assert report.effective_draws < 20
+    assert report.unreliable
+    assert not report.healthy
+    assert {finding.kind for finding in report.findings} <= {FindingKind.DISAGREES_WITH_PROXY}
+    assert "raise num_samples to" in report.verdict[-1]
+    assert "unreliable" in str(report)
+
+
 def test_an_ensemble_is_judged_as_the_mixture_it_is():
     theta, x = pairs(500, hidden_sign=True)
     members = [DirectPosterior(Known(two_modes(w)), PRIOR) for w in (1.0, 0.0)]

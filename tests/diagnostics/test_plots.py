@@ -44,7 +44,7 @@ def report(power=1.0, forward=6.0, reverse: float | None = 0.4):
     error = None if reverse is None else 0.05
     curve = coverage_curve(ranks)
     return HeldOutReport(
-        300, 100, forward, 0.1, reverse, error, 0.5, curve, torch.rand(300, 2), 0.0, ()
+        300, 100, forward, 0.1, reverse, error, 0.5, curve, torch.rand(300, 2), 0.0, (), 300
     )
 
 
