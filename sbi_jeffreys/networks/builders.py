@@ -32,6 +32,7 @@ __all__ = [
     "main_builder",
 ]
 
+_MODELS = tuple(sorted(set(model_builders) - {"mnle", "tabpfn"}))
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
@@ -130,7 +131,7 @@ class MainBuilder:
         check_trainable("model", model)
         beside = ["embedding_net"] * (embedding_net is not None) + list(settings)
         if isinstance(model, str):
-            model = check_choice("density_estimator", model.lower(), tuple(model_builders))
+            model = check_choice("density_estimator", model.lower(), _MODELS)
         elif not is_config(model):
             raise TypeError(
                 f"model must be a name such as 'nsf' or one of sbi's model configs, got "
@@ -251,8 +252,9 @@ def main_builder(
     if not isinstance(given, MainBuilder):
         if bounded:
             warnings.warn(
-                "density_estimator is a builder of your own and is used as it is: the posterior "
-                "can put mass outside the prior's support, which sampling then rejects. "
+                "density_estimator is a builder of your own and is used as it is: unless it "
+                "transforms theta itself, the posterior can put mass outside the prior's support, "
+                "which sampling then rejects. "
                 "MainBuilder(name, embedding_net=...) of sbi_jeffreys builds the same networks "
                 "inside the support.",
                 JeffreysWarning,

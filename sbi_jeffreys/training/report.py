@@ -7,6 +7,7 @@ proxy, which weights were kept, and what to do about anything that went wrong.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -128,7 +129,8 @@ class Estimate:
         return cls(*mean_and_error(losses, weights))
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.error:.2f}"
+        one = math.isnan(self.error) and math.isfinite(self.value)
+        return f"{self.value:.2f}{' (a single pair)' if one else f' ± {self.error:.2f}'}"
 
 
 @dataclass(frozen=True)
