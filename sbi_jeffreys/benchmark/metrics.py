@@ -35,7 +35,8 @@ def c2st(reference: Tensor, samples: Tensor, seed: int = 1, classifier: str = "r
             the same for every method.
         samples: Samples of the approximation, `(M, D)`.
         seed: Seed of the classifier and of the folds.
-        classifier: "rf" (random forest, sbi's default) or "mlp" (sbibm's; slower).
+        classifier: "rf" (random forest, sbi's default) or "mlp" (sbi's MLP, which
+            stops early where sbibm's does not; slower).
 
     Returns:
         Between 0 and 1; 0.5 where the classifier cannot distinguish them.
