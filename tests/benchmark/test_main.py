@@ -9,6 +9,7 @@ import torch
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark._arguments import add_run_arguments, positive_int, seed_range
 from sbi_jeffreys.benchmark.main_job import plot_posteriors
+from sbi_jeffreys.benchmark.tasks import known_tasks
 
 
 def run(*argv):
@@ -57,6 +58,7 @@ def test_tasks_are_listed_under_headers(capsys):
     assert header.split() == ["task", "parameters", "outputs", "reference", "posterior"]
     assert set(rule) == {"-", " "}
     assert any(row.split() == ["two_moons", "2", "2", "exact"] for row in rows)
+    assert [row.split()[0] for row in rows] == sorted(known_tasks())
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,8 @@ def test_tasks_are_listed_under_headers(capsys):
         (("benchmark", "--methods", "npe_nsf,magic"), "got 'magic'"),
         (("benchmark", "--tasks", ","), "comma-separated list"),
         (("benchmark", "--backend", "threads"), "invalid choice"),
+        (("--fast", "benchmark"), "command benchmark before its options, got --fast before it"),
+        (("--out", "compare", "compare", "f.npz"), "write options after the command: python -m"),
     ],
 )
 def test_bad_values_end_in_a_message_and_code_2(argv, message, capsys):
