@@ -186,9 +186,9 @@ def _check_columns(arrays: Mapping[str, np.ndarray], theta: Tensor) -> None:
         wide = arrays[key].astype(np.float64)
         spread, size = wide.std(0), np.abs(wide).max(0)
         rounded = (wide != wide.astype(np.float32)).any(0)  # whole numbers may not be
-        spacing = np.finfo(np.float32).eps * size
+        spacing = np.spacing(size.astype(np.float32))
         coarse = rounded & (spread < _LEAST_SPREAD * spacing)
-        coarse &= spread > _ROUNDING * np.finfo(np.float64).eps * size
+        coarse &= spread > _ROUNDING * np.spacing(size)
         if coarse.any():
             k = int(coarse.argmax())
             raise ValueError(
