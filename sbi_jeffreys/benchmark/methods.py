@@ -114,11 +114,12 @@ class Trained:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Cost, and excerpts of the inference object's summary."""
-        summary = self.inference.summary
+        """Cost, excerpts of the summary, and `fell_back` if no proxy was used: plain NPE."""
+        summary, ours = self.inference.summary, isinstance(self.inference, NPE_Jeffreys)
         kept = {key: list(summary[key]) for key in _TRACES_KEPT if key in summary}
         epochs = kept.pop("epochs_trained", [])
-        return {**self.cost, "epochs": int(sum(epochs)) if epochs else None, **kept}
+        fell_back = {"fell_back": True} if ours and not proxy_is_usable(self.inference) else {}
+        return {**self.cost, "epochs": int(sum(epochs)) if epochs else None, **kept, **fell_back}
 
 
 def train(

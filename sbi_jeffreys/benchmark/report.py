@@ -28,7 +28,7 @@ from sbi_jeffreys.benchmark.statistics import (
     ratio,
     summarise,
 )
-from sbi_jeffreys.benchmark.tables import markdown, shown, values_table, write_page
+from sbi_jeffreys.benchmark.tables import FELL_BACK, markdown, shown, values_table, write_page
 
 BASELINE = "npe_nsf"
 _OURS = "npe_jeffreys"
@@ -103,7 +103,7 @@ def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, 
     timed = {place(r): commit(r) for r in records if r["cell"]["method"] == BASELINE}
     return [
         record if timed.get(place(record), commit(record)) == commit(record)
-        else {**record, "training": {}}
+        else {**record, "training": {"fell_back": record["training"].get("fell_back")}}
         for record in records
     ]  # fmt: skip
 
@@ -115,20 +115,34 @@ def _labels(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {name: found[name] for name in order}
 
 
+def _marked(labels: Mapping[str, str], *groups: Methods) -> tuple[dict[str, str], str]:
+    """The labels with a mark where plain NPE was measured at some seed, and the footnote."""
+    fell_back = {
+        name
+        for methods in groups
+        for name, seeds in methods.items()
+        if any("fell_back" in entry for entry in seeds.values())
+    }
+    marked = {name: text + " †" * (name in fell_back) for name, text in labels.items()}
+    return marked, f"\n\n{FELL_BACK}, at some seeds" if fell_back else ""
+
+
 def _group(table: Table, group: Group, labels: Mapping[str, str]) -> str:
     """Both tables of one task and budget: values, and differences to NPE."""
     methods = table[group]
+    labels, footnote = _marked(labels, methods)
     text = f"### {group[0]}, {group[1]:,} simulations\n\nMean ± standard error over seeds.\n\n"
     text += values_table(methods, labels, _COLUMNS, "method")
     others = [name for name in labels if name in methods and name != BASELINE]
     if BASELINE not in methods or not others:
-        return text
+        return text + footnote
     scores = [metric for metric in SCORES if summarise(methods[BASELINE], metric)]
     rows = [[f"minus {labels[BASELINE]}", *(SCORES[metric] for metric in scores)]]
     for name in others:
         found = [paired_difference(methods[name], methods[BASELINE], m) for m in scores]
         rows.append([labels[name], *map(shown, found)])
-    return text + "\n\nPaired by seed, 95 % t-interval; less is better.\n\n" + markdown(rows)
+    text += "\n\nPaired by seed, 95 % t-interval; less is better.\n\n"
+    return text + markdown(rows) + footnote
 
 
 def _overall(table: Table, labels: Mapping[str, str]) -> str:
@@ -142,15 +156,16 @@ def _overall(table: Table, labels: Mapping[str, str]) -> str:
         if not common:
             blocks.append(f"{budget:,} simulations: no task that every method has.")
             continue
+        marked, footnote = _marked(labels, *(table[group] for group in common))
         rows = [["method", *(SCORES[metric] for metric in scores)]]
         for name in names:
-            row = [labels[name]]
+            row = [marked[name]]
             for metric in scores:
                 found = [summarise(table[group][name], metric) for group in common]
                 row.append(f"{fmean(s.mean for s in found if s):.3f}" if all(found) else "–")
             rows.append(row)
         tasks = ", ".join(task for task, _ in common)
-        blocks.append(f"{budget:,} simulations, mean of {tasks}:\n\n{markdown(rows)}")
+        blocks.append(f"{budget:,} simulations, mean of {tasks}:\n\n{markdown(rows)}{footnote}")
     return "\n\n".join(blocks)
 
 

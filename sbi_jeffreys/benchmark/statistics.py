@@ -96,6 +96,7 @@ def _values(record: Mapping[str, Any]) -> tuple[Group, str, int, dict[str, Any]]
         "train_cpu_seconds": training.get("cpu_seconds"),
         "peak_mib": training.get("peak_mib"),
         "resident_mib": training.get("resident_mib"),
+        "fell_back": training.get("fell_back"),
     }
     return (cell["task"], cell["simulations"]), cell["method"], cell["seed"], values
 

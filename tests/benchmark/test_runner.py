@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import ablation, rounds
 from sbi_jeffreys.benchmark import methods as methods_module
@@ -22,7 +23,13 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.figures import style_of
 from sbi_jeffreys.benchmark.fitted import FittedMethod
-from sbi_jeffreys.benchmark.methods import FitContext, get_method, proxy_is_usable, register_method
+from sbi_jeffreys.benchmark.methods import (
+    FitContext,
+    Trained,
+    get_method,
+    proxy_is_usable,
+    register_method,
+)
 from sbi_jeffreys.benchmark.report import write_report
 from sbi_jeffreys.benchmark.runner import run_benchmark
 from sbi_jeffreys.benchmark.statistics import collect, paired_difference, ratio, summarise
@@ -286,13 +293,18 @@ def test_one_seed_is_never_a_win(results):
 
 def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     (results / "two_moons-n100-s9-npe_nsf.json").write_text("garbage")
+    path = results / "two_moons-n100-s1-npe_jeffreys.json"
+    entry = json.loads(path.read_text())
+    entry["training"]["fell_back"] = True
+    path.write_text(json.dumps(entry))
     failed = Cell("two_moons", 100, 8, "npe_nsf")
     write_result(results, failed, {"status": "failed", "error": "ValueError: no luck"})
     with pytest.warns(UserWarning, match="two_moons-n100-s9-npe_nsf"):
         path = write_report(results, tmp_path / "report", show_progress=False)
     text = " ".join(path.read_text().split())
     assert "| NPE | 3 | 0.850 ± 0.029 |" in text
-    assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text
+    assert "| NPE_Jeffreys † | -0.200 [-0.448, +0.048] |" in text
+    assert text.count("† no proxy was used: plain NPE, at some seeds") == 2  # overall, and the task
     assert "| NPE_Jeffreys | 0 / 1 / 0 | 0 / 0 / 1 | 1 / 0 / 0 |" in text
     assert "Against NPE: 1 losses in 3 comparisons" in text
     assert "- loses: two_moons, 100, NLL (nats): +1.000 [+1.000, +1.000]" in text
@@ -396,6 +408,14 @@ def test_corrected_draws_need_a_proxy_that_was_trusted():
         usable = proxy_is_usable(SimpleNamespace(training_report=report))
         assert usable == (status is ProxyStatus.USED)
     assert not proxy_is_usable(SimpleNamespace(training_report=None))
+
+
+def test_a_training_without_a_proxy_says_that_it_fell_back():
+    context = FitContext(fast=True)
+    trained = NPE_Jeffreys(get_task("two_moons").prior, **context.trainer_kwargs)
+    cost = {"seconds": 1.0}
+    assert Trained(trained, None, cost).info["fell_back"] is True
+    assert "fell_back" not in Trained(SimpleNamespace(summary={}), None, cost).info
 
 
 def test_one_seed_has_no_standard_error_to_show():
