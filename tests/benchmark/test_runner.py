@@ -124,12 +124,13 @@ def test_a_failing_method_is_recorded_and_stops_nothing(tmp_path, toys):
     assert (retried.computed, retried.failed) == (names, {})
 
 
-def test_other_settings_do_not_mix(tmp_path, toys):
+@pytest.mark.parametrize("name", ["prior_method", "broken"])
+def test_other_settings_do_not_mix(tmp_path, toys, name):
     folder = tmp_path / "results"
-    go(folder, ["prior_method"])
+    go(folder, [name])
     other = EvaluationSettings(observations=2).smoke()
     with pytest.raises(ValueError, match=r"observations=1 \(now 2\)"):
-        run_benchmark(["two_moons"], ["prior_method"], [30], range(1), other, folder)
+        run_benchmark(["two_moons"], [name], [30], range(1), other, folder)
 
 
 def test_all_methods_see_the_same_simulations(tmp_path, toys):
