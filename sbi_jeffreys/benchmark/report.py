@@ -177,11 +177,11 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
         found = _differences(table, name, BASELINE)
         for metric in SCORES:
             counts = Counter(d.verdict for (_, m), d in found.items() if m == metric)
-            counted = " / ".join(str(counts[verdict]) for verdict in ("win", "tie", "loss"))
-            row.append(counted if counts else "–")
+            known = [counts[verdict] for verdict in ("win", "tie", "loss")]
+            row.append(" / ".join(map(str, known)) if any(known) else "–")
         rows.append(row)
-    note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides.\n\n"
-    return note + markdown(rows)
+    note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides. "
+    return note + "Comparisons of one seed have none and are left out.\n\n" + markdown(rows)
 
 
 def _differences(table: Table, method: str, baseline: str) -> dict[tuple[Group, str], Difference]:
@@ -197,17 +197,21 @@ def _differences(table: Table, method: str, baseline: str) -> dict[tuple[Group, 
 def _losses(table: Table, labels: Mapping[str, str]) -> str:
     """Every task, budget and metric where NPE_Jeffreys is worse, beyond noise or in the mean."""
     lines = []
+    words = {"loss": "loses", "tie": "worse, within noise", "unknown": "worse"}
     for opponent in (name for name in _STRONG if name in labels):
         found = _differences(table, _OURS, opponent)
-        lost = {key: d for key, d in found.items() if d.verdict == "loss"}
-        worse = {key: d for key, d in found.items() if d.verdict == "tie" and d.mean > 0}
+        single = sum(d.verdict == "unknown" for d in found.values())
+        worse = sorted((key, d) for key, d in found.items() if d.mean > 0)
+        counts = Counter(d.verdict for _, d in worse)
         lines.append(
-            f"Against {labels[opponent]}: {len(lost)} losses in {len(found)} comparisons; worse in "
-            f"the mean, within noise, in {len(worse)}."
+            f"Against {labels[opponent]}: {counts['loss']} losses in {len(found) - single} "
+            f"comparisons; worse in the mean, within noise, in {counts['tie']}; of {single} "
+            f"comparisons of one seed, worse in {counts['unknown']}."
         )
-        for word, entries in (("loses", lost), ("worse, within noise", worse)):
-            for ((task, budget), metric), d in sorted(entries.items(), key=lambda item: item[0]):
-                lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {d}")
+        for verdict, word in words.items():
+            for ((task, budget), metric), d in worse:
+                if d.verdict == verdict:
+                    lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {d}")
         lines.append("")
     return "\n".join(lines).strip() or "No comparison: NPE_Jeffreys or its opponents are missing."
 

@@ -60,7 +60,9 @@ class Difference(Summary):
 
     @property
     def verdict(self) -> str:
-        """win, loss or tie of a metric of which less is better; tie if the interval contains 0."""
+        """win, loss or tie (0 in the interval) where less is better; unknown with one seed."""
+        if self.count == 1:
+            return "unknown"
         return "win" if self.high < 0 else "loss" if self.low > 0 else "tie"
 
     def __format__(self, spec: str) -> str:

@@ -286,10 +286,18 @@ def test_paired_statistics_are_the_textbook_ones(results):
     assert ratio(ours, npe, "train_seconds") == pytest.approx(4.0)
 
 
-def test_one_seed_is_never_a_win(results):
+def test_one_seed_is_neither_a_win_nor_a_tie(results, tmp_path):
     methods = collect([json.loads(p.read_text()) for p in results.iterdir()])["two_moons", 100]
     single = paired_difference({0: methods["npe_jeffreys"][0]}, methods["npe_nsf"], "c2st")
-    assert (single.count, single.verdict) == (1, "tie")
+    assert (single.count, single.verdict) == (1, "unknown")
+    for path in results.glob("*-s[12]-*.json"):
+        path.unlink()
+    text = write_report(results, tmp_path / "report", show_progress=False).read_text()
+    assert "| NPE_Jeffreys | – | – | – |" in " ".join(text.split())
+    assert (
+        "NPE: 0 losses in 0 comparisons; worse in the mean, within noise, in 0; of 3 compa" in text
+    )
+    assert "- worse: two_moons, 100, NLL (nats): +1.000 (one seed)" in text
 
 
 def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
