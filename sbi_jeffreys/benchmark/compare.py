@@ -143,7 +143,7 @@ def train_both(
             warm_up()
     for name, (make, start) in makers.items():
         say(f"{name}: training …", args.quiet)
-        with quiet(args.quiet):
+        with quiet(args.quiet, ours=True):
             inference = make()
             inference.append_simulations(data.theta[kept], data.x[kept])
             begun = time.perf_counter()
@@ -231,7 +231,7 @@ def write_figures(
 
 def _draws(inference: Any, x_o: Tensor) -> Tensor | None:
     """Draws `(S, D)` of a posterior; None where rejection outside the prior takes too long."""
-    with quiet():
+    with quiet(ours=True):
         posterior = inference.build_posterior()
         try:
             return posterior.sample(

@@ -130,7 +130,7 @@ def train(
     A training that the context already holds under the same key is returned as it is.
     """
     if key not in context.shared:
-        with seeded(seed), quiet(not context.show_progress):
+        with seeded(seed), quiet(not context.show_progress, ours=True):
             with measured() as cost:
                 inference = make()
                 inference.append_simulations(theta, x).train(**context.train_kwargs)

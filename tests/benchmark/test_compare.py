@@ -1,6 +1,7 @@
 """The command that compares both methods on simulations from a file."""
 
 import io
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sbi_jeffreys import JeffreysWarning
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark._running import quiet
 from sbi_jeffreys.benchmark.simulation_file import MIN_SIMULATIONS, read_simulations
 
 _NUM = 120
@@ -61,6 +64,17 @@ def test_both_are_judged_side_by_side_and_drawn(compared):
         assert (out / name).stat().st_size > 5000
 
 
+def test_quiet_drops_all_warnings_but_ours():
+    with warnings.catch_warnings(record=True) as found, quiet(ours=True):
+        warnings.warn("theirs", stacklevel=1)
+        warnings.warn("ours", JeffreysWarning, stacklevel=1)
+        assert not found  # but when the block ends
+    assert [str(one.message) for one in found] == ["ours"]
+    with warnings.catch_warnings(record=True) as found, quiet():
+        warnings.warn("ours", JeffreysWarning, stacklevel=1)
+    assert not found
+
+
 def test_without_bounds_no_prior_is_used_and_said(compared):
     meta = np.array({"by": "us"}, dtype=object)  # which could not be read
     text, out = compared(low=None, high=None, x_o=None, note=np.zeros(1), meta=meta)
@@ -85,11 +99,13 @@ def test_both_train_on_the_same_split(tmp_path, monkeypatch):
 
     def remember(inference, *args):
         kept[type(inference).__name__] = inference
+        warnings.warn("said in spite of --quiet", JeffreysWarning, stacklevel=1)
         return judged(inference, *args)
 
     monkeypatch.setattr(compare, "_judged", remember)
     file = write(tmp_path / "sims.npz", good(x_o=None))
-    assert run("compare", file, "--fast", "--quiet", "--out", tmp_path / "o") == 0
+    with pytest.warns(JeffreysWarning, match="in spite of --quiet"):
+        assert run("compare", file, "--fast", "--quiet", "--out", tmp_path / "o") == 0
     ours, theirs = kept["NPE_Jeffreys"], next(kept[k] for k in kept if k != "NPE_Jeffreys")
     for name in ("train_indices", "val_indices"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
