@@ -27,11 +27,7 @@ from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
 from sbi_jeffreys.benchmark.figures import saved
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.simulation_file import (
-    MIN_SIMULATIONS,
-    SimulationFile,
-    read_simulations,
-)
+from sbi_jeffreys.benchmark.simulation_file import MIN_SIMULATIONS, SimulationFile, read_simulations
 from sbi_jeffreys.benchmark.tables import plain, shown
 from sbi_jeffreys.diagnostics.calibration import mean_and_error
 from sbi_jeffreys.diagnostics.report import HeldOutReport, held_out_report

@@ -109,12 +109,6 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
             f"{path}: expected a file in NumPy's .npz format, got one that cannot be "
             f"read{f' at {key}' if key else ''} ({error}); {_EXAMPLE}."
         ) from error
-    other = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
-    if other:  # numpy returns the bytes of members that are no arrays
-        raise ValueError(
-            f"{path}: expected a file in NumPy's .npz format, got an archive with {other[0]!r}, "
-            f"which is no array; {_EXAMPLE}."
-        )
     return arrays, unused
 
 
@@ -129,6 +123,8 @@ def _kind_of(path: Path) -> str:
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:
     """Finite real numbers, as float32."""
+    if not isinstance(values, np.ndarray):  # numpy returns the bytes of other files in an archive
+        raise ValueError(f"{key}: expected an array, got a file that is none; {_EXAMPLE}.")
     if values.dtype.kind not in "fiub":
         raise ValueError(
             f"{key}: expected an array of real numbers, got dtype {values.dtype}; pass "
@@ -138,9 +134,9 @@ def _tensor(key: str, values: np.ndarray) -> Tensor:
         single = values.astype(np.float32)
     bad = ~np.isfinite(single)
     if bad.any():
-        rows = len(np.unique(np.argwhere(bad)[:, 0])) if single.ndim else 1
-        unit = "rows" if single.ndim > 1 else "entries"
-        few = f"{rows} of {len(single)} {unit}" if single.ndim else "its only entry"
+        num = len(single) if single.ndim else 1
+        rows = int(np.reshape(bad, (num, -1)).any(1).sum())
+        few = f"{rows} of {num} {'rows' if single.ndim > 1 else 'entries'}"
         too_large = bool(np.isfinite(values[bad]).any())
         what = "numbers too large for float32" if too_large else "NaN or inf"
         remedy = "rescale them" if too_large else _IF_NOT_FINITE[key]

@@ -202,10 +202,11 @@ def single_array() -> bytes:
     return buffer.getvalue()
 
 
-def archive_of_text(name="readme.txt") -> bytes:
+def archive_of_text(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(name, "hello")
+        for name in names:
+            archive.writestr(name, "hello")
     return buffer.getvalue()
 
 
@@ -236,8 +237,11 @@ def damaged() -> bytes:
         (b"", "got an empty file"),
         (b"theta,x\n1,2\n", "got one that begins with b'theta,'"),
         (single_array(), r"got a single array \(\.npy\)"),
-        (archive_of_text(), "got readme.txt; add theta and x"),
-        (archive_of_text("theta"), "'theta', which is no array"),
+        (archive_of_text("readme.txt"), "got readme.txt; add theta and x"),
+        (
+            archive_of_text("theta", "x"),
+            "theta: expected an array, got a file that is none; write it",
+        ),
         (encrypted(), "cannot be read at theta .*encrypted"),
         (damaged(), "got one that cannot be read at theta"),
         (damaged()[:300], "got one that begins with"),
