@@ -77,7 +77,7 @@ def seed_range(args: argparse.Namespace) -> range:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every training command has."""
-    parser.add_argument("--quiet", action="store_true", help="results and warnings only")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results")
     parser.add_argument(
         "--fast", action="store_true", help="a few steps only: a smoke run, no measurement"
     )

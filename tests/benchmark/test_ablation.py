@@ -262,6 +262,8 @@ def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeyp
     assert {"nll", "coverage_90", "kl_reverse"} <= set(
         record["results"]["variants"]["adaptive"]["metrics"]
     )
+    ran = "multiplier" in record["results"]["variants"]["adaptive"]["training"]
+    assert ran == (record["results"]["proxy"]["status"] == "USED")
     assert sorted(f.name for f in folder.iterdir()) == ["ablation.md", file.name]
     assert run(folder, "--c2st") == 0
     assert "0 measurements computed, 1 there already" in capsys.readouterr().out
