@@ -20,8 +20,7 @@ try:
         tables,
     )
     from sbi_jeffreys.benchmark._running import CommandError
-    from sbi_jeffreys.benchmark.tasks import TASKS, get_task
-    from sbi_jeffreys.benchmark.tasks.structured import STRUCTURED_TASKS
+    from sbi_jeffreys.benchmark.tasks import get_task, known_tasks
 except ModuleNotFoundError as error:
     if error.name not in ("joblib", "scipy", "tabulate"):
         raise
@@ -47,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     main_job.add_arguments(parser)
     parser.set_defaults(run=main_job.run)
     commands = parser.add_subparsers(
-        title="commands", metavar="{compare,benchmark,report,ablation,rounds,tasks}"
+        title="commands",
+        dest="command",
+        metavar="{compare,benchmark,report,ablation,rounds,tasks}",
     )
     for name, module in _COMMANDS.items():
         text = module.__doc__ or ""
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def list_tasks(args: argparse.Namespace) -> int:
     """Print the tasks and their sizes."""
     rows = [["task", "parameters", "outputs", "reference posterior"]]
-    for name in (*sorted(TASKS), *sorted(STRUCTURED_TASKS)):
+    for name in sorted(known_tasks()):
         task = get_task(name)
         kind = "exact" if task.exact_reference else "by importance sampling"
         rows.append([name, str(task.dim_theta), str(task.dim_x), kind])
@@ -72,7 +73,13 @@ def list_tasks(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; the exit code: 1 if measurements failed, 2 if a command cannot run."""
-    args = build_parser().parse_args(argv)
+    parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if args.command not in (None, words[0]):  # the command's defaults have replaced these options
+        parser.error(
+            f"expected the command {args.command} before its options, got {words[0]} before it; "
+            f"write options after the command: {parser.prog} {args.command} …"
+        )
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sbi_jeffreys._checks import JeffreysWarning
+
 
 class CommandError(ValueError):
     """A command cannot start; the message says why and what to change. The exit code is 2."""
@@ -50,15 +52,26 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(silent: bool = True) -> Iterator[None]:
-    """Drop what sbi prints, its bars and warnings; do nothing unless `silent`."""
+def quiet(silent: bool = True, *, ours: bool = False) -> Iterator[None]:
+    """Drop what sbi prints, its bars and warnings; do nothing unless `silent`.
+
+    With `ours`, each `JeffreysWarning` is given when the block ends.
+    """
     if not silent:
         yield
         return
     dropped = io.StringIO()
-    with redirect_stdout(dropped), redirect_stderr(dropped), warnings.catch_warnings():
+    with (
+        redirect_stdout(dropped),
+        redirect_stderr(dropped),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("ignore")
+        if ours:
+            warnings.simplefilter("always", JeffreysWarning)
         yield
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def say(text: str, silent: bool) -> None:

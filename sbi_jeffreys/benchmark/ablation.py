@@ -8,20 +8,13 @@ weights are not worse than the best frozen ones, and not worse than plain NPE.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sbi_jeffreys.benchmark._arguments import (
-    DEFAULT,
-    add_run_arguments,
-    items,
-    positive_int,
-    seed_range,
-)
+from sbi_jeffreys.benchmark import _arguments
 from sbi_jeffreys.benchmark._running import derive_seed, measured, seeded
 from sbi_jeffreys.benchmark.cells import Number, study_check
 from sbi_jeffreys.benchmark.entries import run_study
@@ -33,11 +26,18 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.fitted import EstimatorFit
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.statistics import Methods, nest, paired_difference, summarise
+from sbi_jeffreys.benchmark.statistics import (
+    Difference,
+    Methods,
+    nest,
+    paired_difference,
+    summarise,
+)
 from sbi_jeffreys.benchmark.tables import markdown, shown, values_table, write_study_page
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 from sbi_jeffreys.benchmark.variants import CONDITIONS, VARIANTS, ForkableNPE, Variant
 from sbi_jeffreys.training.multipliers import trust
+from sbi_jeffreys.training.report import ProxyStatus
 
 _STUDY = "ablation"
 _NPE, _ADAPTIVE = "npe", "adaptive"
@@ -70,6 +70,7 @@ _PROMISED = {
     "coverage_error_90": "coverage error",
     "c2st": "C2ST",
 }
+_STATUS = re.compile("|".join(ProxyStatus.__members__))
 #: What a record must hold; records of earlier versions have variants that no longer exist.
 CHECK = study_check(
     _STUDY,
@@ -80,7 +81,7 @@ CHECK = study_check(
     },
     {
         "variants": {"*": {"metrics": {"*": Number()}, "training": {"*": Number()}}},
-        "proxy": {"held_out": Number(), "trust": Number(nullable=False)},
+        "proxy": {"held_out": Number(), "trust": Number(nullable=False), "status?": _STATUS},
     },
 )
 
@@ -108,7 +109,7 @@ def row_list(text: str) -> list[Row]:
         argparse.ArgumentTypeError: If there is no such row; the message lists the known ones.
     """
     rows: list[Row] = []
-    for item in items(text):
+    for item in _arguments.items(text):
         task, colon, condition = item.partition(":")
         if task not in TASKS or (colon and condition not in CONDITIONS):
             raise argparse.ArgumentTypeError(
@@ -136,7 +137,7 @@ def measure_row(
 
     Returns:
         `results`, with `variants`: per name `metrics` and `training`; `proxy`: its held-out value,
-        trust and cost.
+        trust, status and cost. Variants whose symmetric stage ran have a `multiplier`.
     """
 
     def measure(trainer: ForkableNPE, cpu_seconds: float) -> dict[str, Any]:
@@ -164,10 +165,12 @@ def measure_row(
         with measured() as cost:
             fork = trainer.fork(replace(options, **variant.changes), variant.edit)
         results[name] = measure(fork, cost.cpu_seconds)
-    held_out = first.summary["proxy_held_out"][-1]
+    held_out, report = first.summary["proxy_held_out"][-1], first.training_report
+    assert report is not None
     proxy = {
         "held_out": held_out,
         "note": first.summary["proxy"][-1],
+        "status": report.proxy_status.name,
         "trust": float(trust(held_out, trainer.summary["best_validation_loss"][-1])),
         "cpu_seconds": fit_cost.cpu_seconds,
     }
@@ -202,38 +205,43 @@ def best_frozen(row: Methods, metric: str) -> str | None:
     return min(known, key=lambda name: known[name]) if known else None
 
 
+def gap(row: Methods, other: str | None, metric: str) -> Difference | None:
+    """Adaptive minus `other` over the seeds where one of them ran its symmetric stage."""
+    adaptive, found = row.get(_ADAPTIVE, {}), row.get(other or "", {})
+    ran = {s for seeds in (adaptive, found) for s, entry in seeds.items() if "multiplier" in entry}
+    return paired_difference({s: adaptive[s] for s in ran & adaptive.keys()}, found, metric)
+
+
 def verdict(row: Methods, other: str | None, metric: str) -> str:
     """Whether adaptive is not worse than `other`, for a metric of which less is better.
 
     Returns:
         "holds": not worse in the mean; "within noise": worse by at most twice the standard error
         of the paired difference; "BROKEN": worse by more; "worse, one seed": the standard error is
-        not known; "–": not measured.
+        not known; "–": not measured, or both are plain NPE because the proxy was refused.
     """
-    gap = paired_difference(row.get(_ADAPTIVE, {}), row.get(other or "", {}), metric)
-    if gap is None:
+    if (found := gap(row, other, metric)) is None:
         return "–"
-    if gap.mean <= 0:
+    if found.mean <= 0:
         return "holds"
-    if math.isnan(gap.standard_error):
+    if found.count == 1:
         return "worse, one seed"
-    return "within noise" if gap.mean <= 2 * gap.standard_error else "BROKEN"
+    return "within noise" if found.mean <= 2 * found.standard_error else "BROKEN"
 
 
 def _row_text(key: RowKey, row: Methods, notes: list[str]) -> str:
     """Both tables of one row, and its verdicts."""
     gaps = [["adaptive minus", "best frozen", "verdict", "NPE", "verdict"]]
     for metric, title in _PROMISED.items():
-        best = best_frozen(row, metric)
+        if (best := best_frozen(row, metric)) is None:
+            continue
         cells = [title]
         for other in (best, _NPE):
-            found = row.get(other or "", {})
-            text = shown(paired_difference(row.get(_ADAPTIVE, {}), found, metric))
-            if other == best and best is not None:
-                text += f" ({_LABELS[best].removeprefix('frozen, ')})"
+            found = gap(row, other, metric)
+            named = f" ({_LABELS[best].removeprefix('frozen, ')})"
+            text = shown(found) + (named if found and other == best else "")
             cells += [text, verdict(row, other, metric)]
-        if set(cells[1:]) != {"–"}:
-            gaps.append(cells)
+        gaps.append(cells)
     task, _, condition = key[0].partition(":")
     head = f"## {task}, proxy {CONDITIONS[condition].label}, {key[1][1:]} simulations"
     values = values_table(row, _LABELS, _COLUMNS, "variant")
@@ -253,11 +261,12 @@ def _summary(table: Mapping[RowKey, Methods]) -> str:
 
 
 def _note(record: Mapping[str, Any]) -> str:
-    """Held-out value and trust of the proxy of one seed."""
+    """Held-out value and trust of the proxy of one seed, or why it was refused."""
     proxy = record["results"]["proxy"]
     value = "not finite" if proxy["held_out"] is None else f"{proxy['held_out']:.3f}"
-    seed = record["key"]["seed"]
-    return f"- {seed}: held-out NLL of the proxy {value}, trust {proxy['trust']:.3f}"
+    status = ProxyStatus[proxy.get("status", "USED")]  # which earlier versions did not record
+    outcome = status.value if status is not ProxyStatus.USED else f"trust {proxy['trust']:.3f}"
+    return f"- {record['key']['seed']}: held-out NLL of the proxy {value}, {outcome}"
 
 
 def write_table(folder: Path) -> Path | None:
@@ -277,7 +286,7 @@ def _parts(records: list[dict[str, Any]]) -> list[str]:
         "## Promises: adaptive is not worse than the best frozen weighting / than plain NPE\n\n"
         + _summary(table)
         + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "
-        "BROKEN: by more.",
+        "BROKEN: by more; –: not measured, or the proxy was refused, so that both are plain NPE.",
         *(_row_text(key, row, notes[key]) for key, row in sorted(table.items())),
     ]
 
@@ -287,19 +296,21 @@ def _parts(records: list[dict[str, Any]]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `ablation`."""
-    text = f"comma-separated tasks, or single rows as task:proxy {DEFAULT}"
+    text = f"comma-separated tasks, or single rows as task:proxy {_arguments.DEFAULT}"
     parser.add_argument("--tasks", type=row_list, default=_DEFAULT_TASKS, help=text)
-    parser.add_argument("--simulations", type=positive_int(20), default=1000, help=DEFAULT)
+    parser.add_argument(
+        "--simulations", type=_arguments.positive_int(20), default=1000, help=_arguments.DEFAULT
+    )
     text = "also C2ST at 3 observations, 4 s per variant and each"
     parser.add_argument("--c2st", action="store_true", help=text)
-    add_run_arguments(parser, "benchmark_results/ablation", seeds=3)
+    _arguments.add_run_arguments(parser, "benchmark_results/ablation", seeds=3)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the ablation and write `ablation.md`; the exit code, 1 if rows failed."""
     settings = replace(_SETTINGS.smoke(), observations=1) if args.fast else _SETTINGS
     budget, measurements = args.simulations, []
-    for seed, row in [(seed, row) for seed in seed_range(args) for row in args.tasks]:
+    for seed, row in [(seed, row) for seed in _arguments.seed_range(args) for row in args.tasks]:
         name = f"{row.task}:{row.condition}"
         key = {"row": name, "simulations": f"n{budget}", "seed": f"s{seed}"}
         arguments = {"task": get_task(row.task), "row": row, "simulations": budget, "seed": seed}

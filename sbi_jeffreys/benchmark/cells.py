@@ -77,6 +77,7 @@ _DONE = {
     ),
     "evaluation_seconds?": {"*": Number(0.0)},
 }
+_FAILED = {"settings?": dict, "error?": str}
 _CELL = {"task": str, "simulations": int, "seed": int, "method": str}
 
 
@@ -128,7 +129,7 @@ def cell_problem(record: Any, path: Path) -> str | None:
         return f"expected a cell with {', '.join(_CELL)}, got also {', '.join(sorted(unknown))}"
     if (name := Cell(**record["cell"]).file_name) != path.name:
         return f"the record belongs to another cell, {name}"
-    return find_problem(record, _DONE if record["status"] == "done" else {"error?": str})
+    return find_problem(record, _DONE if record["status"] == "done" else _FAILED)
 
 
 def study_check(study: str, key: dict[str, Any], results: dict[str, Any]) -> Check:

@@ -27,11 +27,7 @@ from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
 from sbi_jeffreys.benchmark.figures import saved
 from sbi_jeffreys.benchmark.methods import FitContext
-from sbi_jeffreys.benchmark.simulation_file import (
-    MIN_SIMULATIONS,
-    SimulationFile,
-    read_simulations,
-)
+from sbi_jeffreys.benchmark.simulation_file import MIN_SIMULATIONS, SimulationFile, read_simulations
 from sbi_jeffreys.benchmark.tables import plain, shown
 from sbi_jeffreys.diagnostics.calibration import mean_and_error
 from sbi_jeffreys.diagnostics.report import HeldOutReport, held_out_report
@@ -143,7 +139,7 @@ def train_both(
             warm_up()
     for name, (make, start) in makers.items():
         say(f"{name}: training …", args.quiet)
-        with quiet(args.quiet):
+        with quiet(args.quiet, ours=True):
             inference = make()
             inference.append_simulations(data.theta[kept], data.x[kept])
             begun = time.perf_counter()
@@ -231,7 +227,7 @@ def write_figures(
 
 def _draws(inference: Any, x_o: Tensor) -> Tensor | None:
     """Draws `(S, D)` of a posterior; None where rejection outside the prior takes too long."""
-    with quiet():
+    with quiet(ours=True):
         posterior = inference.build_posterior()
         try:
             return posterior.sample(

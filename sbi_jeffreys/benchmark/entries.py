@@ -126,9 +126,9 @@ def _find(path: Path, check: Check, settings: dict[str, Any], retry_failed: bool
     except CorruptResultError as error:
         warnings.warn(f"Corrupt result, computed again: {error}", stacklevel=3)
         return None
+    cells.check_settings(record.get("settings", {}), settings, path)
     if record.get("status") == "failed":
         return None if retry_failed else "failed"
-    cells.check_settings(record["settings"], settings, path)
     return "done"
 
 

@@ -28,7 +28,7 @@ class EvaluationSettings:
             classifier finds smaller differences.
         test_pairs: Fresh pairs (θ*, x) for NLL, coverage, leakage and divergences.
         draws_per_pair: Posterior draws at each of them.
-        classifier: Classifier of the C2ST: "mlp", as in sbibm, or "rf".
+        classifier: Classifier of the C2ST: "mlp" or "rf", both sbi's.
         fast: Whether methods train for a few steps only.
     """
 

@@ -26,8 +26,8 @@ from sbi_jeffreys.benchmark.evaluation import (
     simulations_for,
 )
 from sbi_jeffreys.benchmark.figures import saved
-from sbi_jeffreys.benchmark.methods import FitContext, get_method
-from sbi_jeffreys.benchmark.tables import plain, shown
+from sbi_jeffreys.benchmark.methods import FitContext, get_method, proxy_is_usable
+from sbi_jeffreys.benchmark.tables import FELL_BACK, plain, shown
 from sbi_jeffreys.benchmark.tasks import get_task
 from sbi_jeffreys.diagnostics import plots
 
@@ -78,15 +78,18 @@ def run(args: argparse.Namespace) -> int:
                 say(f"{method.label}: training on {args.simulations} simulations …", args.quiet)
             fitted = method.fit(task, theta, x, seed, context)
             say(f"{method.label}: evaluating …", args.quiet)
-            result = results[method.label] = evaluate(task, fitted, settings, args.seed)
-            seconds[method.label] = fitted.info["seconds"] + result.seconds["sampling"]
+            label = method.label + (" †" if fitted.info.get("fell_back") else "")
+            result = results[label] = evaluate(task, fitted, settings, args.seed)
+            seconds[label] = fitted.info["seconds"] + result.seconds["sampling"]
     print(f"\n{task.name}, {args.simulations} simulations, seed {args.seed}")
     print(plain(_rows(results, seconds)))
+    inference = context.shared["npe_jeffreys", 0].inference
+    print("" if proxy_is_usable(inference) else f"{FELL_BACK}\n")
+    print(str(inference.training_report).splitlines()[0])  # which says what became of the proxy
     reference = references_for(task, settings)[0]
     samples = [result.samples[0] for result in results.values()][:2]
     plot_posteriors(reference, samples, args.out / "posteriors.png", task.name)
-    summary = context.shared["npe_jeffreys", 0].inference.summary
-    saved(args.out / "training.png", lambda: plots.plot_training(summary)[0].figure)
+    saved(args.out / "training.png", lambda: plots.plot_training(inference.summary)[0].figure)
     print(f"Figures: {args.out / 'posteriors.png'}, {args.out / 'training.png'}")
     return 0
 

@@ -114,11 +114,12 @@ class Trained:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Cost, and excerpts of the inference object's summary."""
-        summary = self.inference.summary
+        """Cost, excerpts of the summary, and `fell_back` if no proxy was used: plain NPE."""
+        summary, ours = self.inference.summary, isinstance(self.inference, NPE_Jeffreys)
         kept = {key: list(summary[key]) for key in _TRACES_KEPT if key in summary}
         epochs = kept.pop("epochs_trained", [])
-        return {**self.cost, "epochs": int(sum(epochs)) if epochs else None, **kept}
+        fell_back = {"fell_back": True} if ours and not proxy_is_usable(self.inference) else {}
+        return {**self.cost, "epochs": int(sum(epochs)) if epochs else None, **kept, **fell_back}
 
 
 def train(
@@ -129,7 +130,7 @@ def train(
     A training that the context already holds under the same key is returned as it is.
     """
     if key not in context.shared:
-        with seeded(seed), quiet(not context.show_progress):
+        with seeded(seed), quiet(not context.show_progress, ours=True):
             with measured() as cost:
                 inference = make()
                 inference.append_simulations(theta, x).train(**context.train_kwargs)

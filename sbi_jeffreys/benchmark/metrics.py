@@ -35,7 +35,8 @@ def c2st(reference: Tensor, samples: Tensor, seed: int = 1, classifier: str = "r
             the same for every method.
         samples: Samples of the approximation, `(M, D)`.
         seed: Seed of the classifier and of the folds.
-        classifier: "rf" (random forest, sbi's default) or "mlp" (sbibm's; slower).
+        classifier: "rf" (random forest, sbi's default) or "mlp" (sbi's MLP, which
+            stops early where sbibm's does not; slower).
 
     Returns:
         Between 0 and 1; 0.5 where the classifier cannot distinguish them.
@@ -96,25 +97,26 @@ def true_divergences(
     Returns:
         Averages over the pairs, in nats. `kl_forward`: KL(π‖p̄) + E log p(x), comparable between
         methods on the same pairs. `kl_reverse`: KL(p̄‖π) − E log p(x), over the draws with positive
-        likelihood. `jeffreys`: their sum, the true Jeffreys divergence. `zero_likelihood`: share of
-        draws with likelihood zero, where KL(p̄‖π) is in fact infinite.
+        likelihood. `jeffreys`: the true Jeffreys divergence, their sum over the pairs with such a
+        draw: over different pairs, log p(x) would not cancel. `zero_likelihood`: share of draws
+        with likelihood zero, where KL(p̄‖π) is in fact infinite.
     """
     num_draws = min(_DRAWS_FOR_DIVERGENCE, len(draws.theta))
     # Without a draw inside, the mass is below what S draws resolve, and is taken as half of one.
     share = inside.double().mean(0).clamp_min(0.5 / len(inside))
     log_true = draws.log_prob_true.double() - share.log()
-    forward = float((task.log_posterior_unnormalised(theta_true, x).double() - log_true).mean())
+    forward = task.log_posterior_unnormalised(theta_true, x).double() - log_true
     theta, kept = draws.theta[:num_draws], inside[:num_draws]
     log_joint = task.log_posterior_unnormalised(theta, x).double()
     log_draws = draws.log_prob[:num_draws].double() - share.log()
     usable = kept & torch.isfinite(log_joint)
-    per_x = torch.where(usable, log_draws - log_joint, 0.0).sum(0) / usable.sum(0)
-    reverse = float(per_x[usable.any(0)].mean())
+    reverse = torch.where(usable, log_draws - log_joint, 0.0).sum(0) / usable.sum(0)
+    pairs = usable.any(0)
     zero = float((kept & ~torch.isfinite(log_joint)).sum() / kept.sum().clamp_min(1))
     return {
-        "kl_forward": forward,
-        "kl_reverse": reverse,
-        "jeffreys": forward + reverse,
+        "kl_forward": float(forward.mean()),
+        "kl_reverse": float(reverse[pairs].mean()),
+        "jeffreys": float((forward + reverse)[pairs].mean()),
         "zero_likelihood": zero,
     }
 

@@ -28,7 +28,7 @@ from sbi_jeffreys.benchmark.statistics import (
     ratio,
     summarise,
 )
-from sbi_jeffreys.benchmark.tables import markdown, shown, values_table, write_page
+from sbi_jeffreys.benchmark.tables import FELL_BACK, markdown, shown, values_table, write_page
 
 BASELINE = "npe_nsf"
 _OURS = "npe_jeffreys"
@@ -103,7 +103,7 @@ def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, 
     timed = {place(r): commit(r) for r in records if r["cell"]["method"] == BASELINE}
     return [
         record if timed.get(place(record), commit(record)) == commit(record)
-        else {**record, "training": {}}
+        else {**record, "training": {"fell_back": record["training"].get("fell_back")}}
         for record in records
     ]  # fmt: skip
 
@@ -115,20 +115,34 @@ def _labels(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {name: found[name] for name in order}
 
 
+def _marked(labels: Mapping[str, str], *groups: Methods) -> tuple[dict[str, str], str]:
+    """The labels with a mark where plain NPE was measured at some seed, and the footnote."""
+    fell_back = {
+        name
+        for methods in groups
+        for name, seeds in methods.items()
+        if any("fell_back" in entry for entry in seeds.values())
+    }
+    marked = {name: text + " †" * (name in fell_back) for name, text in labels.items()}
+    return marked, f"\n\n{FELL_BACK}, at some seeds" if fell_back else ""
+
+
 def _group(table: Table, group: Group, labels: Mapping[str, str]) -> str:
     """Both tables of one task and budget: values, and differences to NPE."""
     methods = table[group]
+    labels, footnote = _marked(labels, methods)
     text = f"### {group[0]}, {group[1]:,} simulations\n\nMean ± standard error over seeds.\n\n"
     text += values_table(methods, labels, _COLUMNS, "method")
     others = [name for name in labels if name in methods and name != BASELINE]
     if BASELINE not in methods or not others:
-        return text
+        return text + footnote
     scores = [metric for metric in SCORES if summarise(methods[BASELINE], metric)]
     rows = [[f"minus {labels[BASELINE]}", *(SCORES[metric] for metric in scores)]]
     for name in others:
         found = [paired_difference(methods[name], methods[BASELINE], m) for m in scores]
         rows.append([labels[name], *map(shown, found)])
-    return text + "\n\nPaired by seed, 95 % t-interval; less is better.\n\n" + markdown(rows)
+    text += "\n\nPaired by seed, 95 % t-interval; less is better.\n\n"
+    return text + markdown(rows) + footnote
 
 
 def _overall(table: Table, labels: Mapping[str, str]) -> str:
@@ -142,15 +156,16 @@ def _overall(table: Table, labels: Mapping[str, str]) -> str:
         if not common:
             blocks.append(f"{budget:,} simulations: no task that every method has.")
             continue
+        marked, footnote = _marked(labels, *(table[group] for group in common))
         rows = [["method", *(SCORES[metric] for metric in scores)]]
         for name in names:
-            row = [labels[name]]
+            row = [marked[name]]
             for metric in scores:
                 found = [summarise(table[group][name], metric) for group in common]
                 row.append(f"{fmean(s.mean for s in found if s):.3f}" if all(found) else "–")
             rows.append(row)
         tasks = ", ".join(task for task, _ in common)
-        blocks.append(f"{budget:,} simulations, mean of {tasks}:\n\n{markdown(rows)}")
+        blocks.append(f"{budget:,} simulations, mean of {tasks}:\n\n{markdown(rows)}{footnote}")
     return "\n\n".join(blocks)
 
 
@@ -162,11 +177,11 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
         found = _differences(table, name, BASELINE)
         for metric in SCORES:
             counts = Counter(d.verdict for (_, m), d in found.items() if m == metric)
-            counted = " / ".join(str(counts[verdict]) for verdict in ("win", "tie", "loss"))
-            row.append(counted if counts else "–")
+            known = [counts[verdict] for verdict in ("win", "tie", "loss")]
+            row.append(" / ".join(map(str, known)) if any(known) else "–")
         rows.append(row)
-    note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides.\n\n"
-    return note + markdown(rows)
+    note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides. "
+    return note + "Comparisons of one seed have none and are left out.\n\n" + markdown(rows)
 
 
 def _differences(table: Table, method: str, baseline: str) -> dict[tuple[Group, str], Difference]:
@@ -182,17 +197,21 @@ def _differences(table: Table, method: str, baseline: str) -> dict[tuple[Group, 
 def _losses(table: Table, labels: Mapping[str, str]) -> str:
     """Every task, budget and metric where NPE_Jeffreys is worse, beyond noise or in the mean."""
     lines = []
+    words = {"loss": "loses", "tie": "worse, within noise", "unknown": "worse"}
     for opponent in (name for name in _STRONG if name in labels):
         found = _differences(table, _OURS, opponent)
-        lost = {key: d for key, d in found.items() if d.verdict == "loss"}
-        worse = {key: d for key, d in found.items() if d.verdict == "tie" and d.mean > 0}
+        single = sum(d.verdict == "unknown" for d in found.values())
+        worse = sorted((key, d) for key, d in found.items() if d.mean > 0)
+        counts = Counter(d.verdict for _, d in worse)
         lines.append(
-            f"Against {labels[opponent]}: {len(lost)} losses in {len(found)} comparisons; worse in "
-            f"the mean, within noise, in {len(worse)}."
+            f"Against {labels[opponent]}: {counts['loss']} losses in {len(found) - single} "
+            f"comparisons; worse in the mean, within noise, in {counts['tie']}; of {single} "
+            f"comparisons of one seed, worse in {counts['unknown']}."
         )
-        for word, entries in (("loses", lost), ("worse, within noise", worse)):
-            for ((task, budget), metric), d in sorted(entries.items(), key=lambda item: item[0]):
-                lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {d}")
+        for verdict, word in words.items():
+            for ((task, budget), metric), d in worse:
+                if d.verdict == verdict:
+                    lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {d}")
         lines.append("")
     return "\n".join(lines).strip() or "No comparison: NPE_Jeffreys or its opponents are missing."
 

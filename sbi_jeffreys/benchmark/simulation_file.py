@@ -28,6 +28,14 @@ MIN_SIMULATIONS = 100
 _REQUIRED, _BOUNDS = ("theta", "x"), ("low", "high")
 _KNOWN = (*_REQUIRED, "x_o", *_BOUNDS)
 _EXAMPLE = "write it with numpy.savez('FILE.npz', theta=theta, x=x)"
+_LEAST_SPREAD = 10  # standard deviation of a column, in units of float32's spacing
+_ROUNDING = 1e4  # in units of float64's spacing: a column that varies by less is constant
+_IF_NOT_FINITE = {
+    **dict.fromkeys(_REQUIRED, "drop these rows, of theta and x together"),
+    "x_o": "x_o needs every output: complete it, or leave it out",
+    **dict.fromkeys(_BOUNDS, "give finite bounds, or leave low and high out"),
+}
+_SHIFTED = {"theta": "theta, low and high", "x": "x and x_o"}  # together
 
 
 @dataclass(frozen=True)
@@ -56,23 +64,25 @@ def read_simulations(path: Path) -> SimulationFile:
         OSError: If the file cannot be read.
         ValueError: Naming the key, what was expected, what came, and the remedy.
     """
-    arrays = _arrays(path)
+    arrays, unused = _arrays(path)
     missing = [key for key in _REQUIRED if key not in arrays]
     if missing:
         raise ValueError(
-            f"{path}: expected the keys theta and x, got {', '.join(sorted(arrays)) or 'none'}; "
+            f"{path}: expected the keys theta and x, got "
+            f"{', '.join(sorted((*arrays, *unused))) or 'none'}; "
             f"add {' and '.join(missing)}: {_EXAMPLE}."
         )
-    values = {key: _tensor(key, arrays[key]) for key in _KNOWN if key in arrays}
+    values = {key: _tensor(key, array) for key, array in arrays.items()}
     theta, x = (_matrix(key, values[key]) for key in _REQUIRED)
     _check_rows(theta, x)
+    _check_columns(arrays, theta)
     bounds = _bounds(values, theta)
     x_o = _row("x_o", values["x_o"], x.shape[1], "x") if "x_o" in values else None
-    return SimulationFile(theta, x, x_o, bounds, tuple(sorted(arrays.keys() - set(_KNOWN))))
+    return SimulationFile(theta, x, x_o, bounds, unused)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file; nothing in it is unpickled."""
+def _arrays(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays of an `.npz` file that have a meaning, and other keys; nothing is unpickled."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "nothing of that name"
         raise ValueError(f"{path}: expected a file in NumPy's .npz format, got {what}; {_EXAMPLE}.")
@@ -85,25 +95,21 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     key = ""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            for key in archive.files:
+            unused = tuple(sorted(set(archive.files) - set(_KNOWN)))
+            for key in (key for key in _KNOWN if key in archive.files):
                 arrays[key] = archive[key]
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    # zipfile's RuntimeError says that a member is encrypted or compressed in another way.
+    except (ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise ValueError(
                 f"{key}: expected an array of numbers, got Python objects, which are not read "
                 f"because that could run code; pass numpy.stack(rows) as {key}."
             ) from error
         raise ValueError(
-            f"{path}: expected a file in NumPy's .npz format, got one that is damaged "
-            f"{f'at {key}' if key else ''}({error}); {_EXAMPLE}."
+            f"{path}: expected a file in NumPy's .npz format, got one that cannot be "
+            f"read{f' at {key}' if key else ''} ({error}); {_EXAMPLE}."
         ) from error
-    other = [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]
-    if other:  # numpy returns the bytes of members that are no arrays
-        raise ValueError(
-            f"{path}: expected a file in NumPy's .npz format, got an archive with {other[0]!r}, "
-            f"which is no array; {_EXAMPLE}."
-        )
-    return arrays
+    return arrays, unused
 
 
 def _kind_of(path: Path) -> str:
@@ -117,6 +123,8 @@ def _kind_of(path: Path) -> str:
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:
     """Finite real numbers, as float32."""
+    if not isinstance(values, np.ndarray):  # numpy returns the bytes of other files in an archive
+        raise ValueError(f"{key}: expected an array, got a file that is none; {_EXAMPLE}.")
     if values.dtype.kind not in "fiub":
         raise ValueError(
             f"{key}: expected an array of real numbers, got dtype {values.dtype}; pass "
@@ -126,11 +134,12 @@ def _tensor(key: str, values: np.ndarray) -> Tensor:
         single = values.astype(np.float32)
     bad = ~np.isfinite(single)
     if bad.any():
-        rows = len(np.unique(np.argwhere(bad)[:, 0])) if single.ndim else 1
-        few = f"{rows} of {len(single)} rows" if single.ndim else "its only entry"
+        num = len(single) if single.ndim else 1
+        rows = int(np.reshape(bad, (num, -1)).any(1).sum())
+        few = f"{rows} of {num} {'rows' if single.ndim > 1 else 'entries'}"
         too_large = bool(np.isfinite(values[bad]).any())
         what = "numbers too large for float32" if too_large else "NaN or inf"
-        remedy = "rescale them" if too_large else "drop these rows, of theta and x together"
+        remedy = "rescale them" if too_large else _IF_NOT_FINITE[key]
         raise ValueError(f"{key}: expected finite numbers, got {what} in {few}; {remedy}.")
     return torch.from_numpy(single)
 
@@ -165,6 +174,25 @@ def _check_rows(theta: Tensor, x: Tensor) -> None:
             f"theta and x: expected at least {MIN_SIMULATIONS} simulations, half of them to judge "
             f"by, got {len(theta)}; run more simulations."
         )
+
+
+def _check_columns(arrays: Mapping[str, np.ndarray], theta: Tensor) -> None:
+    """Require columns that float32 resolves, and parameters that vary."""
+    for key in _REQUIRED:
+        wide = arrays[key].astype(np.float64)
+        spread, size = wide.std(0), np.abs(wide).max(0)
+        rounded = (wide != wide.astype(np.float32)).any(0)  # whole numbers may not be
+        spacing = np.spacing(size.astype(np.float32))
+        coarse = rounded & (spread < _LEAST_SPREAD * spacing)
+        coarse &= spread > _ROUNDING * np.spacing(size)
+        if coarse.any():
+            k = int(coarse.argmax())
+            raise ValueError(
+                f"{key}: expected columns that float32 resolves, got a standard deviation of "
+                f"{spread[k]:.2g} around {wide[:, k].mean():.8g} in column {k}, where float32's "
+                f"spacing is {spacing[k]:.2g}; subtract the mean of column {k}, from "
+                f"{_SHIFTED[key]} alike."
+            )
     constant = [k for k in range(theta.shape[1]) if bool((theta[:, k] == theta[0, k]).all())]
     if constant:
         raise ValueError(

@@ -60,7 +60,9 @@ class Difference(Summary):
 
     @property
     def verdict(self) -> str:
-        """win, loss or tie of a metric of which less is better; tie if the interval contains 0."""
+        """win, loss or tie (0 in the interval) where less is better; unknown with one seed."""
+        if self.count == 1:
+            return "unknown"
         return "win" if self.high < 0 else "loss" if self.low > 0 else "tie"
 
     def __format__(self, spec: str) -> str:
@@ -96,6 +98,7 @@ def _values(record: Mapping[str, Any]) -> tuple[Group, str, int, dict[str, Any]]
         "train_cpu_seconds": training.get("cpu_seconds"),
         "peak_mib": training.get("peak_mib"),
         "resident_mib": training.get("resident_mib"),
+        "fell_back": training.get("fell_back"),
     }
     return (cell["task"], cell["simulations"]), cell["method"], cell["seed"], values
 

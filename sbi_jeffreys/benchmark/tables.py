@@ -14,6 +14,7 @@ from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.statistics import Methods, summarise
 
 Rows = Sequence[Sequence[Any]]
+FELL_BACK = "† no proxy was used: plain NPE"  # footnote
 
 
 def _table(rows: Rows, style: str) -> str:

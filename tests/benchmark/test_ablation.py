@@ -157,14 +157,20 @@ def test_rows_of_the_command_line():
         row_list("")
 
 
-def records(adaptive, frozen=(1.0, 1.1, 0.9), npe=(2.0, 2.1, 1.9)):
-    """Hand-made cells of one row: NLL per seed of adaptive, the better frozen one, and NPE."""
+def records(adaptive, frozen=(1.0, 1.1, 0.9), npe=(2.0, 2.1, 1.9), ran=("adaptive", "frozen_1")):
+    """Hand-made cells of one row: NLL per seed of adaptive, the better frozen one, and NPE.
+
+    The symmetric stage ran in the variants `ran`.
+    """
     found = []
     for seed, values in enumerate(zip(adaptive, frozen, npe)):
         named = dict(zip(("adaptive", "frozen_1", "npe"), values))
         named["frozen_10"] = named["frozen_1"] + 0.5
         variants = {
-            name: {"metrics": {"nll": value, "c2st": None}, "training": {"cpu_seconds": 1.0}}
+            name: {
+                "metrics": {"nll": value, "c2st": None},
+                "training": {"cpu_seconds": 1.0, **({"multiplier": 1.0} if name in ran else {})},
+            }
             for name, value in named.items()
         }
         found.append(
@@ -210,6 +216,28 @@ def test_a_broken_promise_is_said(tmp_path, adaptive, against_frozen, against_np
     assert "held-out NLL of the proxy not finite" in text
 
 
+def test_a_refused_proxy_decides_nothing_and_is_said(tmp_path):
+    npe = (2.0, 2.1, 1.9)
+    untrusted = tabulate(records(npe, npe=npe, ran=("frozen_1",)))["sir:raw", "n100"]
+    assert verdict(untrusted, "frozen_1", "nll") == "BROKEN"  # frozen weights followed the proxy
+    assert verdict(untrusted, "npe", "nll") == "–"
+    cells = records(npe, frozen=npe, npe=npe, ran=())
+    cells[2] = records((1.0,))[0] | {"key": cells[2]["key"]}  # one seed of three is compared
+    for seed, cell in enumerate(cells):
+        status = "USED" if seed == 2 else "IMPLAUSIBLE"
+        cell["results"]["proxy"] = {"held_out": -1.0, "trust": 1.0, "status": status}
+        (tmp_path / f"sir_raw-n100-s{seed}.json").write_text(json.dumps(cell))
+    text = ablation.write_table(tmp_path).read_text()
+    assert "s0: held-out NLL of the proxy -1.000, refused, because its draws do not look" in text
+    assert "s2: held-out NLL of the proxy -1.000, trust 1.000" in text
+    assert "-1.000 (one seed)" in text
+    (tmp_path / "sir_raw-n100-s2.json").unlink()
+    summary = ablation.write_table(tmp_path).read_text()
+    assert "sir:raw, 100" in summary
+    assert "holds /" not in summary
+    assert "/ holds" not in summary
+
+
 def test_one_seed_decides_nothing():
     row = tabulate(records((1.5,)))["sir:raw", "n100"]
     assert verdict(row, "frozen_1", "nll") == "worse, one seed"
@@ -234,6 +262,8 @@ def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeyp
     assert {"nll", "coverage_90", "kl_reverse"} <= set(
         record["results"]["variants"]["adaptive"]["metrics"]
     )
+    ran = "multiplier" in record["results"]["variants"]["adaptive"]["training"]
+    assert ran == (record["results"]["proxy"]["status"] == "USED")
     assert sorted(f.name for f in folder.iterdir()) == ["ablation.md", file.name]
     assert run(folder, "--c2st") == 0
     assert "0 measurements computed, 1 there already" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The command that compares both methods on simulations from a file."""
 
 import io
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sbi_jeffreys import JeffreysWarning
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark._running import quiet
 from sbi_jeffreys.benchmark.simulation_file import MIN_SIMULATIONS, read_simulations
 
 _NUM = 120
@@ -61,11 +64,23 @@ def test_both_are_judged_side_by_side_and_drawn(compared):
         assert (out / name).stat().st_size > 5000
 
 
+def test_quiet_drops_all_warnings_but_ours():
+    with warnings.catch_warnings(record=True) as found, quiet(ours=True):
+        warnings.warn("theirs", stacklevel=1)
+        warnings.warn("ours", JeffreysWarning, stacklevel=1)
+        assert not found  # but when the block ends
+    assert [str(one.message) for one in found] == ["ours"]
+    with warnings.catch_warnings(record=True) as found, quiet():
+        warnings.warn("ours", JeffreysWarning, stacklevel=1)
+    assert not found
+
+
 def test_without_bounds_no_prior_is_used_and_said(compared):
-    text, out = compared(low=None, high=None, x_o=None, note=np.zeros(1))
+    meta = np.array({"by": "us"}, dtype=object)  # which could not be read
+    text, out = compared(low=None, high=None, x_o=None, note=np.zeros(1), meta=meta)
     assert "no prior is used" in text
     assert "empirical prior" in text
-    assert "Keys that are not used: note." in text
+    assert "Keys that are not used: meta, note." in text
     assert (out / "coverage.png").exists()
     assert not (out / "posteriors.png").exists()
 
@@ -84,11 +99,13 @@ def test_both_train_on_the_same_split(tmp_path, monkeypatch):
 
     def remember(inference, *args):
         kept[type(inference).__name__] = inference
+        warnings.warn("said in spite of --quiet", JeffreysWarning, stacklevel=1)
         return judged(inference, *args)
 
     monkeypatch.setattr(compare, "_judged", remember)
     file = write(tmp_path / "sims.npz", good(x_o=None))
-    assert run("compare", file, "--fast", "--quiet", "--out", tmp_path / "o") == 0
+    with pytest.warns(JeffreysWarning, match="in spite of --quiet"):
+        assert run("compare", file, "--fast", "--quiet", "--out", tmp_path / "o") == 0
     ours, theirs = kept["NPE_Jeffreys"], next(kept[k] for k in kept if k != "NPE_Jeffreys")
     for name in ("train_indices", "val_indices"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
@@ -104,6 +121,15 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert data.x_o.shape == (2,)
     assert data.bounds[1].tolist() == [1.0, 1.0]
     assert data.unused == ()
+
+
+def test_offsets_that_float32_resolves_and_constants_are_read(tmp_path):
+    rounding = 0.3 + 1e-17 * np.arange(_NUM)  # constant but for float64's rounding
+    rounding[::2] = np.nextafter(0.3, 1)
+    counts = 2**23 + np.arange(_NUM) % 3  # whole numbers that float32 holds
+    x = np.c_[good()["x"][:, 0] + 1e4, rounding, np.ones(_NUM), counts]
+    read = read_simulations(write(tmp_path / "sims.npz", good(x=x, x_o=x[0])))
+    assert read.x[:, 3].tolist() == counts.tolist()
 
 
 def changed(key, row, value):
@@ -130,7 +156,20 @@ _MALFORMED = {
     "NaN": ({"x": changed("x", 3, np.nan)}, "x: .*got NaN or inf in 1 of 120 rows; drop"),
     "inf": ({"theta": changed("theta", 3, np.inf)}, "theta: .*NaN or inf in 1 of 120"),
     "too large": ({"x": changed("x", 3, 1e300)}, "x: .*too large for float32 in 1 .*rescale"),
-    "NaN in x_o": ({"x_o": np.array([0.0, np.nan])}, "x_o: expected finite numbers"),
+    "NaN in x_o": (
+        {"x_o": np.array([0.0, np.nan])},
+        "x_o: expected finite numbers, got NaN or inf in 1 of 2 entries; x_o needs every output",
+    ),
+    "an infinite bound": ({"high": np.array([1.0, np.inf])}, "high: .*; give finite bounds, or"),
+    "offset theta": (
+        {"theta": 2459000.5 + 0.5 * good()["theta"], "low": None, "high": None},
+        "theta: .*2459000.*spacing is 0.25; subtract the mean of column 0, from theta, low",
+    ),
+    "offset theta, one float32": ({"theta": 1e8 + 0.5 * good()["theta"]}, "mean of column 0, from"),
+    "offset x": (
+        {"x": good()["x"] + np.array([0.0, 1.7e9])},
+        "x: .*column 1, where.*spacing is 1.3e.02; subtract .* from x and x_o alike",
+    ),
     "objects": ({"x": np.array([[1], [2, 3]], dtype=object)}, "x: .*Python objects"),
     "strings": ({"theta": np.full((_NUM, 2), "a")}, "theta: .*real numbers, got dtype <U1"),
     "complex": ({"x": np.zeros((_NUM, 2), complex)}, "x: .*real numbers, got dtype complex128"),
@@ -163,11 +202,25 @@ def single_array() -> bytes:
     return buffer.getvalue()
 
 
-def archive_of_text() -> bytes:
+def archive_of_text(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("readme.txt", "hello")
+        for name in names:
+            archive.writestr(name, "hello")
     return buffer.getvalue()
+
+
+def encrypted() -> bytes:
+    """An archive whose members say that they need a password."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **good())
+    content = bytearray(buffer.getvalue())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.find(mark)
+        while place >= 0:
+            content[place + flags] |= 1
+            place = content.find(mark, place + 1)
+    return bytes(content)
 
 
 def damaged() -> bytes:
@@ -184,11 +237,16 @@ def damaged() -> bytes:
         (b"", "got an empty file"),
         (b"theta,x\n1,2\n", "got one that begins with b'theta,'"),
         (single_array(), r"got a single array \(\.npy\)"),
-        (archive_of_text(), "'readme.txt', which is no array"),
-        (damaged(), "got one that is damaged at theta"),
+        (archive_of_text("readme.txt"), "got readme.txt; add theta and x"),
+        (
+            archive_of_text("theta", "x"),
+            "theta: expected an array, got a file that is none; write it",
+        ),
+        (encrypted(), "cannot be read at theta .*encrypted"),
+        (damaged(), "got one that cannot be read at theta"),
         (damaged()[:300], "got one that begins with"),
     ],
-    ids=["empty", "text", "npy", "zip", "damaged", "cut"],
+    ids=["empty", "text", "npy", "zip", "no array", "encrypted", "damaged", "cut"],
 )
 def test_what_is_no_npz_is_a_value_error(content, message, tmp_path, capsys):
     file = tmp_path / "sims.npz"

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import main_job, methods
 from sbi_jeffreys.benchmark._arguments import add_run_arguments, positive_int, seed_range
 from sbi_jeffreys.benchmark.main_job import plot_posteriors
+from sbi_jeffreys.benchmark.tasks import known_tasks
 
 
 def run(*argv):
@@ -28,6 +30,8 @@ def test_main_job_prints_one_table_and_writes_two_figures(tmp_path, capsys, monk
     for label in ("NPE ", "NPE_Jeffreys ", "NPE_Jeffreys corrected"):
         row = next(line for line in lines if line.startswith(label))
         assert len(row) == len(header)  # aligned
+    assert any(line.startswith("Proxy (likelihood: vector x): used") for line in lines)
+    assert "†" not in printed.out
     for name in ("posteriors.png", "training.png"):
         assert (out / name).stat().st_size > 5000
     assert not (tmp_path / "sbi-logs").exists()
@@ -57,6 +61,7 @@ def test_tasks_are_listed_under_headers(capsys):
     assert header.split() == ["task", "parameters", "outputs", "reference", "posterior"]
     assert set(rule) == {"-", " "}
     assert any(row.split() == ["two_moons", "2", "2", "exact"] for row in rows)
+    assert [row.split()[0] for row in rows] == sorted(known_tasks())
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,8 @@ def test_tasks_are_listed_under_headers(capsys):
         (("benchmark", "--methods", "npe_nsf,magic"), "got 'magic'"),
         (("benchmark", "--tasks", ","), "comma-separated list"),
         (("benchmark", "--backend", "threads"), "invalid choice"),
+        (("--fast", "benchmark"), "command benchmark before its options, got --fast before it"),
+        (("--out", "compare", "compare", "f.npz"), "write options after the command: python -m"),
     ],
 )
 def test_bad_values_end_in_a_message_and_code_2(argv, message, capsys):
@@ -139,9 +146,15 @@ def test_the_main_job_names_trainings_only_where_something_is_trained(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    for module in (methods, main_job):  # and say so where plain NPE is kept
+        monkeypatch.setattr(module, "proxy_is_usable", lambda inference: False)
     arguments = ("--fast", "--simulations", 60, "--observations", 1, "--out", tmp_path / "o")
     assert run(*arguments) == 0
-    said = capsys.readouterr().err
+    printed = capsys.readouterr()
+    for text in ("NPE_Jeffreys † ", "NPE_Jeffreys corrected † ", "\n† no proxy was used: plain"):
+        assert text in printed.out
+    assert "NPE † " not in printed.out
+    said = printed.err
     assert "NPE: training on 60 simulations" in said
     assert "NPE_Jeffreys: training on 60 simulations" in said
     assert "corrected: training" not in said

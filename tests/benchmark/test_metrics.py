@@ -156,6 +156,18 @@ def test_divergences_are_those_between_gaussians(scale, shift):
     assert found["zero_likelihood"] == 0.0
 
 
+def test_pairs_without_a_usable_draw_do_not_shift_the_jeffreys_divergence():
+    task, theta, x, draws = pair_draws()
+    inside = torch.ones_like(draws.log_prob, dtype=torch.bool)
+    outside = x.square().sum(1) > 2.5  # where p(x) is low; half of them
+    inside[:, outside] = False
+    whole = true_divergences(task, theta, x, draws, torch.ones_like(inside))
+    part = true_divergences(task, theta, x, draws, inside)
+    assert part["kl_reverse"] < whole["kl_reverse"] - 0.3
+    assert part["jeffreys"] == pytest.approx(0.0, abs=0.1)  # the exact posterior's
+    assert whole["jeffreys"] == pytest.approx(0.0, abs=0.1)
+
+
 def test_leaked_mass_does_not_count_against_the_truncated_posterior():
     # A uniform posterior on [−1, 1]² with half of an approximation's mass outside: exact once cut.
     task = get_task("two_moons")

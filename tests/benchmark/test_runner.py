@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sbi_jeffreys import NPE_Jeffreys
 from sbi_jeffreys.__main__ import main
 from sbi_jeffreys.benchmark import ablation, rounds
 from sbi_jeffreys.benchmark import methods as methods_module
@@ -22,7 +23,13 @@ from sbi_jeffreys.benchmark.evaluation import (
 )
 from sbi_jeffreys.benchmark.figures import style_of
 from sbi_jeffreys.benchmark.fitted import FittedMethod
-from sbi_jeffreys.benchmark.methods import FitContext, get_method, proxy_is_usable, register_method
+from sbi_jeffreys.benchmark.methods import (
+    FitContext,
+    Trained,
+    get_method,
+    proxy_is_usable,
+    register_method,
+)
 from sbi_jeffreys.benchmark.report import write_report
 from sbi_jeffreys.benchmark.runner import run_benchmark
 from sbi_jeffreys.benchmark.statistics import collect, paired_difference, ratio, summarise
@@ -117,12 +124,13 @@ def test_a_failing_method_is_recorded_and_stops_nothing(tmp_path, toys):
     assert (retried.computed, retried.failed) == (names, {})
 
 
-def test_other_settings_do_not_mix(tmp_path, toys):
+@pytest.mark.parametrize("name", ["prior_method", "broken"])
+def test_other_settings_do_not_mix(tmp_path, toys, name):
     folder = tmp_path / "results"
-    go(folder, ["prior_method"])
+    go(folder, [name])
     other = EvaluationSettings(observations=2).smoke()
     with pytest.raises(ValueError, match=r"observations=1 \(now 2\)"):
-        run_benchmark(["two_moons"], ["prior_method"], [30], range(1), other, folder)
+        run_benchmark(["two_moons"], [name], [30], range(1), other, folder)
 
 
 def test_all_methods_see_the_same_simulations(tmp_path, toys):
@@ -278,21 +286,34 @@ def test_paired_statistics_are_the_textbook_ones(results):
     assert ratio(ours, npe, "train_seconds") == pytest.approx(4.0)
 
 
-def test_one_seed_is_never_a_win(results):
+def test_one_seed_is_neither_a_win_nor_a_tie(results, tmp_path):
     methods = collect([json.loads(p.read_text()) for p in results.iterdir()])["two_moons", 100]
     single = paired_difference({0: methods["npe_jeffreys"][0]}, methods["npe_nsf"], "c2st")
-    assert (single.count, single.verdict) == (1, "tie")
+    assert (single.count, single.verdict) == (1, "unknown")
+    for path in results.glob("*-s[12]-*.json"):
+        path.unlink()
+    text = write_report(results, tmp_path / "report", show_progress=False).read_text()
+    assert "| NPE_Jeffreys | – | – | – |" in " ".join(text.split())
+    assert (
+        "NPE: 0 losses in 0 comparisons; worse in the mean, within noise, in 0; of 3 compa" in text
+    )
+    assert "- worse: two_moons, 100, NLL (nats): +1.000 (one seed)" in text
 
 
 def test_report_says_what_was_won_and_lost_and_left_out(results, tmp_path):
     (results / "two_moons-n100-s9-npe_nsf.json").write_text("garbage")
+    path = results / "two_moons-n100-s1-npe_jeffreys.json"
+    entry = json.loads(path.read_text())
+    entry["training"]["fell_back"] = True
+    path.write_text(json.dumps(entry))
     failed = Cell("two_moons", 100, 8, "npe_nsf")
     write_result(results, failed, {"status": "failed", "error": "ValueError: no luck"})
     with pytest.warns(UserWarning, match="two_moons-n100-s9-npe_nsf"):
         path = write_report(results, tmp_path / "report", show_progress=False)
     text = " ".join(path.read_text().split())
     assert "| NPE | 3 | 0.850 ± 0.029 |" in text
-    assert "| NPE_Jeffreys | -0.200 [-0.448, +0.048] |" in text
+    assert "| NPE_Jeffreys † | -0.200 [-0.448, +0.048] |" in text
+    assert text.count("† no proxy was used: plain NPE, at some seeds") == 2  # overall, and the task
     assert "| NPE_Jeffreys | 0 / 1 / 0 | 0 / 0 / 1 | 1 / 0 / 0 |" in text
     assert "Against NPE: 1 losses in 3 comparisons" in text
     assert "- loses: two_moons, 100, NLL (nats): +1.000 [+1.000, +1.000]" in text
@@ -396,6 +417,14 @@ def test_corrected_draws_need_a_proxy_that_was_trusted():
         usable = proxy_is_usable(SimpleNamespace(training_report=report))
         assert usable == (status is ProxyStatus.USED)
     assert not proxy_is_usable(SimpleNamespace(training_report=None))
+
+
+def test_a_training_without_a_proxy_says_that_it_fell_back():
+    context = FitContext(fast=True)
+    trained = NPE_Jeffreys(get_task("two_moons").prior, **context.trainer_kwargs)
+    cost = {"seconds": 1.0}
+    assert Trained(trained, None, cost).info["fell_back"] is True
+    assert "fell_back" not in Trained(SimpleNamespace(summary={}), None, cost).info
 
 
 def test_one_seed_has_no_standard_error_to_show():
