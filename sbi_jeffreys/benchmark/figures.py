@@ -109,10 +109,8 @@ def _c2st_by_budget(table: Table, labels: Mapping[str, str]) -> Any:
 def _c2st_by_method(table: Table, labels: Mapping[str, str]) -> Any:
     """C2ST of each task and their mean, the most accurate method first, at one budget.
 
-    It is the one with the most tasks, and of these the largest.
-
-    Of the tasks that every method has there; beside rivals and parts of `NPE_Jeffreys`, it shows
-    where the gain comes from.
+    The budget is the one with the most tasks, and of these the largest. Of the tasks that every
+    method has there; beside rivals and parts of `NPE_Jeffreys`, it shows where the gain comes from.
     """
     import matplotlib.pyplot as plt
 

@@ -116,7 +116,8 @@ class SavedTrainer(_sbi.RoundsTrainer):
             )
         if device is not None:
             _sbi.set_device(inference, device)
-            for owner in (inference, inference._training.stage):
+            training = inference._training
+            for owner in (inference, training.stage, training.unfinished):
                 optimizer = getattr(owner, "optimizer", None)
                 if optimizer is not None:
                     persistence.place_step_counters(optimizer)

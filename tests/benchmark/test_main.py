@@ -142,6 +142,7 @@ def test_further_seeds_can_be_asked_for():
         parser.parse_args(["--first-seed", "-1"])
 
 
+@pytest.mark.slow
 def test_the_main_job_names_trainings_only_where_something_is_trained(
     tmp_path, capsys, monkeypatch
 ):

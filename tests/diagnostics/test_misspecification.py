@@ -49,7 +49,7 @@ def trained(proxy: object = "auto", num: int = 400, num_steps: int = 40) -> NPE_
 @pytest.fixture(scope="module")
 def exact() -> NPE_Jeffreys:
     given = GivenProxy(PRIOR, log_likelihood, lambda t: t + NOISE * torch.randn_like(t))
-    return trained(given, num_steps=300)
+    return trained(given, num_steps=100)
 
 
 def test_evidence_and_p_value_are_the_exact_ones(exact):

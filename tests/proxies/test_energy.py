@@ -98,6 +98,7 @@ def test_held_out_nll_approaches_the_exact_posteriors():
     assert math.isfinite(proxy.result.held_out)
 
 
+@pytest.mark.slow
 def test_atomic_contrasts_undo_a_proposal():
     """θ from a proposal twice as narrow and off centre: f is still the log-likelihood."""
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
