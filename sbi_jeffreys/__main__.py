@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; the exit code: 1 if measurements failed, 2 if a command cannot run."""
     parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
-    if args.command not in (None, words[0]):  # the command's defaults have replaced these options
+    if args.command not in (None, *words[:1]):  # the command's defaults have replaced these options
         parser.error(
             f"expected the command {args.command} before its options, got {words[0]} before it; "
             f"write options after the command: {parser.prog} {args.command} …"

@@ -160,3 +160,12 @@ def test_the_main_job_names_trainings_only_where_something_is_trained(
     assert "NPE_Jeffreys: training on 60 simulations" in said
     assert "corrected: training" not in said
     assert "corrected: evaluating" in said
+
+
+def test_without_any_word_the_main_job_runs(monkeypatch):
+    """As the README's first command does."""
+    seen = []
+    monkeypatch.setattr(main_job, "run", lambda args: seen.append(args) or 0)
+    assert main([]) == 0
+    assert seen[0].task == "two_moons"
+    assert not seen[0].fast
