@@ -49,9 +49,9 @@ class TruncatedRounds(Distribution):
         self.prior = prior
         sizes = torch.tensor([float(len(theta)) for _, theta in rounds])
         self.shares = sizes / sizes.sum()
-        self.parts = [
-            None if part is None else _Truncated(prior, part, theta) for part, theta in rounds
-        ]
+        parts = [None if part is None else _Truncated(prior, part, theta) for part, theta in rounds]
+        # A region that none of its own θ is near, as of a changed function, says nothing.
+        self.parts = [part if part and math.isfinite(part.log_z) else None for part in parts]
         super().__init__(event_shape=torch.Size((rounds[0][1].shape[1],)), validate_args=False)
 
     @property

@@ -36,6 +36,13 @@ def test_density_is_the_mixture_of_the_rounds():
     assert float(proxy.log_prior(theta)[3]) == -math.inf
 
 
+def test_a_region_without_any_of_its_parameters_counts_as_the_prior():
+    elsewhere = RestrictedPrior(BOX, lambda theta: theta[:, 0] > 2)
+    found = TruncatedRounds(BOX, [(elsewhere, SIDE * torch.rand(50, 2))])
+    assert torch.allclose(found.log_prob(torch.zeros(1, 2)), torch.tensor(0.25).log())
+    assert float(found.sample(torch.Size((500,))).std()) > 0.5
+
+
 def test_draws_follow_it():
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
     drawn = rounds(prior, later=200).sample(torch.Size((30, 300)))
