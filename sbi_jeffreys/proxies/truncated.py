@@ -68,6 +68,7 @@ class TruncatedRounds(Distribution):
         drawn = [
             (self.prior if part is None else part).sample(torch.Size((int(count),)))
             for part, count in zip(self.parts, counts)
+            if count > 0
         ]
         theta = torch.cat(drawn)[torch.randperm(int(counts.sum()))[:num]]
         return theta.reshape(*sample_shape, theta.shape[-1])

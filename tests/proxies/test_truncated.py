@@ -47,6 +47,9 @@ def test_draws_follow_it():
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
     drawn = rounds(prior, later=200).sample(torch.Size((30, 300)))
     assert drawn.shape == (30, 300, 2)
+    mixture = rounds(prior, first=1)
+    assert all(mixture.sample(torch.Size((1,))).shape == (1, 2) for _ in range(30))
+    assert mixture.sample().shape == (2,)
     flat = drawn.reshape(-1, 2)
     share = inside(flat).float().mean()
     expected = 2 / 3 + 1 / 3 * math.erf(SIDE / 2**0.5) ** 2
