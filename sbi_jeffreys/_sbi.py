@@ -141,21 +141,17 @@ def all_or_nothing(trainer: NPE) -> Iterator[None]:
         raise
 
 
-def truncated_rounds(
-    trainer: NPE, starting_round: int
-) -> list[tuple[RestrictedPrior | None, Tensor]] | None:
+def truncated_rounds(trainer: NPE) -> list[tuple[RestrictedPrior | None, Tensor]] | None:
     """The truncated prior, None for the prior itself, and θ of each time simulations were appended.
 
     None if no proposal is a truncation of the trainer's prior, or if others are among them.
     """
-    found = []
-    appended = (trainer._proposal_roundwise, trainer._theta_roundwise, trainer._data_round_index)
-    for proposal, theta, index in zip(*appended):
-        truncated = isinstance(proposal, RestrictedPrior)
-        if index != 0:
-            return None
-        if index >= starting_round:
-            found.append((proposal if truncated else None, theta.to(trainer._device)))
+    if latest_round(trainer) != 0:  # sbi counts truncations of the prior as further first rounds
+        return None
+    found = [
+        (proposal if isinstance(proposal, RestrictedPrior) else None, theta.to(trainer._device))
+        for proposal, theta in zip(trainer._proposal_roundwise, trainer._theta_roundwise)
+    ]
     return found if any(proposal is not None for proposal, _ in found) else None
 
 

@@ -100,7 +100,7 @@ class _Truncated:
     def sample(self, shape: torch.Size) -> Tensor:
         """Draws of shape `(num, D)`."""
         num = shape.numel()
-        theta, log_weights = self._candidates(max(1, _PER_SAMPLE * num))
+        theta, log_weights = self._candidates(_PER_SAMPLE * num)
         return theta[torch.multinomial(log_weights.softmax(0), num, replacement=True)]
 
     @torch.no_grad()

@@ -80,11 +80,11 @@ class Simulations:
 def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
     """All simulations, with the split of those from a round on."""
     theta, x = simulations_in_use(trainer, 0)
-    earlier = len(theta) - len(trainer.get_simulations(starting_round)[0])
+    earlier = int((_sbi.rounds_of_simulations(trainer, 0) < starting_round).sum())
     train, val = (
         rows.to(theta.device) + earlier for rows in (trainer.train_indices, trainer.val_indices)
     )
-    rounds = _sbi.truncated_rounds(trainer, starting_round)
+    rounds = _sbi.truncated_rounds(trainer)
     return Simulations(theta, x, train, val, _sbi.latest_round(trainer), earlier, rounds)
 
 
