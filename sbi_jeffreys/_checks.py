@@ -149,19 +149,34 @@ def check_rows(
     return check_tensor(name, values, shape, finite, remedy)
 
 
-def check_observations(x: Any, shape: Sequence[int], name: str = "x") -> Tensor:
-    """Require at least one finite observation of a shape; returns `(B, *shape)`."""
+def check_observations(
+    x: Any, shape: Sequence[int], name: str = "x", missing: bool = False
+) -> Tensor:
+    """Require at least one finite observation of a shape; returns `(B, *shape)`.
+
+    With `missing`, NaN is allowed in part of an x of several axes, where it stands for what is
+    missing, such as trials.
+    """
     remedy = "pass one row of finite numbers for each of B observations"
-    values = check_rows(name, x, ("B", *shape), finite=True, remedy=remedy)
+    values = check_rows(name, x, ("B", *shape), remedy=remedy)
+    _check_finite(name, values, missing, remedy)
     if len(values) == 0:
         raise ValueError(f"{name} must have B ≥ 1 rows, got shape {tuple(values.shape)}; {remedy}.")
     return values
 
 
-def check_observation(x: Any, shape: Sequence[int]) -> Tensor:
+def _check_finite(name: str, x: Tensor, missing: bool, remedy: str) -> None:
+    """Require finite x `(B, *shape)`, but for values that are missing."""
+    partly = torch.isnan(x) & ~torch.isnan(x.flatten(1)).all(dim=1).reshape(-1, *(x.ndim - 1) * [1])
+    masked = partly if missing and x.ndim > 2 else torch.zeros_like(partly)
+    check_tensor(name, torch.where(masked, 0.0, x), finite=True, remedy=remedy)
+
+
+def check_observation(x: Any, shape: Sequence[int], missing: bool = False) -> Tensor:
     """Require one finite observation, with or without dimensions of size one.
 
-    None stands for a default that was not set. Returns `(1, *shape)`.
+    None stands for a default that was not set. With `missing`, NaN is allowed as in
+    `check_observations`. Returns `(1, *shape)`.
     """
     if x is None:
         raise ValueError(
@@ -174,7 +189,9 @@ def check_observation(x: Any, shape: Sequence[int]) -> Tensor:
             f"x must be one observation of shape {tuple(shape)}, got shape {tuple(values.shape)}; "
             "for several observations use sample_batched or log_prob_batched."
         )
-    return check_tensor("x", values, finite=True).reshape(1, *shape)
+    values = values.reshape(1, *shape)
+    _check_finite("x", values, missing, "")
+    return values
 
 
 def check_sample_shape(sample_shape: Any) -> torch.Size:

@@ -166,6 +166,31 @@ MUTANTS = (
         "by_ranks = True",
         "tests/diagnostics/test_diagnostics.py -k few_effective",
     ),
+    Mutant(
+        "main-judged-for-corrected",
+        "judged = against",
+        "tests/diagnostics/test_diagnostics.py -k not_blamed",
+    ),
+    Mutant(
+        "focused-judged-elsewhere",
+        "elif False:",
+        "tests/diagnostics/test_bad_arguments_diagnostics.py -k report",
+    ),
+    Mutant(
+        "tail-of-nearly-equal-weights",
+        "light = self.pareto_k <= _MAX_PARETO_K",
+        "tests/posteriors/test_importance.py -k what_is_reliable",
+    ),
+    Mutant(
+        "missing-values-reach-the-main",
+        "if False:",
+        "tests/posteriors/test_for_any.py -k no_net_masks",
+    ),
+    Mutant(
+        "constant-summaries-modelled",
+        "if False:",
+        "tests/test_npe.py -k fall_back_and_name",
+    ),
     Mutant("powers-without-prior", "pass", "tests/proxies/test_pooled.py -k few_pairs"),
     Mutant(
         "the-probable-are-suspicious",

@@ -12,10 +12,18 @@ from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent
 from torch.distributions import LogNormal, MultivariateNormal, Uniform
 
-from sbi_jeffreys import FlowExpert, GivenProxy, JeffreysOptions, JeffreysWarning, NPE_Jeffreys
+from sbi_jeffreys import (
+    FlowExpert,
+    GivenProxy,
+    JeffreysOptions,
+    JeffreysWarning,
+    MainBuilder,
+    NPE_Jeffreys,
+)
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.npe import TRACES
 from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus, StageStatus
 from sbi_jeffreys.training.stage import SymmetricStage
@@ -287,6 +295,33 @@ def test_constant_x_falls_back_with_a_warning():
     inference.append_simulations(PRIOR.sample((50,)), torch.ones(50, 2))
     with pytest.warns(UserWarning, match="falls back to plain NPE"):
         inference.train(max_num_epochs=2)
+
+
+class _OneForAll(torch.nn.Module):
+    """The same summaries of every x, from weights that are trained or not."""
+
+    def __init__(self, trained: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, 3), requires_grad=trained)
+
+    def forward(self, x):
+        return x @ self.weight + 1.0
+
+
+def test_constant_summaries_of_a_fixed_net_fall_back_and_name_the_net():
+    main = MainBuilder("maf", embedding_net=_OneForAll(False))
+    inference = NPE_Jeffreys(PRIOR, main, show_progress_bars=False, options=TINY)
+    theta = PRIOR.sample((60,))
+    inference.append_simulations(theta, theta + torch.randn(60, 2))
+    with pytest.warns(JeffreysWarning, match=r"falls back to plain NPE.*embedding net gives the"):
+        inference.train(max_num_epochs=2)
+
+
+def test_constant_summaries_leave_out_the_likelihood_and_name_the_net():
+    theta = PRIOR.sample((60,))
+    proxy = SummaryLikelihoodProxy(PRIOR, _OneForAll(True))
+    with pytest.raises(ValueError, match=r"net to give summaries that vary.*50 train"):
+        proxy.fit(theta, theta, torch.arange(50), torch.arange(50, 60))
 
 
 def test_proxy_without_plausible_draws_leaves_plain_npe(monkeypatch):

@@ -19,6 +19,7 @@ from sbi_jeffreys.diagnostics.calibration import PairDraws, inside_prior
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser, reverse_term
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.focused import FocusedPosterior
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.partition import defensive_log_normaliser
 
@@ -95,11 +96,16 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
         if network is None:
             raise RuntimeError("The inference is not trained yet: call train() first.")
         mains = [network]
+    elif isinstance(given, FocusedPosterior):  # mutant: focused-judged-elsewhere
+        raise TypeError(
+            "inference_or_posterior: got FocusedPosterior, which is a posterior of one "
+            "observation; report on the posterior that build_posterior() returns. For the focused "
+            "one, see its attribute focus."
+        )
     elif isinstance(given, DirectPosterior):
         mains = [given.posterior_estimator]
-    elif isinstance(given, EnsemblePosterior) and all(
-        type(part) is DirectPosterior for part in given.posteriors
-    ):
+    elif isinstance(given, EnsemblePosterior):
+        _check_members(given)
         if proxy is not None:
             raise ValueError(
                 f"proxy must be None for an ensemble, got {type(proxy).__name__}; report on each "
@@ -115,6 +121,17 @@ def _subject(given: Any, proxy: Proxy | None) -> _Subject:
     proxy = getattr(given, "proxy", None) if proxy is None else proxy
     corrected = given if isinstance(given, CorrectedPosterior) else None
     return _Subject(mains, weights, prior_of(given), proxy, corrected, device_of(given))
+
+
+def _check_members(ensemble: EnsemblePosterior) -> None:
+    """Require members whose draws have the density of their network."""
+    for part in ensemble.posteriors:
+        if type(part) is not DirectPosterior:
+            raise TypeError(
+                f"inference_or_posterior: got an EnsemblePosterior with a {type(part).__name__} "
+                "among its members; each of them must be what build_posterior() returns. Report on "
+                "each of the others by itself."
+            )
 
 
 def _draw(found: _Subject, theta: Tensor, x: Tensor, num_samples: int) -> PairDraws:

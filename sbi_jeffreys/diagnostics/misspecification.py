@@ -17,6 +17,7 @@ from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import check_instance, check_observations
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.networks.atoms import find_atoms
+from sbi_jeffreys.networks.embedding import check_missing
 from sbi_jeffreys.posteriors.candidates import seeded
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
@@ -109,9 +110,11 @@ def misspecification_test(
             "evidence; use sbi.diagnostics.calc_misspecification_mmd."
         )
     device = next(main.parameters()).device
-    x_o = check_observations(x_o, main.condition_shape, "x_o").to(device)
+    shape = main.condition_shape
+    x_o = check_missing(main, check_observations(x_o, shape, "x_o", missing=True).to(device))
     simulations = _held_out(inference) if x is None else x
-    simulations = check_observations(simulations, main.condition_shape).to(device)
+    simulations = check_observations(simulations, shape, missing=True).to(device)
+    check_missing(main, simulations)
     if len(simulations) < _MIN_SIMULATIONS:
         raise ValueError(
             f"x must be at least {_MIN_SIMULATIONS} simulations, got {len(simulations)}; simulate "

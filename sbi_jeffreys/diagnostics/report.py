@@ -213,6 +213,8 @@ def held_out_report(
     if by_proxy is not None:
         reverse, sizes = (values[torch.isfinite(values)] for values in by_proxy)
         against = (*mean_and_error(reverse), mean_and_error(sizes)[0])
+    # A corrected posterior goes towards the proxy that its main may disagree with.
+    judged = against if draws.log_weights is None else None  # mutant: main-judged-for-corrected
     reverse, reverse_error, size = against or (None, None, None)
     return HeldOutReport(
         num_pairs=len(theta),
@@ -225,7 +227,7 @@ def held_out_report(
         coverage=coverage_curve(ranks),
         marginal_ranks=marginals.cpu(),
         leakage=leaked,
-        findings=judge(ranks, marginals, leaked, num_samples, against, by_ranks),
+        findings=judge(ranks, marginals, leaked, num_samples, judged, by_ranks),
         effective_draws=effective,
     )
 

@@ -98,8 +98,8 @@ class MainBuilder:
     Args:
         model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …; in any case),
             or one of sbi's typed configs.
-        embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. With a
-            config, set the config's own `embedding_net` instead.
+        embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. A copy
+            of it is trained. With a config, set the config's own `embedding_net` instead.
         marginal_transforms: Whether θ is transformed and, without an embedding net or a z-scoring
             of x of your own, a vector x. A config's z-scoring of x is your own if it is not the
             config's default.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 
-__all__ = ["check_summaries", "embedded_once", "summaries_of", "summary_net"]
+__all__ = ["check_missing", "check_summaries", "embedded_once", "summaries_of", "summary_net"]
 
 _CHUNK = 2_000  # observations embedded at once
 
@@ -79,6 +79,19 @@ def _same(condition: Tensor, x: Tensor) -> bool:
 def summaries_of(net: nn.Module, x: Tensor) -> Tensor:
     """Summaries `(N, S)` that an embedding net gives of x `(N, *x_shape)`, some x at a time."""
     return torch.cat([net(part).flatten(1) for part in x.split(_CHUNK)])
+
+
+def check_missing(main: ConditionalDensityEstimator, x: Tensor) -> Tensor:
+    """x `(B, *x_shape)` as it is, if the main's embedding net masks the NaN in it.
+
+    Raises:
+        ValueError: If summaries of x with NaN are not finite.
+    """
+    rows = torch.isnan(x.flatten(1)).any(dim=1)
+    if bool(rows.any()):  # mutant: missing-values-reach-the-main
+        net = main.embedding_net
+        check_summaries(summaries_of(nn.Flatten() if net is None else net, x[rows]), x[rows])
+    return x
 
 
 def check_summaries(summary: Tensor, x: Tensor) -> None:

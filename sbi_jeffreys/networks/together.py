@@ -8,6 +8,7 @@ matrix hold their weights: K fits cost two to six times less than one after the 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -84,14 +85,17 @@ def fit_together(
     if len(tasks) == 1:
         return [tasks[0].fit(on_epoch)]
     fits = _Fits(tasks)
-    try:
-        while fits.active:
-            values = fits.run_epoch()
-            if on_epoch is not None:
-                on_epoch(fits.epoch, float(values.mean()))
-            fits.finish(values)
-    finally:
-        fits.finish_all()
+    with warnings.catch_warnings():
+        # torch asks users to report functions that vmap evaluates for one network after the other.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            while fits.active:
+                values = fits.run_epoch()
+                if on_epoch is not None:
+                    on_epoch(fits.epoch, float(values.mean()))
+                fits.finish(values)
+        finally:
+            fits.finish_all()
     return [result for result in fits.results if result is not None]
 
 

@@ -33,11 +33,14 @@ __all__ = [
     "adapted_candidates",
     "check_drawing",
     "draw_candidates",
+    "enough",
     "or_adapted",
     "resample",
     "seeded",
 ]
 
+_PER_SAMPLE = 4  # candidates for every sample asked for, at least
+_BATCHED = 2_000  # per observation where there are many
 _MIN_ADAPTED, _MAX_ADAPTED = 4, 10_000
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
@@ -70,6 +73,15 @@ def check_drawing(num: int | None, default: int, batch: int, show_progress_bars:
     check_int("max_sampling_batch_size", batch, 1)
     check_bool("show_progress_bars", show_progress_bars)
     return check_int("num_candidates", default if num is None else num, 1)
+
+
+def enough(num_candidates: int, sample_shape: torch.Size, batched: bool = False) -> int:
+    """How many candidates at one observation: a posterior's own number, or more for many samples.
+
+    Where there are several observations, its own number counts up to 2,000.
+    """
+    own = min(num_candidates, _BATCHED) if batched else num_candidates
+    return max(own, _PER_SAMPLE * sample_shape.numel())
 
 
 @torch.no_grad()
@@ -140,8 +152,9 @@ def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates
         return best
     warnings.warn(
         f"Main and proxy disagree at this observation: {quality.num_candidates:,} draws of the "
-        f"main are worth {quality.effective_draws:.0f} of the corrected posterior. They were "
-        "replaced by draws of a proposal that was adapted to the proxy. Which of both is right, "
+        f"main are worth {quality.effective_draws:.0f} of the corrected posterior (Pareto k̂ "
+        f"{quality.pareto_k:.2f}). They were replaced by draws of a proposal that was adapted to "
+        f"the proxy, worth {adapted.quality[0].effective_draws:.0f}. Which of both is right, "
         "held-out simulations like this observation would tell: see training_report, simulate "
         "further rounds here, or ask misspecification_test() whether x is like the simulations.",
         JeffreysWarning,

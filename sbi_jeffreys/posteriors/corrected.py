@@ -9,12 +9,11 @@ the amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from sbi.inference.posteriors import DirectPosterior
 from torch import Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
@@ -31,9 +30,10 @@ from sbi_jeffreys._checks import (
     check_sample_shape,
 )
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, device_of
-from sbi_jeffreys.networks.embedding import embedded_once
+from sbi_jeffreys.networks.embedding import check_missing, embedded_once
 from sbi_jeffreys.posteriors import candidates
 from sbi_jeffreys.posteriors.candidates import Candidates, resample
+from sbi_jeffreys.posteriors.direct import AnyPriorPosterior
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
 from sbi_jeffreys.posteriors.power import log_pool, log_pool_at
 from sbi_jeffreys.posteriors.proxy import PooledPotential
@@ -42,12 +42,10 @@ from sbi_jeffreys.proxies.base import Proxy
 __all__ = ["CorrectedPosterior"]
 
 _BATCH = 10_000  # draws per network call: bounds memory
-_PER_SAMPLE = 4  # candidates for every sample asked for, at least
-_BATCHED_CANDIDATES = 2_000  # per observation where there are many
 _THETA_REMEDY = "pass one row per parameter vector, and one column per observation if batched"
 
 
-class CorrectedPosterior(DirectPosterior):
+class CorrectedPosterior(AnyPriorPosterior):
     """The main's posterior, its draws resampled by truncated importance weights of the proxy.
 
     Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
@@ -169,7 +167,8 @@ class CorrectedPosterior(DirectPosterior):
         """Corrected draws at one observation; warns where they are unreliable.
 
         Args:
-            sample_shape: Shape of the draws; the candidates are at least four times as many.
+            sample_shape: Shape of the draws, of which there are at least four times as many
+                candidates (of an adapted proposal at most 10,000).
             x: One observation; the default x if None.
             max_sampling_batch_size: Draws per network call.
             show_progress_bars: Whether to show progress over network calls.
@@ -181,8 +180,7 @@ class CorrectedPosterior(DirectPosterior):
             RuntimeError: If no draw of the main has mass under the proxy.
         """
         shape = check_sample_shape(sample_shape)
-        num = max(self.num_candidates, _PER_SAMPLE * shape.numel())
-        x_o = self._observation(x)
+        num, x_o = candidates.enough(self.num_candidates, shape), self._observation(x)
         found = self._candidates(num, x_o, max_sampling_batch_size, show_progress_bars, adapt=True)
         return resample(found, shape.numel()).reshape(*shape, -1)
 
@@ -212,8 +210,7 @@ class CorrectedPosterior(DirectPosterior):
         """
         shape = check_sample_shape(sample_shape)
         if num_candidates is None:
-            own = min(self.num_candidates, _BATCHED_CANDIDATES)
-            num_candidates = max(own, _PER_SAMPLE * shape.numel())
+            num_candidates = candidates.enough(self.num_candidates, shape, batched=True)
         draws, qualities, x = [], [], self._observations(x)
         chunks = self._chunks(num_candidates, x, max_sampling_batch_size, show_progress_bars)
         for _, found in chunks:
@@ -280,12 +277,15 @@ class CorrectedPosterior(DirectPosterior):
 
     def _observation(self, x: Any) -> Tensor:
         """One observation `(1, *x_shape)` on the posterior's device, the default if None."""
-        x = self.default_x if x is None else x
-        return check_observation(x, self.posterior_estimator.condition_shape).to(device_of(self))
+        return self._usable(check_observation, self.default_x if x is None else x)
 
     def _observations(self, x: Any) -> Tensor:
         """Observations `(B, *x_shape)` on the posterior's device."""
-        return check_observations(x, self.posterior_estimator.condition_shape).to(device_of(self))
+        return self._usable(check_observations, x)
+
+    def _usable(self, check: Callable[..., Tensor], x: Any) -> Tensor:
+        main = self.posterior_estimator
+        return check_missing(main, check(x, main.condition_shape, missing=True).to(device_of(self)))
 
     def _candidates(
         self,

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sbi.inference.posteriors import DirectPosterior
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.utils.clip_grad import clip_grad_norm_
@@ -32,6 +31,7 @@ from sbi_jeffreys._checks import JeffreysWarning, check_observation
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.objective import effective_sample_size, forward_term, reverse_vargrad_loss
 from sbi_jeffreys.posteriors.candidates import adapted_candidates
+from sbi_jeffreys.posteriors.direct import AnyPriorPosterior
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, importance_quality
 from sbi_jeffreys.posteriors.power import log_pool_at
 from sbi_jeffreys.proxies.base import Proxy
@@ -73,7 +73,7 @@ class Focus:
         return f"{what}; effective share of draws {shares[0]} before, {shares[1]} after"
 
 
-class FocusedPosterior(DirectPosterior):
+class FocusedPosterior(AnyPriorPosterior):
     """sbi's posterior of a main that was refined at one observation, its default x.
 
     Attributes:
@@ -88,17 +88,17 @@ class FocusedPosterior(DirectPosterior):
         self.focus, self.x_o = found, x_o
         self.set_default_x(x_o)
 
-    def sample(self, sample_shape: Any = _ONE, x: Any = None, **kwargs: Any) -> Tensor:
+    def sample(self, sample_shape: Any = _ONE, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
-        return super().sample(sample_shape, self._checked(x), **kwargs)
+        return super().sample(sample_shape, self._checked(x), *args, **kwargs)
 
-    def log_prob(self, theta: Tensor, x: Any = None, **kwargs: Any) -> Tensor:
+    def log_prob(self, theta: Tensor, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
-        return super().log_prob(theta, self._checked(x), **kwargs)
+        return super().log_prob(theta, self._checked(x), *args, **kwargs)
 
-    def map(self, x: Any = None, **kwargs: Any) -> Tensor:
+    def map(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
-        return super().map(self._checked(x), **kwargs)
+        return super().map(self._checked(x), *args, **kwargs)
 
     def set_default_x(self, x: Any) -> Any:
         """Refuse any x but the observation, which is the default x already."""

@@ -18,6 +18,9 @@ __all__ = ["ImportanceQuality", "importance_quality", "pareto_k", "warn_if_unrel
 
 _MIN_DRAWS = 100  # with fewer effective draws, samples are mostly copies of one another
 _MAX_PARETO_K = 0.7  # above it importance sampling is unreliable at any practical number of draws
+# Share of effective draws from which on k̂ does not count: the weights are nearly equal, and the
+# tail, however heavy, belongs to a small part of the draws.
+_NEARLY_EQUAL = 0.5
 _MIN_TAIL = 5  # fewest weights that a tail is fitted to
 
 
@@ -43,8 +46,13 @@ class ImportanceQuality:
 
     @property
     def reliable(self) -> bool:
-        """Whether there are at least 100 effective draws, and k̂ is at most 0.7."""
-        return self.effective_draws >= _MIN_DRAWS and self.pareto_k <= _MAX_PARETO_K
+        """Whether there are at least 100 effective draws, and k̂ is at most 0.7.
+
+        k̂ does not count where half of the draws or more are effective.
+        """
+        # mutant: tail-of-nearly-equal-weights
+        light = self.pareto_k <= _MAX_PARETO_K or self.effective_sample_size >= _NEARLY_EQUAL
+        return self.effective_draws >= _MIN_DRAWS and light
 
 
 def importance_quality(log_weights: Tensor) -> ImportanceQuality:
@@ -106,9 +114,10 @@ def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int =
         f"The corrected posterior is unreliable at {where}: {which} {worst.num_candidates:,} "
         f"candidates are worth {worst.effective_draws:.0f} independent draws (at least "
         f"{_MIN_DRAWS} are needed), and Pareto k̂ of their weights is {worst.pareto_k:.2f} (at most "
-        f"{_MAX_PARETO_K}). The main model and the proxy disagree there. Use build_posterior() for "
-        "such x, or a smaller power or more num_candidates in build_corrected_posterior, and check "
-        "whether x looks like the simulations.",
+        f"{_MAX_PARETO_K}, unless half of the candidates are effective). The main model and the "
+        "proxy disagree there. Use build_posterior() for such x, or a smaller power or more "
+        "num_candidates in build_corrected_posterior, and check whether x looks like the "
+        "simulations.",
         JeffreysWarning,
         stacklevel=stacklevel,  # the line that calls the posterior's method
     )

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from sbi.inference.posteriors import ImportanceSamplingPosterior, MCMCPosterior, RejectionPosterior
-from sbi.utils import mcmc_transform
 from torch import Tensor
 
 from sbi_jeffreys._checks import check_choice, check_instance
@@ -25,6 +24,7 @@ from sbi_jeffreys._sbi import (
     PosteriorParameters,
     RejectionPosteriorParameters,
 )
+from sbi_jeffreys.posteriors.direct import transform_of
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["PooledPotential", "ProxyPosterior", "ProxyPotential", "SampleWith", "proxy_posterior"]
@@ -187,7 +187,7 @@ def proxy_posterior(
     main, proxy = deepcopy(main), deepcopy(proxy)
     prior = proxy.prior
     potential = ProxyPotential(proxy, main.condition_shape, device)
-    kwargs = {"theta_transform": mcmc_transform(prior, device=device), "device": device}
+    kwargs = {"theta_transform": transform_of(prior, device), "device": device}
     kwargs |= {k: v for k, v in asdict(parameters).items() if v is not None}
     if sample_with == "importance":
         proposal = _MainProposal(main, potential)

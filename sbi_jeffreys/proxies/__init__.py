@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
+from sbi_jeffreys.networks.embedding import summaries_of
 from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.networks.standardised import StandardisedInput
 from sbi_jeffreys.networks.transforms import varying
@@ -73,6 +74,11 @@ def build_proxy(
         return _own(options.proxy), f"given: {type(options.proxy).__name__}"
     summary = main.embedding_net
     if options.proxy == "auto" and summary is not None and _is_fixed(summary):
+        if _same_for_all(summaries_of(summary, x)):  # mutant: constant-summaries-modelled
+            return None, (
+                "the embedding net gives the same summaries of every x, which carry no information "
+                "on theta: use another net"
+            )
         proxy = SummaryLikelihoodProxy(
             prior, summary, options.experts, options.proxy_fit, options.proxy_folds
         )
@@ -143,6 +149,11 @@ def _compare_priors(given: Distribution, prior: Distribution) -> None:
         JeffreysWarning,
         stacklevel=2,
     )
+
+
+def _same_for_all(summaries: Tensor) -> bool:
+    """Whether summaries `(N, S)` are finite and constant."""
+    return bool(torch.isfinite(summaries).all()) and not bool(varying(summaries).any())
 
 
 def _no_density(x: Tensor) -> str | None:

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.networks.embedding import check_summaries, summaries_of
 from sbi_jeffreys.networks.fitting import FitConfig
+from sbi_jeffreys.networks.transforms import varying
 from sbi_jeffreys.proxies.experts import Expert
 from sbi_jeffreys.proxies.experts.base import OnEpoch
 from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
@@ -60,6 +61,11 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
         """
         summaries = summaries_of(self.embedding, x)
         check_summaries(summaries, x)
+        if not bool(varying(summaries[train_indices]).any()):
+            raise ValueError(
+                "x: expected the embedding net to give summaries that vary, got the same ones of "
+                f"all {len(train_indices)} training simulations; use another embedding net."
+            )
         super().fit(theta, summaries, train_indices, val_indices, on_epoch, max_epochs, patience)
         return self
 

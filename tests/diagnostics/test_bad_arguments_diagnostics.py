@@ -13,6 +13,8 @@ from sbi.inference.posteriors import DirectPosterior, EnsemblePosterior, MCMCPos
 from sbi_jeffreys import GivenProxy, HeldOutReport, diagnostics, held_out_report
 from sbi_jeffreys.diagnostics import PairDraws, coverage_curve
 from sbi_jeffreys.diagnostics.verdicts import judge
+from sbi_jeffreys.posteriors.focused import Focus, FocusedPosterior
+from sbi_jeffreys.posteriors.importance import ImportanceQuality
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,6 +35,11 @@ ROW = {"method": "NPE", "simulations": 1_000, "c2st": 0.7}
 
 def posterior():
     return DirectPosterior(Known(gaussian()), PRIOR)
+
+
+def focused():
+    found = Focus(*[ImportanceQuality(1.0, 0.0, 100)] * 2, 1.0, False)
+    return FocusedPosterior(Known(gaussian()), PRIOR, torch.zeros(1, 2), found)
 
 
 def report(theta=THETA, x=XS, subject=None, **kwargs):
@@ -66,6 +73,16 @@ def report(theta=THETA, x=XS, subject=None, **kwargs):
         (lambda: report(subject=PRIOR), TypeError, ("inference_or_posterior", "Multivariate")),
         (lambda: report(subject="nsf"), TypeError, ("inference_or_posterior", "str")),
         (lambda: report(subject=MCMCPosterior), TypeError, ("inference_or_posterior", "got")),
+        (
+            lambda: report(subject=focused()),
+            TypeError,
+            ("FocusedPosterior", "one observation", "build_posterior()"),
+        ),
+        (
+            lambda: report(subject=EnsemblePosterior([posterior(), focused()])),
+            TypeError,
+            ("EnsemblePosterior with a FocusedPosterior", "each of them must"),
+        ),
         (
             lambda: report(
                 subject=EnsemblePosterior([posterior(), posterior()]),

@@ -70,6 +70,8 @@ def test_it_is_a_posterior_of_sbi(posterior):
     twin = pickle.loads(pickle.dumps(posterior))
     theta = torch.zeros(1, 2)
     assert torch.equal(twin.log_prob(theta), posterior.log_prob(theta, x=X))
+    assert posterior.sample((5,), X, 1_000, False).shape == (5, 2)  # by position, as of sbi
+    assert torch.equal(posterior.log_prob(theta, X, False), posterior.log_prob(theta))
     assert "refined" in str(posterior.focus)
 
 

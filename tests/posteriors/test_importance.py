@@ -108,7 +108,9 @@ def test_quality_of_a_main_that_is_too_wide():
         (0.5, 0.3, 1_000, True),
         (0.05, 0.3, 1_000, False),
         (0.05, 0.3, 20_000, True),
-        (0.5, 0.8, 20_000, False),
+        (0.45, 0.8, 20_000, False),
+        (0.98, 0.85, 20_000, True),  # nearly equal weights: their tail is of few draws
+        (0.98, 0.85, 50, False),
         (0.0, math.inf, 20_000, False),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -108,7 +109,11 @@ class FlowExpert(NetworkExpert):
         no_flow = self.model in _NO_FLOWS  # mutant: transforms-for-every-expert
         size: dict[str, Any] = {} if no_flow else {"num_transforms": self.num_transforms}
         builder = likelihood_nn(self.model, **size)
-        net: nn.Module = with_fast_splines(builder(z[train].cpu(), target.cpu())).to(x.device)
+        with warnings.catch_warnings():
+            # Of x with one output, where it is one expert of several; it reads as if it were of θ.
+            warnings.filterwarnings("ignore", message="In one-dimensional output space")
+            built = builder(z[train].cpu(), target.cpu())
+        net: nn.Module = with_fast_splines(built).to(x.device)
         # Held-out losses are those of x, so that experts on different scales can be compared.
         log_det = transform.log_det(x[data.val]).mean()
         if regression is not None:

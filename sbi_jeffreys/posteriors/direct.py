@@ -1,0 +1,39 @@
+"""sbi's posterior of a density estimator, for any prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sbi.inference.posteriors import DirectPosterior
+from sbi.utils import mcmc_transform
+from torch.distributions import Distribution, Transform
+
+__all__ = ["AnyPriorPosterior", "transform_of"]
+
+# What sbi raises where torch has no bijection to the prior's support, or one of other dimensions.
+_NO_BIJECTION = (NotImplementedError, AssertionError)
+
+
+class AnyPriorPosterior(DirectPosterior):
+    """sbi's `DirectPosterior`, also where there is no bijection to the prior's support.
+
+    Only `map` would use it, and then climbs in θ as it is.
+
+    Args:
+        **kwargs: As of `DirectPosterior`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        try:
+            super().__init__(**kwargs)
+        except _NO_BIJECTION:
+            kwargs["enable_transform"] = False
+            super().__init__(**kwargs)
+
+
+def transform_of(prior: Distribution, device: str) -> Transform:
+    """sbi's transform from the prior's support to ℝᴰ; the identity where there is none."""
+    try:
+        return mcmc_transform(prior, device=device)
+    except _NO_BIJECTION:
+        return mcmc_transform(prior, device=device, enable_transform=False)
