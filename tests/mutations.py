@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "excluded-pairs-are-evidence",
-        "return self.weights",
+        "return weights",
         "tests/training/test_kernel.py -k not_surer",
     ),
     Mutant(
@@ -537,7 +537,7 @@ MUTANTS = (
     ),
     Mutant(
         "folds-of-held-out-pairs",
-        "fitted = fit_folds(experts, base, z, x, torch.cat([train_indices, val_indices]), folds, on_epoch)",
+        "fitted, self._folds = fit_folds(experts, base, z, x, torch.cat([train_indices, val_indices]), folds, on_epoch)",
         "tests/proxies/test_folds.py -k do_not_touch",
     ),
     Mutant("no-folds", "return 1", "tests/proxies/test_folds.py -k for_few"),
@@ -628,6 +628,16 @@ MUTANTS = (
         "tests/training/test_temperature.py",
     ),
     Mutant(
+        "unseen-training-pairs-no-evidence",
+        "if False:",
+        "tests/training/test_temperature.py -k both_directions",
+    ),
+    Mutant(
+        "temperature-of-held-out-pairs-alone",
+        "cross_fitted = None",
+        "tests/training/test_temperature.py -k with_folds",
+    ),
+    Mutant(
         "temperature-sharpens-only",
         "if False:",
         "tests/training/test_temperature.py",
@@ -696,17 +706,17 @@ MUTANTS = (
     ),
     Mutant(
         "frozen-and-tempered",
-        "if options.temper and proxy.can_be_tempered:",
+        "if options.temper:",
         "tests/training/test_temperature.py",
     ),
     Mutant(
         "temper-dead",
-        "if options.adaptive and proxy.can_be_tempered:",
+        "if options.adaptive:",
         "tests/training/test_temperature.py",
     ),
     Mutant(
         "given-likelihood-tempered",
-        "if options.adaptive and options.temper:",
+        "if False:",
         "tests/training/test_temperature.py",
     ),
     Mutant(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
 from sbi_jeffreys.proxies.experts.fit import fit_to_folds
 
-__all__ = ["Bag", "fit_folds"]
+__all__ = ["Bag", "Fold", "fit_folds"]
 
 
 class Bag(nn.Module):
@@ -50,6 +51,19 @@ class Bag(nn.Module):
         return torch.cat(drawn, dim=-2)[..., torch.cat(parts).argsort(), :]
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Training pairs, and the experts that were fitted without them.
+
+    Attributes:
+        unseen: Indices of the pairs.
+        experts: By their settings.
+    """
+
+    unseen: Tensor
+    experts: dict[Expert, FittedExpert]
+
+
 def fit_folds(
     specs: Sequence[Expert],
     config: FitConfig,
@@ -58,7 +72,7 @@ def fit_folds(
     train: Tensor,
     num_folds: int,
     on_epoch: OnEpoch = None,
-) -> list[FittedExpert]:
+) -> tuple[list[FittedExpert], list[Fold]]:
     """Fit every expert once per fold, then bag networks and refit closed forms to all pairs.
 
     Args:
@@ -72,7 +86,7 @@ def fit_folds(
 
     Returns:
         The experts, whose `held_out` are the training pairs, each under the fit that has not seen
-        it.
+        it; and the fits by folds.
     """
     scales = scales_of(x[train])
     folds = train[torch.randperm(len(train))].tensor_split(num_folds)
@@ -82,7 +96,8 @@ def fit_folds(
         parts.append(ExpertData(z, x, rest, unseen, config, scales, on_epoch))
     fits = fit_to_folds(specs, parts)
     data = ExpertData(z, x, train, train, config, scales, on_epoch)
-    return [_together(spec, [fit[spec] for fit in fits], data) for spec in fits[0]]
+    experts = [_together(spec, [fit[spec] for fit in fits], data) for spec in fits[0]]
+    return experts, [Fold(unseen, fit) for unseen, fit in zip(folds, fits)]
 
 
 def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> FittedExpert:

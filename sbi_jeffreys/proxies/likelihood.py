@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ from sbi_jeffreys.proxies.experts import (
 )
 from sbi_jeffreys.proxies.experts.base import NARROW, ExpertData, OnEpoch, scales_of
 from sbi_jeffreys.proxies.experts.fit import fit_to
-from sbi_jeffreys.proxies.folds import fit_folds
+from sbi_jeffreys.proxies.folds import Fold, fit_folds
 from sbi_jeffreys.proxies.screening import WIDE, informative_outputs
 from sbi_jeffreys.proxies.stacking import stacking_weights
 
@@ -122,6 +123,7 @@ class LikelihoodProxy(Proxy):
         self.drawn: DrawCount | None = None
         self.fitted = nn.ModuleList()
         self.compression: Compression | None = None
+        self._folds: list[Fold] = []
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
         # Training simulations, which draws take the outputs from that are not in `columns`.
@@ -155,11 +157,11 @@ class LikelihoodProxy(Proxy):
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
         folds = self.folds_for(len(train_indices))
-        self.compression = None
+        self.compression, self._folds = None, []
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
         if folds > 1:  # not compressed: every fold would have had its part in the directions
             # mutant: folds-of-held-out-pairs
-            fitted = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
+            fitted, self._folds = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
         else:
             scales = scales_of(x[train_indices])
             data = ExpertData(z, x, train_indices, val_indices, base, scales, on_epoch)
@@ -195,6 +197,22 @@ class LikelihoodProxy(Proxy):
                 f"{2 * self.num_folds} training simulations, got {num_pairs}; use fewer folds."
             )
         return self.num_folds
+
+    def take_cross_fitted(self) -> list[tuple[Tensor, LikelihoodProxy]]:
+        """Each fold's pairs, and this proxy as it was fitted without them; forgotten afterwards.
+
+        Returns:
+            Indices of pairs that `fit` was given, and a proxy; empty without folds.
+        """
+        found = []
+        for fold in self._folds:
+            twin = copy(self)
+            # Its own modules, of which one is exchanged.
+            vars(twin).update(_modules=dict(self.named_children()), _folds=[])
+            twin.fitted = nn.ModuleList([fold.experts[e.spec] for e in self._mixture()])
+            found.append((fold.unseen, twin))
+        self._folds = []
+        return found
 
     @property
     def can_be_tempered(self) -> bool:  # type: ignore[override]

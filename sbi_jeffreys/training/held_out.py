@@ -34,7 +34,7 @@ from sbi_jeffreys.objective import (
 )
 from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
-from sbi_jeffreys.training.temperature import inverse_temperature
+from sbi_jeffreys.training.temperature import Evidence, as_evidence, inverse_temperature
 
 __all__ = ["HeldOut"]
 
@@ -73,11 +73,6 @@ class HeldOut:
         """Mean of losses `(M,)`, weighted by the kernel; inf where it is not finite."""
         value = float(forward_term(-losses, self.weights))
         return value if math.isfinite(value) and not self.excluded else math.inf
-
-    def _evidence(self) -> Tensor:
-        """The weights, in sum the effective number of pairs: so many that are worth one each."""
-        effective = self.weights.sum() ** 2 / (self.weights**2).sum()
-        return self.weights * effective / len(self.weights)  # mutant: excluded-pairs-are-evidence
 
     @torch.no_grad()
     def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
@@ -164,19 +159,25 @@ class HeldOut:
 
     @torch.no_grad()
     def inverse_temperature(
-        self, proxy: Proxy, main: ConditionalDensityEstimator, draws: AdaptedDraws | None = None
+        self,
+        proxy: Proxy,
+        main: ConditionalDensityEstimator,
+        draws: AdaptedDraws | None = None,
+        cross_fitted: Evidence | None = None,
     ) -> float:
         """γ by which the proxy's log factor should be scaled; see `training.temperature`.
 
-        The contrasts are `draws`, if there are some already.
+        The contrasts are `draws`, if there are some already. After a first round, training pairs
+        under fits that have not seen them are further evidence.
         """
         if self.atomic:
             theta = with_contrasts(self.theta)
             factor = proxy.log_factor(theta, self.x)
-            return inverse_temperature(torch.zeros_like(factor), factor, self._evidence())
+            return inverse_temperature(torch.zeros_like(factor), factor, as_evidence(self.weights))
         draws = self.draws(proxy, main) if draws is None else draws
+        weights = as_evidence(self.weights)
         # mutant: contrasts-of-the-prior-only
-        return inverse_temperature(draws.offset, draws.factor, self._evidence())
+        return inverse_temperature(draws.offset, draws.factor, weights, cross_fitted)
 
     @torch.no_grad()
     def reverse(

@@ -18,7 +18,6 @@ from sbi_jeffreys._sbi import (
 )
 from sbi_jeffreys.networks.prior_space import has_discrete_part
 from sbi_jeffreys.networks.transforms import varying
-from sbi_jeffreys.objective import effective_sample_size
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.proxies import (
     EmpiricalPrior,
@@ -29,7 +28,6 @@ from sbi_jeffreys.proxies import (
     hand_back_embedding,
     leave_out_uninformative,
 )
-from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.proxies.truncated import TruncatedRounds, of_truncated_rounds
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.data import Simulations
@@ -47,12 +45,13 @@ from sbi_jeffreys.training.refit import restored_if_interrupted, summarise
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
+from sbi_jeffreys.training.tempering import evidence_of, temper
 
 __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 
-_PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
-# How near γ is to 1 to be as good as 1; up to which log γ draws that were adapted to γ = 1 serve.
-_NEXT_TO_ONE, _SAME_TEMPERATURE = 0.02, 0.1
+# Values of log γ between which draws that were adapted to γ = 1 serve: a sharper target has bounded
+# weights under them.
+_SAME_DRAWS = -0.1, 0.4
 _USES_OF_EXPENSIVE = 5  # of each draw of a renewable pool, on average
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
@@ -159,11 +158,16 @@ def prepare(
     if proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
+    folds = proxy.take_cross_fitted() if isinstance(proxy, LikelihoodProxy) else []
     if held_out.excluded:  # mutant: trusted-by-excluded-pairs
         return Prepared(ProxyStatus.NO_KERNEL_WEIGHT, proxy, note)
     draws = None if held_out.atomic else held_out.draws(proxy, main)
-    _temper(proxy, main, held_out, draws, options)
-    if abs(float(proxy.inverse_temperature.log())) > _SAME_TEMPERATURE:
+    if options.adaptive and options.temper:  # mutant: frozen-and-tempered, temper-dead
+        # mutant: temperature-of-held-out-pairs-alone
+        cross_fitted = None if held_out.atomic else evidence_of(folds, main, simulations, kernel)
+        temper(proxy, main, held_out, draws, cross_fitted)
+    low, high = _SAME_DRAWS
+    if not low <= float(proxy.inverse_temperature.log()) <= high:
         draws = None  # too far from the temperature that they were adapted to
     main_losses = held_out.main_losses(main, proxy)
     proxy_losses, uncertain = held_out.proxy_losses(proxy, main, draws)
@@ -229,32 +233,6 @@ def _with_pool(
     if not bool(pool.weights.sum() > 0):
         return replace(found, status=ProxyStatus.NO_KERNEL_WEIGHT)
     return replace(found, status=ProxyStatus.USED, pool=pool)
-
-
-def _temper(
-    proxy: Proxy,
-    main: ConditionalDensityEstimator,
-    held_out: HeldOut,
-    draws: AdaptedDraws | None,
-    options: JeffreysOptions,
-) -> None:
-    """Set the proxy's temperature by held-out evidence, as far as a pool can be weighted by it."""
-    # mutant: frozen-and-tempered, temper-dead, given-likelihood-tempered
-    if not (options.adaptive and options.temper and proxy.can_be_tempered):
-        return
-    gamma = held_out.inverse_temperature(proxy, main, draws)
-    if gamma != 1 and proxy.can_sample:
-        theta, x = proxy.sample_joint(_PROBE)
-        factor = proxy.log_factor(theta.unsqueeze(0), x)[0] if len(x) else x.new_zeros(0)
-        # mutant: pool-weights-collapse
-        while len(factor) and _share_left(factor, gamma) < _LEAST_SHARE:
-            gamma = math.sqrt(gamma) if abs(gamma - 1) > _NEXT_TO_ONE else 1.0
-    proxy.inverse_temperature.fill_(gamma)
-
-
-def _share_left(log_factor: Tensor, gamma: float) -> float:
-    """Effective share of pairs, of log factors `(N,)`, under the weights of a temperature."""
-    return float(effective_sample_size((gamma - 1) * log_factor)) / len(log_factor)
 
 
 def begin_stage(

@@ -58,7 +58,7 @@ def test_a_pair_is_judged_by_the_fit_that_has_not_seen_it():
     z, x = pairs(60)
     train = torch.arange(7, 60)
     torch.manual_seed(3)
-    (expert,) = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
+    (expert,), _ = fit_folds((RegressionExpert(1),), QUICK, z, x, train, 4)
     torch.manual_seed(3)
     folds = train[torch.randperm(53)].tensor_split(4)
     scales = scales_of(x[train])
@@ -76,7 +76,7 @@ def test_a_pair_is_judged_by_the_fit_that_has_not_seen_it():
 def test_nets_of_all_folds_are_kept():
     z, x = pairs(60)
     specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
-    experts = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
+    experts, _ = fit_folds(specs, QUICK, z, x, torch.arange(60), 3)
     assert [expert.spec for expert in experts] == list(specs)
     bag = experts[1].net
     assert isinstance(bag, Bag)
@@ -84,6 +84,21 @@ def test_nets_of_all_folds_are_kept():
     apart = torch.stack([net.log_prob(y, z[:5]) for net in bag.nets])
     assert float(apart.std(0).min()) > 1e-3  # three different fits
     torch.testing.assert_close(bag.log_prob(y, z[:5]), apart.exp().mean(0).log())
+
+
+def test_a_fold_gets_the_proxy_that_has_not_seen_it():
+    theta, x = pairs(80)
+    specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
+    proxy = LikelihoodProxy(PRIOR, specs, QUICK, num_folds=3)
+    proxy.fit(theta, x, torch.arange(70), torch.arange(70, 80))
+    folds = proxy.take_cross_fitted()
+    assert torch.cat([unseen for unseen, _ in folds]).sort().values.tolist() == list(range(70))
+    found = [fit.log_factor(theta[rows].unsqueeze(0), x[rows])[0] for rows, fit in folds]
+    parts = torch.stack([expert.held_out for expert in proxy._mixture()])
+    expected = torch.logsumexp(parts + proxy.weights.log().unsqueeze(1), dim=0)
+    torch.testing.assert_close(torch.cat(found), expected)
+    assert len(proxy._mixture()) == len(folds[0][1]._mixture())
+    assert not proxy.take_cross_fitted()  # forgotten
 
 
 def test_held_out_pairs_do_not_touch_a_cross_fitted_proxy():
@@ -149,6 +164,6 @@ def test_networks_are_not_fitted_where_a_regression_has_won_on_the_pairs_of_all_
     flows = FlowExpert("maf", 0.3, num_transforms=2), FlowExpert("maf", 0.5, num_transforms=2)
     around = FlowExpert("maf", num_transforms=2, around_regression=True)
     specs = (RegressionExpert(1), *flows, around)
-    experts = fit_folds(specs, QUICK, z, x, torch.arange(300), 5)
+    experts, _ = fit_folds(specs, QUICK, z, x, torch.arange(300), 5)
     assert {expert.spec for expert in experts} == {specs[0], flows[0], around}
     assert all(len(expert.held_out) == 300 for expert in experts)

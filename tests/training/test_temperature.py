@@ -13,14 +13,15 @@ from contract_tools import TINY
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from sbi_jeffreys import GivenProxy, JeffreysOptions, NPE_Jeffreys
+from sbi_jeffreys import GivenProxy, NPE_Jeffreys
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import EnergyProxy, LikelihoodProxy
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import draw_pool, tempering_weights
-from sbi_jeffreys.training.preparation import _temper
-from sbi_jeffreys.training.temperature import inverse_temperature
+from sbi_jeffreys.training.temperature import Evidence, inverse_temperature
+from sbi_jeffreys.training.tempering import evidence_of, temper
 
 NOISE, DIM = 0.5, 2
 PRIOR = MultivariateNormal(torch.zeros(DIM), torch.eye(DIM))
@@ -96,6 +97,44 @@ def test_few_contrasts_do_not_bias_it():
     both = torch.cat([theta.unsqueeze(0), PRIOR.sample((5, 2000))])  # m = p: no offset
     factor = ScaledProxy(NOISE).log_factor(both, x)
     assert inverse_temperature(torch.zeros_like(factor), factor) < 1.1
+
+
+@pytest.mark.parametrize("scale", [0.45, 0.6])
+def test_pairs_unseen_by_the_fits_of_a_mixture_are_evidence_in_both_directions(scale: float):
+    """4,000 pairs: a standard deviation of 0.02, none of which is taken off."""
+    torch.manual_seed(1)
+    theta, x = pairs(4_000)
+    folds = [(torch.arange(k, 4_000, 2), ScaledProxy(scale)) for k in range(2)]
+    simulations = Simulations(theta, x, torch.arange(4_000), torch.arange(0), 0)
+    evidence = evidence_of(folds, WideMain(), simulations, lambda x: torch.ones(len(x)))  # type: ignore[arg-type]
+    assert evidence is not None
+    assert evidence.log_factor.shape[1] == 4_000
+    nothing = torch.full((3, 5), math.nan)
+    found = inverse_temperature(torch.zeros(3, 5), nothing, None, evidence)
+    assert math.log(found) == pytest.approx(0.98 * 2 * math.log(scale / NOISE), abs=0.06)
+
+
+def test_pairs_of_folds_that_the_kernel_excludes_are_no_evidence():
+    theta, x = pairs(50)
+    folds = [(torch.arange(50), ScaledProxy(0.6))]
+    simulations = Simulations(theta, x, torch.arange(50), torch.arange(0), 0)
+    assert evidence_of(folds, WideMain(), simulations, lambda x: torch.zeros(len(x))) is None  # type: ignore[arg-type]
+    half = (torch.arange(50) < 25).float()
+    evidence = evidence_of(folds, WideMain(), simulations, lambda x: half)  # type: ignore[arg-type]
+    assert isinstance(evidence, Evidence)
+    assert evidence.weights.tolist() == half.tolist()  # worth 25 pairs
+    assert evidence_of([], WideMain(), simulations, lambda x: half) is None  # type: ignore[arg-type]
+
+
+def test_a_training_with_folds_uses_the_pairs_of_all_folds(monkeypatch):
+    seen = []
+    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *given: seen.append(given[4]) or 1.2)
+    options = replace(TINY, proxy="auto", proxy_folds=3, temper=True, num_steps=5, proxy_draws=100)
+    inference = NPE_Jeffreys(PRIOR, "maf", show_progress_bars=False, options=options)
+    inference.append_simulations(*pairs(60)).train(max_num_epochs=2)
+    assert seen[0].log_factor.shape[1] == 54
+    assert isinstance(inference.proxy, LikelihoodProxy)
+    assert inference.proxy.take_cross_fitted() == []  # forgotten
 
 
 def test_what_is_clearly_too_sharp_is_widened():
@@ -209,7 +248,7 @@ def test_a_temperature_that_no_pool_can_be_weighted_by_is_not_used(monkeypatch):
     proxy = ScaledProxy(0.02)
     monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 0.1)
     torch.manual_seed(0)
-    _temper(proxy, WideMain(), held_out(50), None, JeffreysOptions())  # type: ignore[arg-type]
+    temper(proxy, WideMain(), held_out(50), None)  # type: ignore[arg-type]
     theta, x = proxy.sample_joint(4_000)
     weights = tempering_weights(proxy, theta, x)
     assert 0.1 < float(proxy.inverse_temperature) < 1
