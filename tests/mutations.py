@@ -182,6 +182,11 @@ MUTANTS = (
         "tests/posteriors/test_importance.py -k what_is_reliable",
     ),
     Mutant(
+        "adapted-to-ten-thousand-draws",
+        "for _ in range(1):",
+        "tests/posteriors/test_importance.py -k many_candidates",
+    ),
+    Mutant(
         "missing-values-reach-the-main",
         "if False:",
         "tests/posteriors/test_for_any.py -k no_net_masks",

@@ -41,7 +41,7 @@ __all__ = [
 
 _PER_SAMPLE = 4  # candidates for every sample asked for, at least
 _BATCHED = 2_000  # per observation where there are many
-_MIN_ADAPTED, _MAX_ADAPTED = 4, 10_000
+_MIN_ADAPTED, _MAX_ADAPTED = 4, 10_000  # draws of one adaptation
 _MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
 
 
@@ -118,18 +118,24 @@ def adapted_candidates(
     x: Tensor,
     num: int,
 ) -> Candidates:
-    """Weighted draws of a proposal that follows the proxy, about `num` (4 to 10,000) at one x.
+    """Weighted draws of proposals that follow the proxy, at one x: `num`, or half from 20,000 on.
 
-    The proposal is a mixture that is fitted to weighted draws several times
-    (`proxies.normaliser.adapted_draws`). `log_target(theta, log_q)` returns the unnormalised log
-    target of θ whose log q̃ is known, `(K, 1)`.
+    Half, because more of them are effective than of the main's. A proposal is a mixture that is
+    fitted to weighted draws several times (`proxies.normaliser.adapted_draws`); for every 10,000
+    draws there is another one, which bounds memory. `log_target(theta, log_q)` returns the
+    unnormalised log target of θ whose log q̃ is known, `(K, 1)`.
     """
     own = main.sample(torch.Size((1,)), x)[0]
-    found = adapted_draws(proxy, main, own, x, max(_MIN_ADAPTED, min(num, _MAX_ADAPTED)))
-    theta, log_q = found.theta[1:], found.log_potential(proxy.inverse_temperature)[1:]
-    with embedded_once(main, x):
-        log_w = log_target(theta, log_q) - found.log_m[1:]
-    return Candidates(theta, log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+    num = max(_MIN_ADAPTED, min(num, max(num // 2, _MAX_ADAPTED)))
+    num_parts = math.ceil(num / _MAX_ADAPTED)
+    size, parts = math.ceil(num / num_parts), []
+    for _ in range(num_parts):  # mutant: adapted-to-ten-thousand-draws
+        found = adapted_draws(proxy, main, own, x, size)
+        theta, log_q = found.theta[1:], found.log_potential(proxy.inverse_temperature)[1:]
+        with embedded_once(main, x):
+            log_w = log_target(theta, log_q) - found.log_m[1:]
+        parts.append((theta, log_w.nan_to_num(nan=-torch.inf, neginf=-torch.inf)))
+    return Candidates(*(torch.cat(part) for part in zip(*parts)))
 
 
 def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates:

@@ -167,8 +167,8 @@ class CorrectedPosterior(AnyPriorPosterior):
         """Corrected draws at one observation; warns where they are unreliable.
 
         Args:
-            sample_shape: Shape of the draws, of which there are at least four times as many
-                candidates (of an adapted proposal at most 10,000).
+            sample_shape: Shape of the draws; the candidates are at least four times as many (twice
+                as many where they come from an adapted proposal).
             x: One observation; the default x if None.
             max_sampling_batch_size: Draws per network call.
             show_progress_bars: Whether to show progress over network calls.

@@ -175,6 +175,14 @@ def test_where_the_main_is_far_off_the_draws_follow_the_proxy_all_the_same():
     assert posterior.effective_sample_size(FAR) < 0.01  # of the main's draws
 
 
+@pytest.mark.filterwarnings("ignore:Main and proxy disagree")
+def test_many_draws_of_an_adapted_proposal_are_of_many_candidates():
+    """10,000 candidates, whatever was asked for, made every fifth of 10,000 draws a copy."""
+    torch.manual_seed(3)
+    draws = sample(corrected(), 10_000, FAR)
+    assert len(draws.unique(dim=0)) > 8_000
+
+
 def test_draws_that_no_proposal_mends_warn(monkeypatch):
     monkeypatch.setattr(candidates, "adapted_candidates", without_adaptation)
     with pytest.warns(JeffreysWarning, match=r"this observation.*Pareto k̂.*build_posterior\(\)"):
