@@ -633,6 +633,11 @@ MUTANTS = (
         "tests/training/test_temperature.py",
     ),
     Mutant(
+        "pool-weighted-for-nothing",
+        "pass",
+        "tests/training/test_temperature.py -k worth_weighting",
+    ),
+    Mutant(
         "unseen-training-pairs-no-evidence",
         "if False:",
         "tests/training/test_temperature.py -k both_directions",

@@ -19,7 +19,9 @@ from sbi_jeffreys.training.temperature import Evidence, as_evidence
 __all__ = ["evidence_of", "temper"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
-_NEXT_TO_ONE = 0.02  # of log γ, which is as good as 0
+_NEXT_TO_ONE = 0.02  # of γ − 1, which is as good as 0
+# The same of a mixture of fits: weighting its pool takes up to a fifth of training.
+_NOT_WORTH_IT = 0.05
 # Contrasts of each cross-fitted pair, and rounds in which their proposal is adapted: fewer than at
 # the held-out pairs, since there are nine times as many pairs, and all contrasts are evidence.
 _CONTRASTS, _ROUNDS = 64, 4
@@ -65,6 +67,8 @@ def temper(
     if not proxy.can_be_tempered:  # mutant: given-likelihood-tempered
         return
     gamma = held_out.inverse_temperature(proxy, main, draws, cross_fitted)
+    if cross_fitted is not None and abs(gamma - 1) < _NOT_WORTH_IT:
+        gamma = 1.0  # mutant: pool-weighted-for-nothing
     if gamma != 1 and proxy.can_sample:
         theta, x = proxy.sample_joint(_PROBE)
         factor = proxy.log_factor(theta.unsqueeze(0), x)[0] if len(x) else x.new_zeros(0)

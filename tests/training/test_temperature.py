@@ -137,6 +137,18 @@ def test_a_training_with_folds_uses_the_pairs_of_all_folds(monkeypatch):
     assert inference.proxy.take_cross_fitted() == []  # forgotten
 
 
+@pytest.mark.parametrize(("found", "used"), [(1.04, 1.0), (0.96, 1.0), (1.06, 1.06), (0.9, 0.9)])
+def test_a_mixture_is_tempered_where_it_is_worth_weighting_a_pool(monkeypatch, found, used):
+    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: found)
+    for evidence, expected in (
+        (Evidence(*[torch.zeros(2, 3)] * 2, torch.ones(3)), used),
+        (None, found),
+    ):
+        proxy = ScaledProxy(0.6)
+        temper(proxy, WideMain(), held_out(5), None, evidence)  # type: ignore[arg-type]
+        assert float(proxy.inverse_temperature) == pytest.approx(expected)
+
+
 def test_what_is_clearly_too_sharp_is_widened():
     """ℓ^(0.5/0.4)² in place of ℓ: the truth is γ = 0.64."""
     torch.manual_seed(1)
