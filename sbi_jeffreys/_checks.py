@@ -165,11 +165,22 @@ def check_observations(
     return values
 
 
+def failed_rows(x: Tensor) -> Tensor:
+    """Which x `(B, *shape)` are failures: infinite, or NaN where that does not stand for missing.
+
+    NaN in part of an x of several axes encodes missing trials; in a vector it is a failure.
+    """
+    flat = x.flatten(1)
+    nan = torch.isnan(flat).any(1) if x.ndim == 2 else torch.isnan(flat).all(1)
+    return nan | torch.isinf(flat).any(1)
+
+
 def _check_finite(name: str, x: Tensor, missing: bool, remedy: str) -> None:
     """Require finite x `(B, *shape)`, but for values that are missing."""
-    partly = torch.isnan(x) & ~torch.isnan(x.flatten(1)).all(dim=1).reshape(-1, *(x.ndim - 1) * [1])
-    masked = partly if missing and x.ndim > 2 else torch.zeros_like(partly)
-    check_tensor(name, torch.where(masked, 0.0, x), finite=True, remedy=remedy)
+    if missing:
+        failed = failed_rows(x).reshape(-1, *(x.ndim - 1) * [1])
+        x = torch.where(failed, x, 0.0)
+    check_tensor(name, x, finite=True, remedy=remedy)
 
 
 def check_observation(x: Any, shape: Sequence[int], missing: bool = False) -> Tensor:

@@ -111,16 +111,15 @@ def misspecification_test(
         )
     device = next(main.parameters()).device
     shape = main.condition_shape
-    x_o = check_missing(main, check_observations(x_o, shape, "x_o", missing=True).to(device))
+    x_o = check_observations(x_o, shape, "x_o", missing=True).to(device)
     simulations = _held_out(inference) if x is None else x
     simulations = check_observations(simulations, shape, missing=True).to(device)
-    check_missing(main, simulations)
     if len(simulations) < _MIN_SIMULATIONS:
         raise ValueError(
             f"x must be at least {_MIN_SIMULATIONS} simulations, got {len(simulations)}; simulate "
             "some more from the prior, and pass them as x."
         )
-    both = torch.cat([simulations, x_o])
+    both = check_missing(main, torch.cat([simulations, x_o]))
     with seeded(0, device):
         evidence = _log_evidence(main, proxy, both)
     # Limits of other simulations than those that x_o is compared with, which could lie beyond them

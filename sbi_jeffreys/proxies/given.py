@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_callable
+from sbi_jeffreys._checks import check_callable, failed_rows
 from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["GivenProxy"]
@@ -162,10 +162,7 @@ class GivenProxy(Proxy):
                 "This GivenProxy cannot draw x: pass sample_x, or use GivenProxy.from_nle."
             )
         x = self._drawn_x(theta)
-        flat = x.flatten(1)
-        # NaN in part of an x of several axes encodes missing trials; in a vector it is a failure.
-        nan = torch.isnan(flat).any(1) if x.ndim == 2 else torch.isnan(flat).all(1)
-        usable = ~(nan | torch.isinf(flat).any(1))
+        usable = ~failed_rows(x)
         return theta[usable], x[usable]
 
     def _drawn_x(self, theta: Tensor) -> Tensor:
