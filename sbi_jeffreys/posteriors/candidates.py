@@ -118,12 +118,12 @@ def adapted_candidates(
     x: Tensor,
     num: int,
 ) -> Candidates:
-    """Weighted draws of proposals that follow the proxy, at one x: `num`, or half from 20,000 on.
+    """Weighted draws of proposals that follow the proxy, at one x: `num`, up to 10,000.
 
-    Half, because more of them are effective than of the main's. A proposal is a mixture that is
-    fitted to weighted draws several times (`proxies.normaliser.adapted_draws`); for every 10,000
-    draws there is another one, which bounds memory. `log_target(theta, log_q)` returns the
-    unnormalised log target of θ whose log q̃ is known, `(K, 1)`.
+    If half of `num` is more, so many: more of them are effective than of the main's. A proposal is
+    a mixture that is fitted to weighted draws several times (`proxies.normaliser.adapted_draws`);
+    for every 10,000 draws there is another one, which bounds memory. `log_target(theta, log_q)`
+    returns the unnormalised log target of θ whose log q̃ is known, `(K, 1)`.
     """
     own = main.sample(torch.Size((1,)), x)[0]
     num = max(_MIN_ADAPTED, min(num, max(num // 2, _MAX_ADAPTED)))
