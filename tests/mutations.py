@@ -51,6 +51,50 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "choice-seen-by-all",
+        "residuals = target - predict(*2 * (torch.arange(len(z)),))",
+        "tests/proxies/test_sparse.py -k of_cross_validation",
+    ),
+    Mutant(
+        "choice-among-many-for-free",
+        "return size * math.log(num)",
+        "tests/proxies/test_sparse.py -k noise_alone",
+    ),
+    Mutant("scales-extrapolated", "pass", "tests/proxies/test_sparse.py -k extrapolate"),
+    Mutant(
+        "dependence-off",
+        "for j in range(1, 1):",
+        "tests/proxies/test_sparse.py -k correlations_that",
+    ),
+    Mutant(
+        "outliers-choose-scales",
+        "_OUTLIER = 1_000_000",
+        "tests/proxies/test_sparse.py -k of_their_own",
+    ),
+    Mutant(
+        "chosen-features-of-one-fit",
+        "return False",
+        "tests/proxies/test_sparse.py -k averaged_where",
+    ),
+    Mutant("the-same-expert-twice", "return fits", "tests/proxies/test_sparse.py -k both_kinds"),
+    Mutant("one-component-is-a-mixture", "if False:", "tests/proxies/test_sparse.py -k both_kinds"),
+    Mutant(
+        "small-units-unseen",
+        "tiny = False",
+        "tests/networks/test_builders.py -k unit_of_x",
+    ),
+    Mutant(
+        "periodic-flows-unconstrained",
+        '_THETA_AS_IT_IS = ("mdn",)',
+        "tests/networks/test_builders.py -k theta_as_it_is",
+    ),
+    Mutant("kinds-not-loaded", "pass", "tests/networks/test_transforms.py -k loaded_state"),
+    Mutant(
+        "constant-outputs-may-be-anything",
+        "pass",
+        "tests/diagnostics/test_misspecification.py -k never_varies",
+    ),
+    Mutant(
         "excluded-pairs-count",
         "return -(weights * log_p).mean()",
         "tests/training/test_kernel.py -k no_density",
@@ -532,7 +576,7 @@ MUTANTS = (
     ),
     Mutant(
         "one-fit-kept-of-a-bag",
-        "bag = None if spec.closed_form else Bag([fits[0].net])",
+        "bag = Bag([fits[0].net]) if spec.averaged else None",
         "tests/proxies/test_folds.py -k nets_of_all",
     ),
     Mutant(

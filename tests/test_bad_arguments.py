@@ -93,6 +93,7 @@ APPENDED = {
     "x int": (THETA, 3, "x"),
     "x double": (THETA, X.double(), "x"),
     "x bool": (THETA, X > 0, "x"),
+    "x 1-D": (THETA, X[:, 0], "x"),
     "x long": (THETA, X.long(), "x"),
     "x complex": (THETA, X + 0j, "x"),
     "x short": (THETA, X[:5], "rows"),

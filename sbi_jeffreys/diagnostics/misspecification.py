@@ -26,6 +26,7 @@ __all__ = ["MisspecificationTest", "misspecification_test"]
 
 _MIN_SIMULATIONS = 20  # p-values below 1 / 21 do not exist with fewer
 _DRAWS, _ROWS = 512, 25  # of θ per x; x per network call
+_ROUNDING = 1e-5  # by which the value of a constant output may be off, relatively
 _ALARM = 0.05
 
 
@@ -137,7 +138,8 @@ def _beyond_a_limit(x: Tensor, seen: Tensor) -> Tensor:
     """Which of x are where none of the simulations seen is, for all that a proxy knows, `(B,)`.
 
     A proxy takes what is beyond a limit, such as −999 for "missing", for the limit. Limits are zero
-    where no simulation is negative, and atoms that are the smallest or largest value.
+    where no simulation is negative, atoms that are the smallest or largest value, and the only
+    value of an output that never varies.
     """
     x, seen = x.flatten(1), seen.flatten(1)
     low, high = seen.aminmax(dim=0)
@@ -145,6 +147,8 @@ def _beyond_a_limit(x: Tensor, seen: Tensor) -> Tensor:
     beyond = (x < 0) & (low >= 0)
     beyond |= (atoms == low).any(dim=0) & (x < low)
     beyond |= (atoms == high).any(dim=0) & (x > high)
+    # mutant: constant-outputs-may-be-anything
+    beyond |= (low == high) & ((x - low).abs() > _ROUNDING * low.abs())
     return beyond.any(dim=1)
 
 

@@ -24,7 +24,7 @@ from sbi_jeffreys.networks.configs import check_trainable, is_config, own_settin
 from sbi_jeffreys.networks.prior_space import PriorTransform, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
-from sbi_jeffreys.networks.transforms import MarginalTransform
+from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
 
 __all__ = [
     "MainBuilder",
@@ -33,6 +33,12 @@ __all__ = [
 ]
 
 _MODELS = tuple(sorted(set(model_builders) - {"mnle", "tabpfn"}))
+# Models of θ as it is: sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ
+# itself, a circular spline flow is periodic and so no density in unconstrained space, and mixed
+# estimation looks for discrete columns of θ.
+# mutant: periodic-flows-unconstrained
+_THETA_AS_IT_IS = ("mdn", "zukoncsf", "mnpe")
+_TINY = 1e-6  # standard deviation of an output that sbi's z-scoring would hardly see
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
@@ -92,8 +98,9 @@ class MainBuilder:
 
     For `NPE_Jeffreys`, in place of sbi's `posterior_nn(...)`, which has no access to the prior: the
     trainer passes its prior to the builder, so that θ is modelled in unconstrained space and no
-    mass leaks out of the prior's support. A mixture density network ("mdn") models θ as it is,
-    since sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself.
+    mass leaks out of the prior's support. "mdn", "zuko_ncsf" and "mnpe" model θ as it is: sbi's
+    closed-form loss of later rounds needs a mixture of Gaussians over θ itself, a circular flow is
+    periodic, and mixed estimation looks for discrete columns of θ.
 
     Args:
         model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …; in any case),
@@ -181,11 +188,11 @@ class MainBuilder:
     def _prior_transform(self) -> PriorTransform | None:
         """The map to the space in which θ is modelled; None for θ as it is, as in a mixture."""
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
-        is_mixture = name.lower() in ("mdn", "mdnconfig")
+        as_it_is = name.lower().removesuffix("config").replace("_", "") in _THETA_AS_IT_IS
         # sbi can transform θ by itself; a second transform would make the density wrong.
         z_score = self.settings.get("z_score_theta", getattr(self.model, "z_score_input", None))
         by_sbi = z_score == "transform_to_unconstrained"  # mutant: theta-transformed-twice
-        if is_mixture or by_sbi or not self.marginal_transforms:
+        if as_it_is or by_sbi or not self.marginal_transforms:
             return None
         return PriorTransform.fit(self.prior)
 
@@ -203,8 +210,10 @@ class MainBuilder:
         if self.marginal_transforms and x.ndim == 2 and not self._embeds():
             with suppress(ValueError):  # not finite, or constant: sbi's own z-scoring copes
                 transform = MarginalTransform.fit(x)
-                # Of wide x, outputs may be left out later.
-                if x.shape[1] > WIDE or not transform.is_identity:
+                # Of wide x, outputs may be left out later. sbi's own z-scoring takes a standard
+                # deviation below 1e-7 for zero.
+                tiny = bool((scale_of(x) < _TINY).any())  # mutant: small-units-unseen
+                if x.shape[1] > WIDE or tiny or not transform.is_identity:
                     embedding = StandardisedInput(transform, x)
         # Copies, so that a second network does not start from the first one's trained embedding.
         if not isinstance(self.model, str):

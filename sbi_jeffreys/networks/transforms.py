@@ -140,6 +140,14 @@ class MarginalTransform(nn.Module):
             self.register_buffer(name, buffer)
         self.dim_in, self.dim_out = self.constant.numel(), self.keep.numel()
 
+    def get_extra_state(self) -> Tensor:
+        """The kinds, as indices: weights of one transform mean nothing under another."""
+        return torch.tensor([list(_KINDS).index(kind) for kind in self.kinds])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the kinds from a state that is loaded."""
+        self.kinds = [list(_KINDS)[index] for index in state.tolist()]  # mutant: kinds-not-loaded
+
     @classmethod
     def fit(cls, x: Tensor, choose: bool = True, atoms: bool = True) -> MarginalTransform:
         """Choose the transform from simulations x of shape `(N, dim_x)`, finite.

@@ -85,7 +85,9 @@ class SavedTrainer(_sbi.RoundsTrainer):
         except RuntimeError as error:
             raise ValueError(
                 f"The weights of {path} do not fit the density_estimator of this object: {error}. "
-                "Make it with the prior and density_estimator that the file was saved with."
+                "Make it with the prior and density_estimator that the file was saved with. If "
+                "simulations were appended after the first train(), the network was built for "
+                "fewer of them: use load, for a file that you trust."
             ) from error
         _sbi.set_network(self, main.to(_sbi.device_of(self)).eval())
         return self

@@ -35,6 +35,11 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
     known = prior is not None and not isinstance(prior, ImproperEmpirical)
     if known or theta.ndim != 1:  # without a prior, sbi stores and splits vectors of any meaning
         check_matrix(theta)
+        if x.ndim == 1:
+            raise ValueError(
+                f"x must have shape (N, ...), one row for each simulation, got {tuple(x.shape)}; "
+                "for a single output, pass x.unsqueeze(1)."
+            )
     if len(theta) != len(x):
         raise ValueError(
             f"theta and x must have as many rows, got {len(theta)} and {len(x)}; row i of x is the "

@@ -169,3 +169,18 @@ def test_a_sentinel_for_missing_values_is_not_plausible(kind):
     assert found.p_values[0] <= 0.05
     assert found.p_values[1] > 0.05
     assert "x_o[0]: -inf nats" in str(found)
+
+
+@pytest.mark.parametrize("constant", [1.0, 0.0, -250.0])
+def test_another_value_of_an_output_that_never_varies_is_not_plausible(constant):
+    torch.manual_seed(0)
+    theta = PRIOR.sample((300,))
+    x = torch.cat([theta + 0.5 * torch.randn(300, 2), torch.full((300, 1), constant)], dim=1)
+    options = JeffreysOptions(num_steps=20, experts=EXPERTS, proxy_folds=1)
+    inference = NPE_Jeffreys(PRIOR, options=options, show_progress_bars=False)
+    inference.append_simulations(theta, x).train(max_num_epochs=5)
+    values = torch.tensor([constant, constant * (1 + 1e-7), constant - 7, 1e6])
+    found = misspecification_test(
+        inference, torch.stack([torch.full((4,), 0.1), torch.full((4,), 0.2), values], dim=1)
+    )
+    assert (found.p_values > 0.05).tolist() == [True, True, False, False]

@@ -8,6 +8,7 @@ import torch
 from contract_tools import PRIOR, simulate, train, trained
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding
+from sbi.utils import BoxUniform
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysOptions, JeffreysWarning, MainBuilder, NPE_Jeffreys
@@ -120,3 +121,25 @@ def test_the_builder_survives_pickling_and_builds_again():
 def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         MainBuilder(*arguments)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-8, 1e-3, 1e9])
+def test_the_unit_of_x_does_not_matter(unit):
+    """sbi's own z-scoring takes a standard deviation of 1e-12 for zero."""
+    torch.manual_seed(0)
+    theta = 2 * torch.rand(100, 2) - 1
+    x = theta + 0.2 * torch.randn(100, 2)
+    values = []
+    for factor in (1.0, unit):
+        torch.manual_seed(1)
+        main = MainBuilder("maf")(theta, factor * x)
+        values.append(main.log_prob(theta.unsqueeze(0), factor * x)[0])
+    torch.testing.assert_close(values[1], values[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["mdn", "zuko_ncsf", "mnpe"])
+def test_some_models_are_of_theta_as_it_is(model):
+    """A circular flow is periodic: in unconstrained space it would integrate to infinity."""
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    assert MainBuilder(model).with_prior(prior)._prior_transform() is None
+    assert MainBuilder("zuko_nsf").with_prior(prior)._prior_transform() is not None

@@ -146,3 +146,13 @@ def test_half_lines_keep_the_logarithm():
     assert transform.is_interval.tolist() == [False, True]
     u, _, _ = transform(torch.tensor([[math.e, 0.5]]))
     torch.testing.assert_close(u, torch.tensor([[1.0, 0.0]]))
+
+
+def test_a_loaded_state_brings_its_kinds():
+    torch.manual_seed(0)
+    skewed = torch.randn(300, 2).exp()
+    source, target = MarginalTransform.fit(skewed), MarginalTransform.fit(torch.randn(300, 2))
+    assert source.kinds != target.kinds
+    target.load_state_dict(source.state_dict())
+    assert target.kinds == source.kinds
+    assert torch.equal(target(skewed), source(skewed))
