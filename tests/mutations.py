@@ -51,6 +51,11 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "custom-priors-taken-at-their-word",
+        "if False:",
+        "tests/networks/test_odd_spaces.py -k hides_its_bounds",
+    ),
+    Mutant(
         "choice-seen-by-all",
         "residuals = target - predict(*2 * (torch.arange(len(z)),))",
         "tests/proxies/test_sparse.py -k of_cross_validation",
@@ -68,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "outliers-choose-scales",
-        "_OUTLIER = 1_000_000",
+        "_OUTLIER = 1000000",
         "tests/proxies/test_sparse.py -k of_their_own",
     ),
     Mutant(

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
-from sbi_jeffreys.networks.prior_space import PriorTransform, is_bounded
+from sbi_jeffreys.networks.prior_space import PriorTransform, hides_bounds, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
 from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
@@ -276,6 +276,15 @@ def main_builder(
             "torch knows: the main models theta as it is and can put mass outside it, which "
             "sampling then rejects. If you can, write the prior in terms of parameters with a box "
             "or half-line support.",
+            JeffreysWarning,
+            stacklevel=3,
+        )
+    if given.marginal_transforms and hides_bounds(prior):
+        warnings.warn(
+            f"The prior ({getattr(prior, 'custom_prior', prior).__class__.__name__}) declares no "
+            "bounds, but has no density far from its draws: the main models theta as it is and can "
+            "put mass outside the prior. Pass the bounds, process_prior(prior, "
+            "custom_prior_wrapper_kwargs=dict(lower_bound=..., upper_bound=...)).",
             JeffreysWarning,
             stacklevel=3,
         )

@@ -10,13 +10,14 @@ from contextlib import suppress
 
 import torch
 from sbi.utils import MultipleIndependent, mcmc_transform, within_support
+from sbi.utils.user_input_checks_utils import CustomPriorWrapper
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn.functional import softplus
 
 from sbi_jeffreys._sbi import silent_prior
 
-__all__ = ["PriorTransform", "has_discrete_part", "inside_support", "is_bounded"]
+__all__ = ["PriorTransform", "has_discrete_part", "hides_bounds", "inside_support", "is_bounded"]
 
 _EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 resolves
 _FAR = 80.0  # a logit whose sigmoid is 2e-35: float32 still has it
@@ -135,13 +136,28 @@ def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
     """Which θ `(N, D)` lie in the prior's support, `(N,)`: sbi's `within_support`, part by part.
 
     sbi's joint of independent priors is asked part by part, because torch cannot concatenate
-    supports that check single numbers (a box) with one that checks vectors (a simplex).
+    supports that check single numbers (a box) with one that checks vectors (a simplex). A prior of
+    a class of the user's own has all of ℝᴰ for a support unless bounds were given to
+    `process_prior`; there its density counts as well.
     """
     if not isinstance(prior, MultipleIndependent):
         with silent_prior():
-            return within_support(prior, theta)
+            inside = within_support(prior, theta)
+            if isinstance(prior, CustomPriorWrapper):  # mutant: custom-priors-taken-at-their-word
+                inside = inside & torch.isfinite(prior.log_prob(theta))
+            return inside
     parts = zip(prior.dists, theta.split(prior.dims_per_dist, dim=-1))
     return torch.stack([within_support(part, columns) for part, columns in parts]).all(dim=0)
+
+
+def hides_bounds(prior: Distribution | None) -> bool:
+    """Whether a prior of the user's own class declares no bounds, but has no density far away."""
+    if not isinstance(prior, CustomPriorWrapper) or is_bounded(prior):
+        return False
+    with torch.random.fork_rng(devices=[]), silent_prior():
+        theta = prior.sample(torch.Size((100,)))
+        far = theta.mean(dim=0) + 100 * theta.std(dim=0) * torch.tensor([[-1.0], [1.0]]).to(theta)
+        return bool(torch.isneginf(prior.log_prob(far)).all())
 
 
 def has_discrete_part(prior: Distribution | None) -> bool:

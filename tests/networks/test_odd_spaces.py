@@ -22,7 +22,8 @@ from torch.distributions import (
 )
 
 from sbi_jeffreys import GivenProxy, JeffreysWarning, MainBuilder, NPE_Jeffreys
-from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator
+from sbi_jeffreys.networks.builders import UnconstrainedDensityEstimator, main_builder
+from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.networks.transforms import MarginalTransform
 from sbi_jeffreys.training.report import ProxyStatus
 
@@ -255,3 +256,35 @@ def test_an_offset_that_float32_cannot_resolve():
     assert any(w.category is JeffreysWarning and "x is constant" in str(w.message) for w in caught)
     losses = inference.summary["validation_loss"]
     assert losses[-1] < 5
+
+
+class Square:
+    """A prior as in sbi's documentation: the unit square, without declared bounds."""
+
+    def sample(self, shape=torch.Size()):
+        return torch.rand(*shape, 2)
+
+    def log_prob(self, values):
+        return torch.where(((values >= 0) & (values <= 1)).all(-1), 0.0, -torch.inf)
+
+
+class Bell(Square):
+    def sample(self, shape=torch.Size()):
+        return torch.randn(*shape, 2)
+
+    def log_prob(self, values):
+        return -0.5 * (values**2).sum(-1)
+
+
+@pytest.mark.filterwarnings("ignore:Prior is lacking", "ignore:Prior was provided")
+def test_a_prior_of_ones_own_that_hides_its_bounds():
+    prior = process_prior(Square())[0]
+    outside = torch.tensor([[0.5, 0.5], [0.5, 1.5]])
+    assert inside_support(prior, outside).tolist() == [True, False]
+    with pytest.warns(JeffreysWarning, match=r"\(Square\) declares no bounds.*lower_bound"):
+        main_builder("nsf", prior, True)
+    bounds = {"lower_bound": torch.zeros(2), "upper_bound": torch.ones(2)}
+    for fine in (process_prior(Square(), bounds)[0], process_prior(Bell())[0]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", JeffreysWarning)
+            main_builder("nsf", fine, True)
