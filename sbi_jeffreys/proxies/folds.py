@@ -3,8 +3,8 @@
 Of a hundred simulations ten are held out, and ten pairs are too few to compare experts. So every
 expert is fitted once per fold of the *training* pairs, and the weights come from the pairs that
 each fit has not seen: all of the training pairs instead of ten, while the trainer's own held-out
-pairs, on which proxy and main are compared, stay untouched. The fits of a network are kept and
-averaged (bagging; Breiman 1996).
+pairs, on which proxy and main are compared, stay untouched. The fits of a network, or of a
+regression that chooses its features, are kept and averaged (bagging; Breiman 1996).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def fit_folds(
     num_folds: int,
     on_epoch: OnEpoch = None,
 ) -> tuple[list[FittedExpert], list[Fold]]:
-    """Fit every expert once per fold, then bag networks and refit closed forms to all pairs.
+    """Fit every expert once per fold, then bag the fits, or refit closed forms to all pairs.
 
     Args:
         specs: What to fit.
@@ -105,6 +105,6 @@ def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> F
     held_out = torch.cat([fit.held_out for fit in fits])
     result = FitResult(-float(held_out.mean()), sum(fit.result.epochs for fit in fits))
     # mutant: one-fit-kept-of-a-bag
-    bag = None if spec.closed_form else Bag([fit.net for fit in fits])
+    bag = Bag([fit.net for fit in fits]) if spec.averaged else None
     net = bag or spec.fit(data, (), math.inf).net
     return FittedExpert(net, fits[0].transform, result, held_out, spec)

@@ -93,7 +93,9 @@ def test_an_expert_may_get_no_draws(fitted):
     """Weights near zero leave an expert without draws; a mixture of Gaussians cannot draw none."""
     torch.manual_seed(2)
     experts = (RegressionExpert(1), RegressionExpert(1, mixture=True))
-    proxy = LikelihoodProxy(fitted[0].prior, experts, QUICK).fit(*fitted[1:], TRAIN, VAL)
+    theta, x = fitted[1:]
+    x = x + 2 * torch.randint(2, (len(x), 1))  # two components
+    proxy = LikelihoodProxy(fitted[0].prior, experts, QUICK).fit(theta, x, TRAIN, VAL)
     for weights in torch.eye(len(proxy.fitted)):
         proxy.weights = weights
         theta, x = proxy.sample_joint(500)

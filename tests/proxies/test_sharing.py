@@ -74,7 +74,7 @@ def test_of_more_experts_than_fifty_some_are_kept(monkeypatch):
     equal = stacking_weights(torch.zeros(60, 30))[:2]
     assert float(equal.max()) < 0.02
     monkeypatch.setattr("sbi_jeffreys.proxies.likelihood.stacking_weights", lambda _: equal)
-    experts = (RegressionExpert(1), RegressionExpert(1, mixture=True))
+    experts = (RegressionExpert(1), RegressionExpert(2))
     theta, x = simulate(100)
     proxy = LikelihoodProxy(PRIOR, experts, FitConfig(max_epochs=2), num_folds=1)
     proxy.fit(theta, x, torch.arange(80), torch.arange(80, 100))

@@ -35,9 +35,13 @@ EXPERT_KINDS: list[type[Expert]] = [
 REGRESSIONS: tuple[Expert, ...] = (
     RegressionExpert(1),
     RegressionExpert(2),
+    RegressionExpert(2, sparse=True),
+    RegressionExpert(2, sparse=True, heteroscedastic=True),
     RegressionExpert(1, kernel=True),
     RegressionExpert(1, mixture=True),
     RegressionExpert(2, mixture=True),
+    RegressionExpert(2, sparse=True, mixture=True),
+    RegressionExpert(2, sparse=True, heteroscedastic=True, mixture=True),
     RegressionExpert(1, kernel=True, mixture=True),
     NeuralRegressionExpert(),
 )

@@ -174,8 +174,7 @@ class Expert(ABC):
     A new kind is a subclass in a file of its own, and one line in `experts.EXPERT_KINDS`.
     """
 
-    #: Whether it is fitted in closed form. Such experts are fitted first, and once more to all
-    #: training pairs after cross-fitting, where the fits of a network are averaged.
+    #: Whether it is fitted in closed form. Such experts are fitted first.
     closed_form: ClassVar[bool] = False
     #: Whether draws take as many passes as there are outputs, or the cost grows as their square.
     #: Such experts come last and may be skipped.
@@ -189,6 +188,11 @@ class Expert(ABC):
     def name(self) -> str:
         """Its name in reports."""
         return type(self).__name__.removesuffix("Expert").lower()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether fits to folds are averaged; else one more is made to all training pairs."""
+        return not self.closed_form
 
     @property
     def architecture(self) -> Hashable:

@@ -95,7 +95,16 @@ def fit_to_folds(specs: Sequence[Expert], folds: Sequence[ExpertData]) -> list[F
         wave = _next_wave(pending, fits[0])
         _fit(wave, folds, fits)
         pending = [spec for spec in pending if spec not in wave]
-    return fits
+    return _distinct(fits)
+
+
+def _distinct(fits: list[Fits]) -> list[Fits]:
+    """The experts without those whose nets are another one's: a mixture noise of one component."""
+    nets: dict[tuple[int, ...], Expert] = {}
+    for spec in fits[0]:
+        nets.setdefault(tuple(id(fitted[spec].net) for fitted in fits), spec)
+    # mutant: the-same-expert-twice
+    return [{spec: fitted[spec] for spec in nets.values()} for fitted in fits]
 
 
 def _next_wave(pending: Sequence[Expert], fitted: Fits) -> list[Expert]:

@@ -117,7 +117,8 @@ class FlowExpert(NetworkExpert):
         # Held-out losses are those of x, so that experts on different scales can be compared.
         log_det = transform.log_det(x[data.val]).mean()
         if regression is not None:
-            log_det = log_det + regression.log_det  # mutant: held-out-without-whitening
+            # mutant: held-out-without-whitening
+            log_det = log_det + regression.log_det(z[data.val]).mean()
         noisy = bool(transform.has_cells.any())  # if not, each step would transform to the same y
 
         def batch(indices: Tensor, training: bool) -> tuple[Tensor, ...]:

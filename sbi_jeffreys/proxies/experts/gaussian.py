@@ -146,7 +146,10 @@ class GaussianRegression(nn.Module):
             z: Shape `(*B, dim_z)`.
             mean: In place of m(z): rows of `leave_one_out` for the pairs of the fit.
         """
-        residuals = y - (self.mean(z) if mean is None else mean)
+        return self._uncorrelated(y - (self.mean(z) if mean is None else mean))
+
+    def _uncorrelated(self, residuals: Tensor) -> Tensor:
+        """L⁻¹ times residuals `(*B, dim_y)`."""
         columns = residuals.reshape(-1, residuals.shape[-1]).T  # one solve, not one per pair
         white = torch.linalg.solve_triangular(self.cholesky, columns, upper=False)
         return white.T.reshape(residuals.shape)
@@ -155,10 +158,9 @@ class GaussianRegression(nn.Module):
         """The inverse of `whiten`: y = m(z) + L e."""
         return self.mean(z) + e @ self.cholesky.T
 
-    @property
-    def log_det(self) -> Tensor:
-        """log |det ∂ whiten / ∂y|, the same everywhere."""
-        return -self.cholesky.diagonal().log().sum()
+    def log_det(self, z: Tensor) -> Tensor:
+        """log |det ∂ whiten / ∂y|, shape `(*B,)`."""
+        return -self.cholesky.diagonal().log().sum().expand(z.shape[:-1])
 
     def log_prob(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
         """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension.
@@ -167,7 +169,7 @@ class GaussianRegression(nn.Module):
         """
         e = self.whiten(y, z, mean)
         normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
-        return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det
+        return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det(z)
 
     def leave_one_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """Leave-one-out log ℓ of the pairs of the fit, shape `(N,)`."""
@@ -198,12 +200,12 @@ class AroundRegression(nn.Module):
 
     def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """log ℓ(y|z) for y `(S, B, dim_y)`, z `(B, dim_z)`, shape `(S, B)`."""
-        return self.net.log_prob(self.regression.whiten(y, z), z) + self.regression.log_det
+        return self.net.log_prob(self.regression.whiten(y, z), z) + self.regression.log_det(z)
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
         # mutant: jacobian-of-the-whitening
-        return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det
+        return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det(z)
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
         """Draws of y, shape `(*sample_shape, B, dim_y)`."""

@@ -22,6 +22,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
 from sbi_jeffreys.proxies.experts.gaussian import AroundRegression, GaussianRegression
+from sbi_jeffreys.proxies.experts.heteroscedastic import HeteroscedasticRegression
 
 __all__ = ["NoiseMixture", "fit_noise"]
 
@@ -128,7 +129,9 @@ def _mixtures(residuals: Tensor) -> Iterator[GaussianMixture]:
         yield fit
 
 
-def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundRegression:
+def fit_noise(
+    regression: GaussianRegression, z: Tensor, y: Tensor
+) -> AroundRegression | GaussianRegression:
     """The regression with a mixture for its noise, its mean fitted again under that noise.
 
     Residuals are those of leave-one-out fits, so that an overfitted mean widens the noise.
@@ -139,11 +142,15 @@ def fit_noise(regression: GaussianRegression, z: Tensor, y: Tensor) -> AroundReg
         y: Shape `(N, dim_y)`.
 
     Returns:
-        The last of at most three fits with a better leave-one-out likelihood than the one before.
+        The last of at most three fits with a better leave-one-out likelihood than the one before;
+        the regression itself where one component is enough.
     """
     best, value, e = _with_noise(regression, z, y)
+    if len(best.net.means) == 1:  # mutant: one-component-is-a-mixture
+        return regression
     for _ in range(_REFITS):
-        if len(best.net.means) == 1:
+        # The mean of a Gaussian is that of least squares; the other kind has its own weights.
+        if len(best.net.means) == 1 or isinstance(regression, HeteroscedasticRegression):
             break
         weights, centre = best.net.pull(e)
         target = y - centre @ best.regression.cholesky.T
@@ -166,5 +173,5 @@ def _with_noise(
     """
     e = regression.whiten(y, z, regression.leave_one_out)
     net = NoiseMixture(e)
-    value = float(net.log_prob(e, z).mean() + regression.log_det)
+    value = float((net.log_prob(e, z) + regression.log_det(z)).mean())
     return AroundRegression(net, regression), value, e

@@ -17,12 +17,15 @@ from sbi_jeffreys.proxies.experts.gaussian import (
     GaussianRegression,
     num_features,
 )
+from sbi_jeffreys.proxies.experts.heteroscedastic import HeteroscedasticRegression
 from sbi_jeffreys.proxies.experts.kernel import KernelRegression
 from sbi_jeffreys.proxies.experts.noise import fit_noise
+from sbi_jeffreys.proxies.experts.sparse import SparseRegression
 
 __all__ = ["CLEARLY", "RegressionExpert", "best_regression", "paired_gain"]
 
 CLEARLY = 2.0  # standard errors of the paired difference
+_MOST_TERMS = 500  # of a polynomial that a few are chosen from
 
 
 @dataclass(frozen=True)
@@ -33,39 +36,58 @@ class RegressionExpert(Expert):
         degree: 1 (linear) or 2 (with squares and products). A quadratic with more features than
             half of the training pairs is not fitted.
         kernel: Whether a kernel regression is added to the line (degree 1).
+        sparse: Whether each output depends on few of the polynomial's terms, which the extended BIC
+            chooses out of up to 500, whatever the number of pairs.
+        heteroscedastic: Whether, in addition, scales of the noise and its correlations depend on θ.
         mixture: Whether the noise is a mixture of Gaussians, with as many components as BIC
             chooses, instead of one Gaussian.
 
     Raises:
-        TypeError: If `kernel` or `mixture` is no bool.
-        ValueError: If the degree is another, or a kernel goes with degree 2.
+        TypeError: If a field that should be a bool is none.
+        ValueError: If the degree is another, a kernel goes with degree 2 or `sparse`, or
+            `heteroscedastic` does not go with `sparse`.
     """
 
     degree: int = 2
     kernel: bool = False
     mixture: bool = False
+    sparse: bool = False
+    heteroscedastic: bool = False
     closed_form: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         """Its mean, and its noise where that is not Gaussian."""
         mean = "kernel" if self.kernel else ("linear", "quadratic")[self.degree - 1]
+        if self.sparse:
+            mean = f"{'heteroscedastic' if self.heteroscedastic else 'sparse'} {mean}"
         return f"{mean} with mixture noise" if self.mixture else mean
+
+    @property
+    def averaged(self) -> bool:
+        """Only with a choice of features, which differs from one part of the data to another."""
+        return self.sparse  # mutant: chosen-features-of-one-fit
 
     def __post_init__(self) -> None:
         if type(self.degree) is not int or self.degree not in (1, 2):
             raise ValueError(
                 f"degree must be 1 or 2, got {self.degree!r}; pass 1 for a line, 2 for a quadratic."
             )
-        check_bool("kernel", self.kernel)
-        check_bool("mixture", self.mixture)
+        for name in ("kernel", "mixture", "sparse", "heteroscedastic"):
+            check_bool(name, getattr(self, name))
         if self.kernel and self.degree != 1:
             raise ValueError(
                 f"kernel=True goes with degree=1, got degree={self.degree}; pass degree=1."
             )
+        if self.kernel and self.sparse:
+            raise ValueError("kernel=True and sparse=True exclude each other; pass one of them.")
+        if self.heteroscedastic and not self.sparse:
+            raise ValueError("heteroscedastic=True goes with sparse=True; pass sparse=True, too.")
 
     def suits(self, data: ExpertData) -> bool:
         """Whether the degree is one that the training pairs suffice for."""
+        if self.sparse:
+            return num_features(data.z.shape[1], self.degree) <= _MOST_TERMS
         return self.degree <= _max_degree(data.z[data.train])
 
     def fit(
@@ -83,8 +105,12 @@ class RegressionExpert(Expert):
     def fit_gaussian(self, z: Tensor, y: Tensor) -> GaussianRegression:
         """The regression of y on z with Gaussian noise, fitted to pairs `(N, ·)`."""
         dims = z.shape[1], y.shape[1]
-        net = KernelRegression(*dims) if self.kernel else GaussianRegression(*dims, self.degree)
-        return net.to(y.device).fit(z, y)
+        if self.kernel:
+            return KernelRegression(*dims).to(y.device).fit(z, y)
+        kind = SparseRegression if self.sparse else GaussianRegression
+        if self.heteroscedastic:
+            kind = HeteroscedasticRegression
+        return kind(*dims, self.degree).to(y.device).fit(z, y)
 
 
 def _max_degree(z: Tensor) -> int:
@@ -96,6 +122,13 @@ def paired_gain(ours: Tensor, theirs: Tensor) -> float:
     """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed."""
     gain = ours - theirs
     return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
+
+
+def _complexity(net: GaussianRegression) -> tuple[int, int, bool]:
+    """Sorts regressions, the simplest first; a sparse one comes before a dense one."""
+    rank = (KernelRegression, HeteroscedasticRegression, GaussianRegression)
+    kind = next(k for k, known in enumerate(rank) if isinstance(net, known))
+    return -kind, net.degree, not isinstance(net, SparseRegression)
 
 
 def best_regression(
@@ -111,7 +144,7 @@ def best_regression(
     if not regressions:
         specs = (RegressionExpert(_max_degree(z)), RegressionExpert(1, kernel=True))
         regressions = [spec.fit_gaussian(z, transform.dequantise(x)) for spec in specs]
-    regressions.sort(key=lambda net: (isinstance(net, KernelRegression), net.degree))
+    regressions.sort(key=_complexity)
     y = transform(x)
     with torch.no_grad():
         scores = [net.leave_one_out_log_prob(y, z).nan_to_num(nan=-1e6) for net in regressions]
