@@ -162,14 +162,18 @@ class GaussianRegression(nn.Module):
         """log |det ∂ whiten / ∂y|, shape `(*B,)`."""
         return -self.cholesky.diagonal().log().sum().expand(z.shape[:-1])
 
+    def whitened(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Residuals as of `whiten`, and `log_det`, at the cost of one of them."""
+        return self.whiten(y, z, mean), self.log_det(z)
+
     def log_prob(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
         """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension.
 
         `mean` as in `whiten`.
         """
-        e = self.whiten(y, z, mean)
+        e, log_det = self.whitened(y, z, mean)
         normaliser = 0.5 * e.shape[-1] * math.log(2 * math.pi)
-        return -0.5 * (e**2).sum(dim=-1) - normaliser + self.log_det(z)
+        return -0.5 * (e**2).sum(dim=-1) - normaliser + log_det
 
     def leave_one_out_log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """Leave-one-out log ℓ of the pairs of the fit, shape `(N,)`."""
@@ -200,12 +204,13 @@ class AroundRegression(nn.Module):
 
     def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """log ℓ(y|z) for y `(S, B, dim_y)`, z `(B, dim_z)`, shape `(S, B)`."""
-        return self.net.log_prob(self.regression.whiten(y, z), z) + self.regression.log_det(z)
+        e, log_det = self.regression.whitened(y, z)
+        return self.net.log_prob(e, z) + log_det
 
     def loss(self, y: Tensor, z: Tensor) -> Tensor:
         """−log ℓ of pairs, shape `(B,)`."""
-        # mutant: jacobian-of-the-whitening
-        return self.net.loss(self.regression.whiten(y, z), z) - self.regression.log_det(z)
+        e, log_det = self.regression.whitened(y, z)
+        return self.net.loss(e, z) - log_det  # mutant: jacobian-of-the-whitening
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
         """Draws of y, shape `(*sample_shape, B, dim_y)`."""

@@ -70,13 +70,13 @@ class _Parts:
         scale = torch.minimum(torch.maximum(scale, low), high)
         return scale, torch.minimum(torch.maximum(rest, low_rest), high_rest)
 
-    def whiten(self, features: Tensor, simple: Tensor, residuals: Tensor) -> Tensor:
-        """η of residuals y − m(z) `(*B, D)`; `simple` has 1 and z."""
+    def whiten(self, features: Tensor, simple: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """η of residuals y − m(z) `(*B, D)`, and log |det|, `(*B,)`; `simple` has 1 and z."""
         scale, rest = self.log_scales(features)
         e = residuals * (-0.5 * scale).exp()
         earlier, factor = self.terms
         before = (e[..., earlier] * simple[..., factor]) @ self.dependence
-        return (e - before) * (-0.5 * rest).exp()
+        return (e - before) * (-0.5 * rest).exp(), -0.5 * (scale + rest).sum(dim=-1)
 
     def colour(self, features: Tensor, simple: Tensor, eta: Tensor) -> Tensor:
         """The inverse of `whiten`."""
@@ -142,7 +142,7 @@ class HeteroscedasticRegression(GaussianRegression):
             parts = _fit_parts(features[rest], simple[rest], target[rest])
             own = features[unseen][:, parts.used]
             mean = own @ parts.mean
-            eta = parts.whiten(own, simple[unseen], target[unseen] - mean)
+            eta, _ = parts.whiten(own, simple[unseen], target[unseen] - mean)
             return torch.cat([mean, eta], dim=1)
 
         means, eta = cross_validated(predict, len(z)).tensor_split(2, dim=1)
@@ -172,10 +172,18 @@ class HeteroscedasticRegression(GaussianRegression):
         """m(z), shape `(*B, dim_y)`."""
         return self._inputs(z)[0] @ self._parts.mean * self.spread + self.shift
 
+    def whitened(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standard normal residuals and `log_det`; see `GaussianRegression.whiten`."""
+        features, simple = self._inputs(z)
+        if mean is None:
+            mean = features @ self.part_mean * self.spread + self.shift
+        eta, log_det = self._parts.whiten(features, simple, (y - mean) / self.spread)
+        constant = self.cholesky.diagonal().log().sum() + self.spread.log().sum()
+        return self._uncorrelated(eta), log_det - constant
+
     def whiten(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
         """Standard normal residuals; see `GaussianRegression.whiten`."""
-        residuals = (y - (self.mean(z) if mean is None else mean)) / self.spread
-        return self._uncorrelated(self._parts.whiten(*self._inputs(z), residuals))
+        return self.whitened(y, z, mean)[0]
 
     def colour(self, e: Tensor, z: Tensor) -> Tensor:
         """The inverse of `whiten`."""
