@@ -176,7 +176,7 @@ class HeteroscedasticRegression(GaussianRegression):
         """Standard normal residuals and `log_det`; see `GaussianRegression.whiten`."""
         features, simple = self._inputs(z)
         if mean is None:
-            mean = features @ self.part_mean * self.spread + self.shift
+            mean = features @ self._parts.mean * self.spread + self.shift
         eta, log_det = self._parts.whiten(features, simple, (y - mean) / self.spread)
         constant = self.cholesky.diagonal().log().sum() + self.spread.log().sum()
         return self._uncorrelated(eta), log_det - constant
