@@ -109,15 +109,18 @@ def select_features(features: Tensor, target: Tensor) -> Tensor:
     outputs = torch.arange(num_targets, device=target.device)
     residuals, left = target.T, features.pow(2).sum(dim=0).expand(num_targets, -1)
     least = _DEPENDENT * left
-    basis, chosen, scores = [], [], []
+    basis: list[Tensor] = []  # one unit vector per target, `(D, N)`, for each feature chosen
+    chosen, scores = [], []
     for size in range(most + 1):
         gain = (residuals @ features) ** 2 / left.clamp_min(1e-300)
         gain = torch.where(left > least, gain, -1.0)
         best = gain.argmax(dim=1) if size else torch.zeros_like(outputs)
         direction = features.T[best]
-        for _ in range(2):  # twice, for the sake of rounding
-            for other in basis:
-                direction = direction - (direction * other).sum(dim=1, keepdim=True) * other
+        if basis:
+            others = torch.stack(basis)
+            for _ in range(2):  # twice, for the sake of rounding
+                along = (direction * others).sum(dim=2, keepdim=True)
+                direction = direction - (along * others).sum(dim=0)
         direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-300)
         residuals = residuals - (residuals * direction).sum(dim=1, keepdim=True) * direction
         left = left - (direction @ features) ** 2
