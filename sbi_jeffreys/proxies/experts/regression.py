@@ -43,7 +43,7 @@ class RegressionExpert(Expert):
             chooses, instead of one Gaussian.
 
     Raises:
-        TypeError: If a field that should be a bool is none.
+        TypeError: If `kernel`, `mixture`, `sparse` or `heteroscedastic` is no bool.
         ValueError: If the degree is another, a kernel goes with degree 2 or `sparse`, or
             `heteroscedastic` does not go with `sparse`.
     """
