@@ -97,7 +97,7 @@ class GaussianRegression(nn.Module):
 
     def unfitted(self) -> GaussianRegression:
         """Another of the same kind."""
-        return GaussianRegression(len(self.centre), len(self.cholesky), self.degree).to(self.scale)
+        return type(self)(len(self.centre), len(self.cholesky), self.degree).to(self.scale)
 
     def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> GaussianRegression:
         """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`; by least squares, whatever N is.

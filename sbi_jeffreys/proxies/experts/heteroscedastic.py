@@ -121,11 +121,6 @@ class HeteroscedasticRegression(GaussianRegression):
         for name in _NAMES:
             self.register_buffer(f"part_{name}", torch.zeros(0))
 
-    def unfitted(self) -> HeteroscedasticRegression:
-        """Another of the same kind."""
-        own = HeteroscedasticRegression(len(self.centre), len(self.cholesky), self.degree)
-        return own.to(self.scale)
-
     def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> HeteroscedasticRegression:
         """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`.
 
@@ -178,8 +173,7 @@ class HeteroscedasticRegression(GaussianRegression):
         if mean is None:
             mean = features @ self._parts.mean * self.spread + self.shift
         eta, log_det = self._parts.whiten(features, simple, (y - mean) / self.spread)
-        constant = self.cholesky.diagonal().log().sum() + self.spread.log().sum()
-        return self._uncorrelated(eta), log_det - constant
+        return self._uncorrelated(eta), log_det - self._log_constant()
 
     def whiten(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
         """Standard normal residuals; see `GaussianRegression.whiten`."""
@@ -193,8 +187,11 @@ class HeteroscedasticRegression(GaussianRegression):
     def log_det(self, z: Tensor) -> Tensor:
         """log |det ∂ whiten / ∂y|, shape `(*B,)`."""
         scale, rest = self._parts.log_scales(self._inputs(z)[0])
-        constant = self.cholesky.diagonal().log().sum() + self.spread.log().sum()
-        return -0.5 * (scale + rest).sum(dim=-1) - constant
+        return -0.5 * (scale + rest).sum(dim=-1) - self._log_constant()
+
+    def _log_constant(self) -> Tensor:
+        """Logarithm of the scales of whitening that do not depend on z."""
+        return self.cholesky.diagonal().log().sum() + self.spread.log().sum()
 
 
 def _fit_parts(features: Tensor, simple: Tensor, target: Tensor) -> _Parts:

@@ -148,9 +148,10 @@ def fit_noise(
     best, value, e = _with_noise(regression, z, y)
     if len(best.net.means) == 1:  # mutant: one-component-is-a-mixture
         return regression
+    if isinstance(regression, HeteroscedasticRegression):  # it has weights of its own
+        return best
     for _ in range(_REFITS):
-        # The mean of a Gaussian is that of least squares; the other kind has its own weights.
-        if len(best.net.means) == 1 or isinstance(regression, HeteroscedasticRegression):
+        if len(best.net.means) == 1:  # the mean of a Gaussian is that of least squares
             break
         weights, centre = best.net.pull(e)
         target = y - centre @ best.regression.cholesky.T

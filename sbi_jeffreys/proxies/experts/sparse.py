@@ -44,10 +44,6 @@ class SparseRegression(GaussianRegression):
         degree: 1 or 2.
     """
 
-    def unfitted(self) -> SparseRegression:
-        """Another of the same kind."""
-        return SparseRegression(len(self.centre), len(self.cholesky), self.degree).to(self.scale)
-
     def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> SparseRegression:
         """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`.
 
