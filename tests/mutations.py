@@ -673,12 +673,12 @@ MUTANTS = (
     ),
     Mutant(
         "temperature-by-is-normaliser",
-        "return value[1:].logsumexp(0) - value[0]",
+        "losses = value[1:].logsumexp(0) - value[0]",
         "tests/training/test_temperature.py",
     ),
     Mutant(
         "contrasts-of-the-prior-only",
-        "return inverse_temperature(0 * draws.offset, draws.factor, self.weights)",
+        "found = Evidence(0 * draws.offset, draws.factor, as_evidence(self.weights))",
         "tests/training/test_temperature.py",
     ),
     Mutant(
@@ -688,12 +688,32 @@ MUTANTS = (
     ),
     Mutant(
         "unseen-training-pairs-no-evidence",
+        "gamma = 1.0",
+        "tests/training/test_temperature.py -k made_to_judge",
+    ),
+    Mutant(
+        "judged-too-wide",
+        "if not cross_fitted:",
+        "tests/training/test_temperature.py -k made_to_judge",
+    ),
+    Mutant(
+        "contrasts-far-away",
+        "if True:",
+        "tests/training/test_temperature.py -k all_miss",
+    ),
+    Mutant(
+        "one-pair-sets-the-temperature",
+        "return losses",
+        "tests/training/test_temperature.py -k far_out",
+    ),
+    Mutant(
+        "one-fit-judged-by-held-out-pairs-alone",
         "if False:",
-        "tests/training/test_temperature.py -k both_directions",
+        "tests/proxies/test_folds.py -k to_be_judged",
     ),
     Mutant(
         "temperature-of-held-out-pairs-alone",
-        "cross_fitted = None",
+        "evidence = []",
         "tests/training/test_temperature.py -k with_folds",
     ),
     Mutant(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
 from sbi_jeffreys.proxies.experts.fit import fit_to_folds
 
-__all__ = ["Bag", "Fold", "fit_folds"]
+__all__ = ["Bag", "Fold", "cross_fit", "fit_folds"]
 
 
 class Bag(nn.Module):
@@ -88,16 +88,21 @@ def fit_folds(
         The experts, whose `held_out` are the training pairs, each under the fit that has not seen
         it; and the fits by folds.
     """
-    scales = scales_of(x[train])
-    folds = train[torch.randperm(len(train))].tensor_split(num_folds)
+    data = ExpertData(z, x, train, train, config, scales_of(x[train]), on_epoch)
+    folds = cross_fit(specs, data, num_folds)
+    fits = [fold.experts for fold in folds]
+    experts = [_together(spec, [fit[spec] for fit in fits], data) for spec in fits[0]]
+    return experts, folds
+
+
+def cross_fit(specs: Sequence[Expert], data: ExpertData, num_folds: int) -> list[Fold]:
+    """Fit every expert once per fold of the training pairs of `data`, to the other folds."""
+    folds = data.train[torch.randperm(len(data.train))].tensor_split(num_folds)
     parts = []
     for k, unseen in enumerate(folds):
         rest = torch.cat([*folds[:k], *folds[k + 1 :]])  # mutant: judged-by-pairs-seen
-        parts.append(ExpertData(z, x, rest, unseen, config, scales, on_epoch))
-    fits = fit_to_folds(specs, parts)
-    data = ExpertData(z, x, train, train, config, scales, on_epoch)
-    experts = [_together(spec, [fit[spec] for fit in fits], data) for spec in fits[0]]
-    return experts, [Fold(unseen, fit) for unseen, fit in zip(folds, fits)]
+        parts.append(replace(data, train=rest, val=unseen))
+    return [Fold(unseen, fit) for unseen, fit in zip(folds, fit_to_folds(specs, parts))]
 
 
 def _together(spec: Expert, fits: Sequence[FittedExpert], data: ExpertData) -> FittedExpert:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +177,7 @@ class LikelihoodProxy(Proxy):
         kept = [k for k in range(len(fitted)) if weights[k] > least]
         self.fitted = nn.ModuleList([fitted[k] for k in kept])
         self.register_buffer("weights", weights[kept] / weights[kept].sum())
-        for expert in self._mixture():
+        for expert in self.mixture():
             expert.set_bounds(x)
         self.requires_grad_(False)
         return self
@@ -198,21 +197,10 @@ class LikelihoodProxy(Proxy):
             )
         return self.num_folds
 
-    def take_cross_fitted(self) -> list[tuple[Tensor, LikelihoodProxy]]:
-        """Each fold's pairs, and this proxy as it was fitted without them; forgotten afterwards.
-
-        Returns:
-            Indices of pairs that `fit` was given, and a proxy; empty without folds.
-        """
-        found = []
-        for fold in self._folds:
-            twin = copy(self)
-            # Its own modules, of which one is exchanged.
-            vars(twin).update(_modules=dict(self.named_children()), _folds=[])
-            twin.fitted = nn.ModuleList([fold.experts[e.spec] for e in self._mixture()])
-            found.append((fold.unseen, twin))
-        self._folds = []
-        return found
+    def take_folds(self) -> list[Fold]:
+        """The fits to folds that `fit` made, none without folds; forgotten afterwards."""
+        folds, self._folds = self._folds, []
+        return folds
 
     @property
     def can_be_tempered(self) -> bool:  # type: ignore[override]
@@ -222,7 +210,7 @@ class LikelihoodProxy(Proxy):
     @property
     def draws_cheaply(self) -> bool:
         """Whether no expert of the mixture is an expensive one."""
-        return not any(expert.spec.expensive for expert in self._mixture())
+        return not any(expert.spec.expensive for expert in self.mixture())
 
     @property
     def remark(self) -> str:  # type: ignore[override]
@@ -235,24 +223,24 @@ class LikelihoodProxy(Proxy):
             parts.append(f"of {num} linear summaries and the size of the rest")
         return "; ".join(parts)
 
-    def _mixture(self) -> list[FittedExpert]:
+    def mixture(self) -> list[FittedExpert]:
         """The experts of the mixture."""
         return [expert for expert in self.fitted if isinstance(expert, FittedExpert)]
 
     def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
         """log ℓ_ψ(x|θ) of the stacked mixture; see `Proxy.log_factor`."""
         num, batch = theta.shape[:2]
-        x = self._own(x)
+        x = self.own_outputs(x)
         x = x.expand(num, batch, x.shape[-1]).reshape(num * batch, -1)
         z = self.theta_transform(theta).reshape(num * batch, -1)
         parts = [
-            torch.stack([expert.log_prob(x_part, z_part) for expert in self._mixture()])
+            torch.stack([expert.log_prob(x_part, z_part) for expert in self.mixture()])
             for x_part, z_part in zip(x.split(_CHUNK), z.split(_CHUNK))
         ]
         log_lik = torch.cat(parts, dim=1) + self.weights.log().unsqueeze(1)
         return torch.logsumexp(log_lik, dim=0).reshape(num, batch)
 
-    def _own(self, x: Tensor) -> Tensor:
+    def own_outputs(self, x: Tensor) -> Tensor:
         """The outputs `(B, dim_x)` that ℓ_ψ is a density of."""
         x = x[:, self.columns] if len(self.rest) else x
         return x if self.compression is None else self.compression(x)
@@ -299,7 +287,7 @@ class LikelihoodProxy(Proxy):
         z = self.theta_transform(theta)
         which = torch.multinomial(self.weights, len(theta), replacement=True)
         kept, xs = [], []
-        for k, expert in enumerate(self._mixture()):
+        for k, expert in enumerate(self.mixture()):
             mine = (which == k).nonzero().squeeze(-1)
             if len(mine) == 0:  # an expert of little weight; not every net can draw nothing
                 continue

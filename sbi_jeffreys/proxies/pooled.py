@@ -106,7 +106,7 @@ class PooledProxy(EnergyProxy):
         except (ValueError, RuntimeError) as error:  # constant summaries, or no expert was finite
             self.remark = f"without a likelihood of summaries: {error}"
             return self
-        likelihood.take_cross_fitted()  # forgotten: the powers are those of held-out pairs
+        likelihood.take_folds()  # forgotten: the powers are those of held-out pairs
         held_out = theta[val_indices], x[val_indices]
         contrasts = self.draw(*held_out, _CONTRASTS, main)
         self.likelihood, self.powers = likelihood, self._powers(likelihood, *held_out, contrasts)

@@ -163,21 +163,21 @@ class HeldOut:
         proxy: Proxy,
         main: ConditionalDensityEstimator,
         draws: AdaptedDraws | None = None,
-        cross_fitted: Evidence | None = None,
     ) -> float:
         """γ by which the proxy's log factor should be scaled; see `training.temperature`.
 
-        The contrasts are `draws`, if there are some already. After a first round, training pairs
-        under fits that have not seen them are further evidence.
+        The contrasts are `draws`, if there are some already.
         """
         if self.atomic:
             theta = with_contrasts(self.theta)
             factor = proxy.log_factor(theta, self.x)
-            return inverse_temperature(torch.zeros_like(factor), factor, as_evidence(self.weights))
+            offset = torch.zeros_like(factor)
+            found = Evidence(offset, factor, as_evidence(self.weights))
+            return inverse_temperature([found], optimistic=True)
         draws = self.draws(proxy, main) if draws is None else draws
-        weights = as_evidence(self.weights)
         # mutant: contrasts-of-the-prior-only
-        return inverse_temperature(draws.offset, draws.factor, weights, cross_fitted)
+        found = Evidence(draws.offset, draws.factor, as_evidence(self.weights))
+        return inverse_temperature([found], optimistic=True)
 
     @torch.no_grad()
     def reverse(

@@ -28,6 +28,7 @@ from sbi_jeffreys.proxies import (
     hand_back_embedding,
     leave_out_uninformative,
 )
+from sbi_jeffreys.proxies.cross_fitting import cross_fitted
 from sbi_jeffreys.proxies.truncated import TruncatedRounds, of_truncated_rounds
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.data import Simulations
@@ -158,14 +159,20 @@ def prepare(
     if proxy.remark:
         note = f"{note}; {proxy.remark}"
     proxy.inverse_temperature.fill_(1.0)
-    folds = proxy.take_cross_fitted() if isinstance(proxy, LikelihoodProxy) else []
     if held_out.excluded:  # mutant: trusted-by-excluded-pairs
         return Prepared(ProxyStatus.NO_KERNEL_WEIGHT, proxy, note)
     draws = None if held_out.atomic else held_out.draws(proxy, main)
     if options.adaptive and options.temper:  # mutant: frozen-and-tempered, temper-dead
+        folds: list[tuple[Tensor, LikelihoodProxy]] = []
+        made_to_judge = False
+        if isinstance(proxy, LikelihoodProxy) and proxy.can_be_tempered and not held_out.atomic:
+            config = proxy.config.at_most(budget.max_epochs, budget.patience)
+            train, _ = simulations.for_fit()
+            made_to_judge = proxy.folds_for(len(train)) == 1
+            folds = cross_fitted(proxy, simulations.theta, simulations.x, train, config)
         # mutant: temperature-of-held-out-pairs-alone
-        cross_fitted = None if held_out.atomic else evidence_of(folds, main, simulations, kernel)
-        temper(proxy, main, held_out, draws, cross_fitted)
+        evidence = evidence_of(folds, main, simulations, kernel)
+        temper(proxy, main, held_out, draws, evidence, made_to_judge)
     low, high = _SAME_DRAWS
     if not low <= float(proxy.inverse_temperature.log()) <= high:
         draws = None  # too far from the temperature that they were adapted to

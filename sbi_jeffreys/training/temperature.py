@@ -13,15 +13,20 @@ because the same pairs stopped the proxy's fit and weighed its members, which ma
 evidence. It is widened to the mean where that is more than two standard deviations below 0. An
 energy is left alone: it was fitted by these very losses, its scale included.
 
-With few simulations the proxy is fitted to folds of the training pairs (`proxies.folds`), and each
-training pair is unseen by one of the fits. Their evidence is added to that of the held-out pairs,
-which take no part in such a fit either, so that γ is the mean of its posterior, in both directions.
-(The mixture of the fits is wider than each, so that this γ is rather too low than too high.)
+Better evidence are training pairs under fits that have not seen them (`proxies.cross_fitting`): γ
+is the mean of its posterior then, in both directions. With few simulations the proxy is a mixture
+of such fits to folds. (It is wider than each, so that this γ is rather too low than too high.) With
+up to 3,000, such fits are made for the purpose where inexpensive experts have most of the weight.
+They widen the proxy, and leave it to the held-out pairs to sharpen it.
+
+The ranks of one pair in a hundred are taken to be chance, as in a contaminated likelihood: of a
+proxy with Gaussian tails, a single pair far out would otherwise set γ.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +38,7 @@ __all__ = ["Evidence", "as_evidence", "inverse_temperature"]
 
 _PRIOR_SCALE = 0.15  # mutant: temperature-of-a-few-pairs
 _CLEARLY = 2.0  # standard deviations of log γ below 0 from which on the proxy is widened
+_OUTLIERS = 0.01  # share of pairs whose rank is left to chance: a single one must not decide
 _STEP, _NUM_STEPS = 0.025, 28  # of log γ to either side of 0: from a half to two
 
 
@@ -41,8 +47,10 @@ class Evidence:
     """True θ of M pairs and contrasts, under fits that have not seen the pairs.
 
     Attributes:
-        offset: As of `inverse_temperature`, `(1 + K, M)`.
-        log_factor: f_ψ of each pair's fit, `(1 + K, M)`.
+        offset: log p(θ) − log m(θ|x) of the true θ (row 0) and its contrasts θ_k ∼ m(·|x), shape
+            `(1 + K, M)`; −∞ for a contrast outside the prior. Zeros where the contrasts follow the
+            same proposal as the pairs.
+        log_factor: f_ψ of the same, `(1 + K, M)`.
         weights: Of the pairs, `(M,)`.
     """
 
@@ -57,29 +65,19 @@ def as_evidence(weights: Tensor) -> Tensor:
     return weights * effective / weights.sum()  # mutant: excluded-pairs-are-evidence
 
 
-def inverse_temperature(
-    offset: Tensor,
-    log_factor: Tensor,
-    weights: Tensor | None = None,
-    cross_fitted: Evidence | None = None,
-) -> float:
-    """The inverse temperature at which true θ of held-out pairs stand out among contrasts.
+def inverse_temperature(evidence: Sequence[Evidence], optimistic: bool = False) -> float:
+    """The inverse temperature at which true θ of unseen pairs stand out among contrasts.
 
     With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is
     ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. The
     module's docstring explains which value is taken from it.
 
     Args:
-        offset: log p(θ) − log m(θ|x) of the true θ (row 0) and its contrasts θ_k ∼ m(·|x), shape
-            `(1 + K, M)`; −∞ for a contrast outside the prior. Zeros where the contrasts follow the
-            same proposal as the pairs.
-        log_factor: f_ψ of the same, shape `(1 + K, M)`.
-        weights: Of the pairs, `(M,)`; None: all one.
-        cross_fitted: Training pairs under the fits to other folds, where the proxy is a mixture of
-            these.
+        evidence: Pairs, in one group or several.
+        optimistic: Whether the pairs stopped the proxy's fit, or weighed its experts.
 
     Returns:
-        γ in [0.5, 2]; 1 if no pair is usable, or the evidence is not clear.
+        γ in [0.5, 2]; 1 if no pair is usable, or optimistic evidence is not clear.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -87,21 +85,20 @@ def inverse_temperature(
         >>> x = theta[0] + torch.randn(2000)  # p(x|θ) = N(θ, 1)
         >>> both = torch.cat([theta, torch.randn(50, 2000)])  # contrasts from the prior: m = p
         >>> too_wide = -0.25 * (x - both) ** 2  # half of the log-likelihood
-        >>> 1.7 < inverse_temperature(torch.zeros_like(both), too_wide) <= 2
+        >>> pairs = Evidence(torch.zeros_like(both), too_wide, torch.ones(2000))
+        >>> 1.7 < inverse_temperature([pairs]) <= 2
         True
     """
-    weights = torch.ones_like(log_factor[0]) if weights is None else weights
-    grid = torch.arange(-_NUM_STEPS, _NUM_STEPS + 1, device=log_factor.device).double() * _STEP
-    total = _total(Evidence(offset, log_factor, weights), grid)
-    if cross_fitted is not None:  # mutant: unseen-training-pairs-no-evidence
-        total = total + _total(cross_fitted, grid)
+    device = evidence[0].log_factor.device
+    grid = torch.arange(-_NUM_STEPS, _NUM_STEPS + 1, device=device).double() * _STEP
+    total = torch.stack([_total(part, grid) for part in evidence]).sum(dim=0)
     if not bool(total.any()):
         return 1.0
     posterior = torch.softmax(-total - grid**2 / (2 * _PRIOR_SCALE**2), dim=0)
     mean = (posterior * grid).sum()
     deviation = (posterior * (grid - mean) ** 2).sum().sqrt()
     # mutant: temperature-sharpens-only
-    if cross_fitted is not None or mean < -_CLEARLY * deviation:
+    if not optimistic or mean < -_CLEARLY * deviation:
         return math.exp(float(mean))
     return math.exp(max(0.0, float(mean - deviation)))
 
@@ -118,4 +115,7 @@ def _total(evidence: Evidence, grid: Tensor) -> Tensor:
 def _losses(offset: Tensor, log_factor: Tensor, gamma: float) -> Tensor:
     outside = torch.isneginf(offset)  # there the factor may be anything
     value = torch.where(outside, offset, offset + gamma * log_factor)
-    return ranking_nce_losses(value[0], value[1:])  # mutant: temperature-by-is-normaliser
+    losses = ranking_nce_losses(value[0], value[1:])  # mutant: temperature-by-is-normaliser
+    # mutant: one-pair-sets-the-temperature
+    chance = math.log(_OUTLIERS) - (~outside).sum(dim=0).log()
+    return -torch.logaddexp(math.log1p(-_OUTLIERS) - losses, chance)

@@ -14,7 +14,11 @@ from sbi_jeffreys.proxies.base import Proxy
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
 from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
-from sbi_jeffreys.training.temperature import Evidence, as_evidence
+from sbi_jeffreys.training.temperature import (
+    Evidence,
+    as_evidence,
+    inverse_temperature,
+)
 
 __all__ = ["evidence_of", "temper"]
 
@@ -22,9 +26,13 @@ _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effe
 _NEXT_TO_ONE = 0.02  # of γ − 1, which is as good as 0
 # The same of a mixture of fits: weighting its pool takes up to a fifth of training.
 _NOT_WORTH_IT = 0.05
-# Contrasts of each cross-fitted pair, and rounds in which their proposal is adapted: fewer than at
-# the held-out pairs, since there are nine times as many pairs, and all contrasts are evidence.
+_AT_ONCE = 50_000  # θ of all pairs per call: bounds memory
+_PAIRS = 200  # that are evidence, of all folds together
+# Contrasts of each, and rounds in which their proposal is adapted: fewer than at the held-out
+# pairs, since all contrasts are evidence.
 _CONTRASTS, _ROUNDS = 64, 4
+_OF_PRIOR = 2_000  # contrasts that are tried where adapted ones are not enough
+_ENOUGH = 16.0  # effective contrasts, in the median over pairs
 
 
 @torch.no_grad()
@@ -33,8 +41,8 @@ def evidence_of(
     main: ConditionalDensityEstimator,
     simulations: Simulations,
     kernel: Callable[[Tensor], Tensor],
-) -> Evidence | None:
-    """The training pairs of every fold with contrasts, under the proxy that has not seen them.
+) -> list[Evidence]:
+    """Training pairs of every fold with contrasts, under the proxy that has not seen them.
 
     Args:
         folds: Indices of each fold's pairs, and the proxy that was fitted without them.
@@ -43,17 +51,40 @@ def evidence_of(
         kernel: Calibration kernel, which weighs the pairs.
 
     Returns:
-        None without folds, where a proxy of this kind is not tempered, or without any weight.
+        One per fold; empty without folds, or without any weight.
     """
-    if not folds or not folds[0][1].can_be_tempered:
-        return None
-    parts = []
+    evidence = []
     for unseen, proxy in folds:
+        unseen = unseen[: math.ceil(_PAIRS / len(folds))]  # in random order
         theta, x = simulations.theta[unseen], simulations.x[unseen]
-        draws = adapted_draws(proxy, main, theta, x, _CONTRASTS, max_rounds=_ROUNDS)
-        parts.append((draws.offset, draws.factor, kernel(x)))
-    offset, factor, weights = (torch.cat(part, dim=-1) for part in zip(*parts))
-    return Evidence(offset, factor, as_evidence(weights)) if bool((weights > 0).any()) else None
+        weights = kernel(x)
+        if bool((weights > 0).any()):
+            contrasts = _contrasts(proxy, main, theta, x)
+            evidence.append(Evidence(*contrasts, as_evidence(weights)))
+    return evidence
+
+
+def _contrasts(
+    proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p(θ) − log m(θ|x) and f_ψ of the pairs' own θ and of contrasts, `(1 + K, M)` each.
+
+    From contrasts that all lie far from the posterior a proxy learns only how it falls off there,
+    which says little about its width: the more contrasts are effective, the better.
+    """
+    draws = adapted_draws(proxy, main, theta, x, _CONTRASTS, max_rounds=_ROUNDS)
+    adapted = effective_sample_size(draws.log_weights(1.0)[1:]).median()
+    if adapted >= _ENOUGH:  # mutant: contrasts-far-away
+        return draws.offset, draws.factor
+    drawn = proxy.sample_prior(_OF_PRIOR).to(theta).unsqueeze(1)
+    parts = [
+        proxy.log_factor(part.expand(-1, len(x), -1), x)
+        for part in [theta.unsqueeze(0), *drawn.split(max(1, _AT_ONCE // len(x)))]
+    ]
+    factor = torch.cat(parts)
+    if effective_sample_size(factor[1:]).median() <= adapted:
+        return draws.offset, draws.factor
+    return torch.zeros_like(factor), factor
 
 
 def temper(
@@ -61,14 +92,29 @@ def temper(
     main: ConditionalDensityEstimator,
     held_out: HeldOut,
     draws: AdaptedDraws | None,
-    cross_fitted: Evidence | None = None,
+    cross_fitted: Sequence[Evidence] = (),
+    made_to_judge: bool = False,
 ) -> None:
-    """Set the proxy's temperature by unseen pairs, as far as a pool can be weighted by it."""
+    """Set the proxy's temperature by unseen pairs, as far as a pool can be weighted by it.
+
+    Args:
+        proxy: A fitted proxy.
+        main: The main after stage 0.
+        held_out: The held-out pairs.
+        draws: At these, if there are some already.
+        cross_fitted: Further pairs, under fits that have not seen them.
+        made_to_judge: Whether these fits were made for this alone, and are not the proxy itself.
+            Fitted to fewer pairs, they count only where they say that the proxy is too narrow.
+    """
     if not proxy.can_be_tempered:  # mutant: given-likelihood-tempered
         return
-    gamma = held_out.inverse_temperature(proxy, main, draws, cross_fitted)
-    if cross_fitted is not None and abs(gamma - 1) < _NOT_WORTH_IT:
+    # mutant: unseen-training-pairs-no-evidence
+    gamma = inverse_temperature(cross_fitted) if cross_fitted else 1.0
+    if abs(gamma - 1) < _NOT_WORTH_IT:
         gamma = 1.0  # mutant: pool-weighted-for-nothing
+    # mutant: judged-too-wide
+    if not cross_fitted or (made_to_judge and gamma >= 1):
+        gamma = held_out.inverse_temperature(proxy, main, draws)
     if gamma != 1 and proxy.can_sample:
         theta, x = proxy.sample_joint(_PROBE)
         factor = proxy.log_factor(theta.unsqueeze(0), x)[0] if len(x) else x.new_zeros(0)

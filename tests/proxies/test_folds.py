@@ -10,6 +10,7 @@ from torch.distributions import Normal
 from sbi_jeffreys import FlowExpert, JeffreysOptions, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys.networks.fitting import FitConfig
 from sbi_jeffreys.proxies import LikelihoodProxy
+from sbi_jeffreys.proxies.cross_fitting import cross_fitted
 from sbi_jeffreys.proxies.experts.base import ExpertData, scales_of
 from sbi_jeffreys.proxies.folds import Bag, fit_folds
 
@@ -91,14 +92,34 @@ def test_a_fold_gets_the_proxy_that_has_not_seen_it():
     specs = (RegressionExpert(1), FlowExpert("maf", num_transforms=2))
     proxy = LikelihoodProxy(PRIOR, specs, QUICK, num_folds=3)
     proxy.fit(theta, x, torch.arange(70), torch.arange(70, 80))
-    folds = proxy.take_cross_fitted()
+    folds = cross_fitted(proxy, theta, x, torch.arange(70), QUICK)
     assert torch.cat([unseen for unseen, _ in folds]).sort().values.tolist() == list(range(70))
     found = [fit.log_factor(theta[rows].unsqueeze(0), x[rows])[0] for rows, fit in folds]
-    parts = torch.stack([expert.held_out for expert in proxy._mixture()])
+    parts = torch.stack([expert.held_out for expert in proxy.mixture()])
     expected = torch.logsumexp(parts + proxy.weights.log().unsqueeze(1), dim=0)
     torch.testing.assert_close(torch.cat(found), expected)
-    assert len(proxy._mixture()) == len(folds[0][1]._mixture())
-    assert not proxy.take_cross_fitted()  # forgotten
+    assert len(proxy.mixture()) == len(folds[0][1].mixture())
+    assert not proxy.take_folds()  # forgotten
+
+
+def test_a_proxy_without_folds_is_fitted_again_to_be_judged():
+    """Its inexpensive experts, each pair by a fit without it; where these have most weight."""
+    theta, x = pairs(400)
+    train, val = torch.arange(360), torch.arange(360, 400)
+    specs = (RegressionExpert(1), RegressionExpert(1, kernel=True))
+    proxy = LikelihoodProxy(PRIOR, specs, QUICK).fit(theta, x, train, val)
+    folds = cross_fitted(proxy, theta, x, train, QUICK)
+    assert torch.cat([unseen for unseen, _ in folds]).sort().values.tolist() == train.tolist()
+    unseen, twin = folds[0]
+    assert [e.spec for e in twin.mixture()] == [e.spec for e in proxy.mixture()]
+    torch.testing.assert_close(twin.weights, proxy.weights)
+    rest = train[~torch.isin(train, unseen)]
+    alone = LikelihoodProxy(PRIOR, specs, QUICK, num_folds=1).fit(theta, x, rest, val)
+    coefficients = [p.mixture()[0].net.coefficients for p in (twin, alone, proxy)]
+    apart = [float((other - coefficients[0]).abs().max()) for other in coefficients[1:]]
+    assert apart[0] < 0.2 * apart[1]  # but for the scale of θ
+    flow = LikelihoodProxy(PRIOR, (FlowExpert("maf", num_transforms=2),), QUICK)
+    assert cross_fitted(flow.fit(theta, x, train, val), theta, x, train, QUICK) == []
 
 
 def test_held_out_pairs_do_not_touch_a_cross_fitted_proxy():

@@ -13,10 +13,11 @@ from contract_tools import TINY
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from sbi_jeffreys import GivenProxy, NPE_Jeffreys
+from sbi_jeffreys import GivenProxy, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import EnergyProxy, LikelihoodProxy
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.training import preparation, tempering
 from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import draw_pool, tempering_weights
@@ -72,6 +73,12 @@ def pairs(num: int) -> tuple[Tensor, Tensor]:
     return theta, theta + NOISE * torch.randn_like(theta)
 
 
+def temperature(offset: Tensor, log_factor: Tensor, weights: Tensor | None = None) -> float:
+    """γ by held-out pairs."""
+    weights = torch.ones_like(log_factor[0]) if weights is None else weights
+    return inverse_temperature([Evidence(offset, log_factor, weights)], optimistic=True)
+
+
 def held_out(num: int, atomic: bool = False) -> HeldOut:
     return HeldOut(*pairs(num), torch.ones(num), atomic)
 
@@ -96,54 +103,117 @@ def test_few_contrasts_do_not_bias_it():
     theta, x = pairs(2000)
     both = torch.cat([theta.unsqueeze(0), PRIOR.sample((5, 2000))])  # m = p: no offset
     factor = ScaledProxy(NOISE).log_factor(both, x)
-    assert inverse_temperature(torch.zeros_like(factor), factor) < 1.1
+    assert temperature(torch.zeros_like(factor), factor) < 1.1
+
+
+def evidence_from(num: int, scale: float, kernel=lambda x: torch.ones(len(x))) -> list[Evidence]:
+    """Of two folds."""
+    theta, x = pairs(num)
+    folds = [(torch.arange(k, num, 2), ScaledProxy(scale)) for k in range(2)]
+    simulations = Simulations(theta, x, torch.arange(num), torch.arange(0), 0)
+    return evidence_of(folds, WideMain(), simulations, kernel)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scale", [0.45, 0.6])
 def test_pairs_unseen_by_the_fits_of_a_mixture_are_evidence_in_both_directions(scale: float):
-    """4,000 pairs: a standard deviation of 0.02, none of which is taken off."""
+    """20 times 200 pairs: a standard deviation of 0.02, none of which is taken off."""
     torch.manual_seed(1)
-    theta, x = pairs(4_000)
-    folds = [(torch.arange(k, 4_000, 2), ScaledProxy(scale)) for k in range(2)]
-    simulations = Simulations(theta, x, torch.arange(4_000), torch.arange(0), 0)
-    evidence = evidence_of(folds, WideMain(), simulations, lambda x: torch.ones(len(x)))  # type: ignore[arg-type]
-    assert evidence is not None
-    assert evidence.log_factor.shape[1] == 4_000
-    nothing = torch.full((3, 5), math.nan)
-    found = inverse_temperature(torch.zeros(3, 5), nothing, None, evidence)
+    evidence = [part for _ in range(20) for part in evidence_from(400, scale)]
+    assert {part.log_factor.shape[1] for part in evidence} == {100}  # half of 200
+    found = inverse_temperature(evidence)
     assert math.log(found) == pytest.approx(0.98 * 2 * math.log(scale / NOISE), abs=0.06)
 
 
 def test_pairs_of_folds_that_the_kernel_excludes_are_no_evidence():
-    theta, x = pairs(50)
-    folds = [(torch.arange(50), ScaledProxy(0.6))]
-    simulations = Simulations(theta, x, torch.arange(50), torch.arange(0), 0)
-    assert evidence_of(folds, WideMain(), simulations, lambda x: torch.zeros(len(x))) is None  # type: ignore[arg-type]
-    half = (torch.arange(50) < 25).float()
-    evidence = evidence_of(folds, WideMain(), simulations, lambda x: half)  # type: ignore[arg-type]
-    assert isinstance(evidence, Evidence)
-    assert evidence.weights.tolist() == half.tolist()  # worth 25 pairs
-    assert evidence_of([], WideMain(), simulations, lambda x: half) is None  # type: ignore[arg-type]
+    assert evidence_from(50, 0.6, lambda x: torch.zeros(len(x))) == []
+    half = (torch.arange(25) < 12).float()
+    evidence = evidence_from(50, 0.6, lambda x: half)
+    assert [part.weights.tolist() for part in evidence] == 2 * [half.tolist()]  # worth 12 pairs
+    simulations = Simulations(*pairs(50), torch.arange(50), torch.arange(0), 0)
+    assert evidence_of([], WideMain(), simulations, lambda x: half) == []  # type: ignore[arg-type]
+
+
+class RidgeProxy(ScaledProxy):
+    """A likelihood that is too sharp near its ridge |θ| = |x| = 1, and too flat far from it."""
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        distance = ((theta.norm(dim=-1) - x.norm(dim=-1)) / 0.01).abs()
+        return torch.where(distance < 5, -0.5 * distance**2, -12.5 - 0.002 * (distance - 5))
+
+
+def test_contrasts_are_taken_from_the_prior_where_adapted_ones_all_miss_the_posterior(monkeypatch):
+    """A ring is nothing that a few adapted kernels follow; of 2,000 prior draws some are on it."""
+    torch.manual_seed(1)
+    theta, x = pairs(40)
+    simulations = Simulations(theta, x, torch.arange(40), torch.arange(0), 0)
+    folds = [(torch.arange(40), RidgeProxy(0.5))]
+    (found,) = evidence_of(folds, WideMain(), simulations, lambda x: torch.ones(len(x)))  # type: ignore[arg-type]
+    assert len(found.offset) == 2_001
+    assert not found.offset.any()
+    (adapted,) = evidence_of(
+        [(torch.arange(40), ScaledProxy(0.5))],
+        WideMain(),
+        simulations,
+        lambda x: torch.ones(len(x)),
+    )  # type: ignore[arg-type]
+    assert len(adapted.offset) == 65
+
+
+def test_a_single_pair_far_out_does_not_set_the_temperature():
+    torch.manual_seed(1)
+    theta, x = pairs(200)
+    x[0] += 20.0  # 800 nats less than any other
+    both = torch.cat([theta.unsqueeze(0), PRIOR.sample((200, 200))])
+    factor = ScaledProxy(NOISE).log_factor(both, x)
+    found = inverse_temperature([Evidence(torch.zeros_like(factor), factor, torch.ones(200))])
+    assert found == pytest.approx(1.0, abs=0.15)  # three deviations
+
+
+def trained_with(monkeypatch, num: int, **changes) -> tuple[NPE_Jeffreys, list]:
+    """A short training, and what was known when its temperature was set."""
+    seen = []
+    monkeypatch.setattr(preparation, "temper", lambda *given: seen.append(given))
+    options = replace(TINY, proxy="auto", temper=True, num_steps=5, proxy_draws=100, **changes)
+    inference = NPE_Jeffreys(PRIOR, "maf", show_progress_bars=False, options=options)
+    inference.append_simulations(*pairs(num)).train(max_num_epochs=2)
+    return inference, seen[0]
 
 
 def test_a_training_with_folds_uses_the_pairs_of_all_folds(monkeypatch):
-    seen = []
-    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *given: seen.append(given[4]) or 1.2)
-    options = replace(TINY, proxy="auto", proxy_folds=3, temper=True, num_steps=5, proxy_draws=100)
-    inference = NPE_Jeffreys(PRIOR, "maf", show_progress_bars=False, options=options)
-    inference.append_simulations(*pairs(60)).train(max_num_epochs=2)
-    assert seen[0].log_factor.shape[1] == 54
+    inference, (*_, evidence, made_to_judge) = trained_with(monkeypatch, 60, proxy_folds=3)
+    assert [part.log_factor.shape[1] for part in evidence] == 3 * [18]
+    assert not made_to_judge
     assert isinstance(inference.proxy, LikelihoodProxy)
-    assert inference.proxy.take_cross_fitted() == []  # forgotten
+    assert inference.proxy.take_folds() == []  # forgotten
+
+
+def test_a_training_without_folds_has_some_to_judge_its_proxy(monkeypatch):
+    changes = {"proxy_folds": 1, "experts": (RegressionExpert(1),)}
+    inference, (proxy, *_, evidence, made_to_judge) = trained_with(monkeypatch, 400, **changes)
+    assert [part.log_factor.shape[1] for part in evidence] == 5 * [40]
+    assert made_to_judge
+    assert proxy is inference.proxy
+
+
+@pytest.mark.parametrize(
+    ("scale", "judged", "expected"),
+    [(0.45, False, 0.82), (0.6, False, 1.42), (0.45, True, 0.82), (0.6, True, 1.1)],
+)
+def test_fits_made_to_judge_widen_only(monkeypatch, scale: float, judged: bool, expected: float):
+    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 1.1)
+    torch.manual_seed(1)
+    evidence = [part for _ in range(10) for part in evidence_from(400, scale)]
+    proxy = ScaledProxy(scale)
+    temper(proxy, WideMain(), held_out(5), None, evidence, judged)  # type: ignore[arg-type]
+    assert float(proxy.inverse_temperature) == pytest.approx(expected, rel=0.08)
 
 
 @pytest.mark.parametrize(("found", "used"), [(1.04, 1.0), (0.96, 1.0), (1.06, 1.06), (0.9, 0.9)])
 def test_a_mixture_is_tempered_where_it_is_worth_weighting_a_pool(monkeypatch, found, used):
+    monkeypatch.setattr(tempering, "inverse_temperature", lambda *_: found)
     monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: found)
-    for evidence, expected in (
-        (Evidence(*[torch.zeros(2, 3)] * 2, torch.ones(3)), used),
-        (None, found),
-    ):
+    some = [Evidence(*[torch.zeros(2, 3)] * 2, torch.ones(3))]
+    for evidence, expected in ((some, used), ([], found)):
         proxy = ScaledProxy(0.6)
         temper(proxy, WideMain(), held_out(5), None, evidence)  # type: ignore[arg-type]
         assert float(proxy.inverse_temperature) == pytest.approx(expected)
@@ -196,21 +266,21 @@ def test_pairs_count_by_weight():
     factor[0, :200], factor[0, 200:] = 0.0, -4.0
     first = torch.cat([torch.ones(200), torch.zeros(200)])
     zeros = torch.zeros_like(factor)
-    assert inverse_temperature(zeros, factor, first) > 1.3
-    assert inverse_temperature(zeros, factor, 1 - first) < 0.7
+    assert temperature(zeros, factor, first) > 1.3
+    assert temperature(zeros, factor, 1 - first) < 0.7
 
 
 def test_contrasts_outside_the_prior_do_not_count_and_unreadable_pairs_are_left_out():
     torch.manual_seed(0)
     factor = torch.randn(9, 300)
     offset = torch.zeros(9, 300)
-    clean = inverse_temperature(offset, factor)
+    clean = temperature(offset, factor)
     padded_factor = torch.cat([factor, torch.full((4, 300), math.nan)])
     padded_offset = torch.cat([offset, torch.full((4, 300), -math.inf)])
-    assert inverse_temperature(padded_offset, padded_factor) == clean
+    assert temperature(padded_offset, padded_factor) == clean
     broken = torch.cat([factor, torch.full((9, 1), math.nan)], dim=1)
-    assert inverse_temperature(torch.zeros(9, 301), broken) == clean
-    assert inverse_temperature(offset, torch.full_like(factor, math.nan)) == 1.0
+    assert temperature(torch.zeros(9, 301), broken) == clean
+    assert temperature(offset, torch.full_like(factor, math.nan)) == 1.0
 
 
 def test_the_atomic_reading_is_tempered():

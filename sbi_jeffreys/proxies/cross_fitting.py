@@ -1,0 +1,71 @@
+"""A likelihood proxy as it would be without some of its training pairs, which then judge it.
+
+Held-out pairs are few, and they stopped the proxy's fit and weighed its experts. The training pairs
+are many, and under fits that have not seen them they are evidence as good as new ones.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from sbi_jeffreys.networks.fitting import FitConfig
+from sbi_jeffreys.proxies.experts import FittedExpert
+from sbi_jeffreys.proxies.experts.base import ExpertData, scales_of
+from sbi_jeffreys.proxies.folds import Fold, cross_fit
+from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
+
+__all__ = ["cross_fitted"]
+
+_FOLDS = 5  # of fits that are made only to judge the proxy
+_MAJORITY = 0.5  # of the weight, which inexpensive experts must have to stand for all
+_MOST = 3_000  # training pairs: of more, the held-out ones are evidence enough
+
+
+def cross_fitted(
+    proxy: LikelihoodProxy, theta: Tensor, x: Tensor, train_indices: Tensor, config: FitConfig
+) -> list[tuple[Tensor, LikelihoodProxy]]:
+    """Training pairs, and the proxy with the same experts and weights, fitted without these pairs.
+
+    Where `fit` had folds, they are its own, which the proxy forgets.
+
+    Args:
+        proxy: After `fit`.
+        theta, x, train_indices: As `fit` was given them.
+        config: How networks are fitted.
+
+    Returns:
+        Indices of pairs, and a proxy, for every fold. Empty where there are more than 3,000
+        training pairs, or the likelihood is of summaries of x, in which every one has its part.
+    """
+    folds = proxy.take_folds()
+    of_x = proxy.can_sample and proxy.compression is None
+    # mutant: one-fit-judged-by-held-out-pairs-alone
+    if not folds and of_x and len(train_indices) <= _MOST:
+        weighed = zip(proxy.mixture(), proxy.weights)
+        inexpensive = {e.spec: float(w) for e, w in weighed if not e.spec.expensive}
+        if sum(inexpensive.values()) >= _MAJORITY:
+            x = proxy.own_outputs(x)
+            scales, z = scales_of(x[train_indices]), proxy.theta_transform(theta)
+            data = ExpertData(z, x, train_indices, train_indices, config, scales)
+            folds = cross_fit(list(inexpensive), data, _FOLDS)
+    return [(fold.unseen, _with_experts_of(proxy, fold)) for fold in folds]
+
+
+def _with_experts_of(proxy: LikelihoodProxy, fold: Fold) -> LikelihoodProxy:
+    """The proxy with a fold's experts, those of its own mixture that were fitted there."""
+    twin = copy(proxy)
+    # Its own modules and buffers, of which some are exchanged.
+    own = {"_modules": dict(proxy.named_children()), "_buffers": dict(proxy.named_buffers())}
+    vars(twin).update({name: dict(part) for name, part in own.items()})
+    kept: list[FittedExpert] = []
+    weights: list[Tensor] = []
+    for expert, weight in zip(proxy.mixture(), proxy.weights):
+        if expert.spec in fold.experts:
+            kept.append(fold.experts[expert.spec])
+            weights.append(weight)
+    twin.fitted = nn.ModuleList(kept)
+    twin.register_buffer("weights", torch.stack(weights) / torch.stack(weights).sum())
+    return twin
