@@ -142,12 +142,13 @@ def test_weighted_errors():
 def test_the_temperature_is_not_surer_for_pairs_that_the_kernel_excludes(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "sbi_jeffreys.training.held_out.inverse_temperature", lambda *given: seen.append(given[2])
+        "sbi_jeffreys.training.held_out.inverse_temperature",
+        lambda evidence, optimistic: seen.extend(evidence),
     )
     weights = torch.tensor([0.0, 0.0, 2.0, 2.0])
     held_out = HeldOut(torch.randn(4, 2), torch.randn(4, 2), weights, atomic=True)
     held_out.inverse_temperature(GivenProxy(PRIOR, Shifted(0.0)), None)  # type: ignore[arg-type]
-    assert seen[0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert seen[0].weights.tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("atomic", [False, True])
