@@ -5,7 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sbi_jeffreys.training import held_out
+from sbi_jeffreys.training import held_out, tempering
+
+_SHORT = (
+    (held_out, "_EVALUATIONS", 1_000),
+    (tempering, "_PAIRS", 40),
+    (tempering, "_OF_PRIOR", 200),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -15,18 +21,20 @@ def _seeded(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _short_reading() -> Iterator[int]:
-    """Fewer draws for the held-out value of the proxy: all of them take half of a small training.
+def _short_reading() -> Iterator[list]:
+    """Fewer draws to judge the proxy by: all of them take half of a small training.
 
     A test to which their number matters is marked `full_reading`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        full = held_out._EVALUATIONS
-        patch.setattr(held_out, "_EVALUATIONS", 1_000)
+        full = [(part, name, getattr(part, name)) for part, name, _ in _SHORT]
+        for part, name, short in _SHORT:
+            patch.setattr(part, name, short)
         yield full
 
 
 @pytest.fixture(autouse=True)
-def _full_reading(request: pytest.FixtureRequest, monkeypatch, _short_reading: int) -> None:
+def _full_reading(request: pytest.FixtureRequest, monkeypatch, _short_reading: list) -> None:
     if request.node.get_closest_marker("full_reading") is not None:
-        monkeypatch.setattr(held_out, "_EVALUATIONS", _short_reading)
+        for part, name, value in _short_reading:
+            monkeypatch.setattr(part, name, value)

@@ -114,6 +114,7 @@ def evidence_from(num: int, scale: float, kernel=lambda x: torch.ones(len(x))) -
     return evidence_of(folds, WideMain(), simulations, kernel)  # type: ignore[arg-type]
 
 
+@pytest.mark.full_reading
 @pytest.mark.parametrize("scale", [0.45, 0.6])
 def test_pairs_unseen_by_the_fits_of_a_mixture_are_evidence_in_both_directions(scale: float):
     """20 times 200 pairs: a standard deviation of 0.02, none of which is taken off."""
@@ -124,6 +125,7 @@ def test_pairs_unseen_by_the_fits_of_a_mixture_are_evidence_in_both_directions(s
     assert math.log(found) == pytest.approx(0.98 * 2 * math.log(scale / NOISE), abs=0.06)
 
 
+@pytest.mark.full_reading
 def test_pairs_of_folds_that_the_kernel_excludes_are_no_evidence():
     assert evidence_from(50, 0.6, lambda x: torch.zeros(len(x))) == []
     half = (torch.arange(25) < 12).float()
@@ -141,6 +143,7 @@ class RidgeProxy(ScaledProxy):
         return torch.where(distance < 5, -0.5 * distance**2, -12.5 - 0.002 * (distance - 5))
 
 
+@pytest.mark.full_reading
 def test_contrasts_are_taken_from_the_prior_where_adapted_ones_all_miss_the_posterior(monkeypatch):
     """A ring is nothing that a few adapted kernels follow; of 2,000 prior draws some are on it."""
     torch.manual_seed(1)
@@ -179,6 +182,7 @@ def trained_with(monkeypatch, num: int, **changes) -> tuple[NPE_Jeffreys, list]:
     return inference, seen[0]
 
 
+@pytest.mark.full_reading
 def test_a_training_with_folds_uses_the_pairs_of_all_folds(monkeypatch):
     inference, (*_, evidence, made_to_judge) = trained_with(monkeypatch, 60, proxy_folds=3)
     assert [part.log_factor.shape[1] for part in evidence] == 3 * [18]
@@ -187,6 +191,7 @@ def test_a_training_with_folds_uses_the_pairs_of_all_folds(monkeypatch):
     assert inference.proxy.take_folds() == []  # forgotten
 
 
+@pytest.mark.full_reading
 def test_a_training_without_folds_has_some_to_judge_its_proxy(monkeypatch):
     changes = {"proxy_folds": 1, "experts": (RegressionExpert(1),)}
     inference, (proxy, *_, evidence, made_to_judge) = trained_with(monkeypatch, 400, **changes)
@@ -195,6 +200,7 @@ def test_a_training_without_folds_has_some_to_judge_its_proxy(monkeypatch):
     assert proxy is inference.proxy
 
 
+@pytest.mark.full_reading
 @pytest.mark.parametrize(
     ("scale", "judged", "expected"),
     [(0.45, False, 0.82), (0.6, False, 1.42), (0.45, True, 0.82), (0.6, True, 1.1)],
