@@ -58,8 +58,8 @@ def _with_experts_of(proxy: LikelihoodProxy, fold: Fold) -> LikelihoodProxy:
     """The proxy with a fold's experts, those of its own mixture that were fitted there."""
     twin = copy(proxy)
     # Its own modules and buffers, of which some are exchanged.
-    own = {"_modules": dict(proxy.named_children()), "_buffers": dict(proxy.named_buffers())}
-    vars(twin).update({name: dict(part) for name, part in own.items()})
+    buffers = dict(proxy.named_buffers(recurse=False))
+    vars(twin).update(_modules=dict(proxy.named_children()), _buffers=buffers)
     kept: list[FittedExpert] = []
     weights: list[Tensor] = []
     for expert, weight in zip(proxy.mixture(), proxy.weights):
