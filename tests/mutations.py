@@ -872,6 +872,11 @@ MUTANTS = (
     ),
     Mutant("noise-of-theta-itself", "u = input", "tests/networks/test_odd_spaces.py -k noise_that"),
     Mutant(
+        "noise-of-raw-x",
+        "return self.estimator.inverse_transform(u, x)",
+        "tests/networks/test_odd_spaces.py -k noise_that",
+    ),
+    Mutant(
         "discrete-parameters-modelled",
         "if False:",
         "tests/networks/test_odd_spaces.py -k discrete_parameters",

@@ -78,7 +78,11 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
         """The noise that the flow maps to θ, as sbi's `LC2ST_NF` asks for it, shape of θ."""
         # mutant: noise-of-theta-itself
         u = self.transform(input)[0]
-        return self.estimator.inverse_transform(u, condition)  # type: ignore[operator]
+        if not hasattr(self.net, "transform_to_noise"):  # a flow of zuko
+            return self.estimator.inverse_transform(u, condition)  # type: ignore[operator]
+        # By nflows: the method of sbi 0.27 forgets to embed, and so to z-score, x.
+        x = condition.expand(len(u), *self.condition_shape)
+        return self.net.transform_to_noise(u, x)  # mutant: noise-of-raw-x
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any) -> Tensor:
         """Samples of θ, shape `(*sample_shape, batch_dim, D)`."""

@@ -1,6 +1,7 @@
 """Posteriors, diagnostics, trackers and plots of sbi, on what NPE_Jeffreys trains."""
 
 import copy
+import math
 import pickle
 import warnings
 from dataclasses import replace
@@ -135,8 +136,11 @@ def test_proxy_posterior_has_the_proxys_density(inference):
     grid = torch.cartesian_prod(*[torch.linspace(-0.99, 0.99, 100)] * 2)
     exact = torch.softmax(inference.proxy.log_potential(grid.unsqueeze(1), X_O)[:, 0], 0)
     mean = (exact.unsqueeze(1) * grid).sum(0)
-    theta = posterior.sample((4000,), oversampling_factor=16)
-    torch.testing.assert_close(theta.mean(0), mean, atol=0.03, rtol=0)
+    # One in 32 candidates is kept: importance resampling is biased by about one in their number.
+    theta = posterior.sample((4000,), oversampling_factor=32)
+    spread = (exact.unsqueeze(1) * (grid - mean).square()).sum(0).sqrt()
+    off = (theta.mean(0) - mean).abs() / spread
+    assert float(off.max()) < 5 / math.sqrt(4000) + 1 / 32
     mass = posterior.log_prob(grid).exp().sum() * 0.02**2
     assert float(mass) == pytest.approx(1.0, abs=0.1)
     assert posterior.potential(torch.tensor([[2.0, 0.0]])) == -torch.inf

@@ -98,15 +98,20 @@ def test_the_mixed_estimator_of_sbi_leaves_plain_npe():
         inference.train(max_num_epochs=2)
 
 
-def test_noise_that_the_flow_maps_to_theta():
+@pytest.mark.parametrize("model", ["nsf", "zuko_maf"])
+def test_noise_that_the_flow_maps_to_theta(model):
     """For sbi's `LC2ST_NF`: of draws of the flow it is standard normal."""
     torch.manual_seed(0)
     theta = UNIT.sample((200,))
-    main = MainBuilder("nsf").with_prior(UNIT)(theta, theta + 0.1 * torch.randn_like(theta)).eval()
-    x = theta[:1]
+    x = 50 + 20 * theta + torch.randn_like(theta)  # a flow of x that is not z-scored is another one
+    main = MainBuilder(model).with_prior(UNIT)(theta, x).eval()
     with torch.no_grad():
-        drawn = main.sample(torch.Size((4_000,)), x)[:, 0]
-        noise = main.inverse_transform(drawn, x.expand(4_000, -1))  # type: ignore[operator]
+        for parameter in main.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        drawn = main.sample(torch.Size((4_000,)), x[:1])[:, 0]
+        noise = main.inverse_transform(drawn, x[:1].expand(4_000, -1))  # type: ignore[operator]
+        one = main.inverse_transform(drawn, x[:1])  # type: ignore[operator]
+    torch.testing.assert_close(one, noise)
     assert noise.shape == (4_000, 2)
     assert float(noise.mean(0).abs().max()) < 4.5 / 4_000**0.5
     assert float((noise.std(0) - 1).abs().max()) < 4.5 / 8_000**0.5
