@@ -1,6 +1,7 @@
 """Shared fixtures: tests are seeded, write no logs to the checkout, and read the proxy quickly."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ _SHORT = (
     (tempering, "_PAIRS", 40),
     (tempering, "_OF_PRIOR", 200),
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to the processes of `-n 2`: what a file's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(autouse=True)

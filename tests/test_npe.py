@@ -355,7 +355,12 @@ def test_more_simulations_and_harder_fits_get_more_steps_and_a_larger_pool():
 
 
 @pytest.mark.parametrize(
-    ("num", "batch", "steps"), [(60, 200, 600), (1_500, 200, 830), (500, 3, 675)]
+    ("num", "batch", "steps"),
+    [
+        (60, 200, 600),
+        (1_500, 200, 830),
+        pytest.param(500, 3, 675, marks=pytest.mark.slow),
+    ],
 )
 def test_the_symmetric_stage_is_as_long_as_its_simulations_ask_for(num, batch, steps):
     """The last case: 150 steps in each of plain NPE's epochs, which are one more than the bound."""
@@ -569,6 +574,7 @@ def test_presets_are_options():
         NPE_Jeffreys(options="quick")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_better_than_npe_on_a_linear_gaussian():
     """Held-out NLL on fresh simulations, 5-D linear Gaussian, 300 simulations."""
     torch.manual_seed(0)

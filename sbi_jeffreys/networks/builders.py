@@ -82,7 +82,8 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
             return self.estimator.inverse_transform(u, condition)  # type: ignore[operator]
         # By nflows: the method of sbi 0.27 forgets to embed, and so to z-score, x.
         x = condition.expand(len(u), *self.condition_shape)
-        return self.net.transform_to_noise(u, x)  # mutant: noise-of-raw-x
+        # mutant: noise-of-raw-x
+        return self.net.transform_to_noise(u, x)  # type: ignore[operator]
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any) -> Tensor:
         """Samples of θ, shape `(*sample_shape, batch_dim, D)`."""

@@ -28,7 +28,7 @@ from sbi_jeffreys.proxies import (
     hand_back_embedding,
     leave_out_uninformative,
 )
-from sbi_jeffreys.proxies.cross_fitting import cross_fitted
+from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.proxies.truncated import TruncatedRounds, of_truncated_rounds
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.data import Simulations
@@ -46,7 +46,7 @@ from sbi_jeffreys.training.refit import restored_if_interrupted, summarise
 from sbi_jeffreys.training.report import Kept, ProxyStatus
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best, SymmetricTraining
-from sbi_jeffreys.training.tempering import evidence_of, temper
+from sbi_jeffreys.training.tempering import set_temperature
 
 __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 
@@ -130,21 +130,9 @@ def prepare(
     Returns:
         The proxy and its status.
     """
-    if isinstance(prior, ImproperEmpirical):
-        prior = EmpiricalPrior(simulations.theta[simulations.train])
-    if has_discrete_part(prior) or isinstance(main, MixedDensityEstimator):
-        note = "theta has discrete parameters, which have no density: use sbi's MNPE"
-        return Prepared(ProxyStatus.ABSENT, None, note)
-    fixed = (~varying(simulations.theta[simulations.train])).nonzero().flatten().tolist()
-    if fixed:  # mutant: constant-parameters-modelled
-        note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
-        return Prepared(ProxyStatus.ABSENT, None, note)
-    proxy, note = build_proxy(prior, main, simulations.x, options)
-    if simulations.rounds is not None and proxy is not None:  # mutant: truncated-rounds-overlooked
-        proxy = of_truncated_rounds(proxy, TruncatedRounds(prior, simulations.rounds))
+    proxy, note = _choose(prior, main, simulations, options)
     if proxy is None:
         return Prepared(ProxyStatus.ABSENT, None, note)
-    proxy.to(simulations.theta.device)
     if isinstance(proxy, EnergyProxy):
         proxy.set_proposal(main, atomic=held_out.atomic)
     with tqdm(desc="Fitting proxy", disable=not budget.show_progress_bars) as bar:
@@ -163,40 +151,65 @@ def prepare(
         return Prepared(ProxyStatus.NO_KERNEL_WEIGHT, proxy, note)
     draws = None if held_out.atomic else held_out.draws(proxy, main)
     if options.adaptive and options.temper:  # mutant: frozen-and-tempered, temper-dead
-        folds: list[tuple[Tensor, LikelihoodProxy]] = []
-        made_to_judge = False
-        if isinstance(proxy, LikelihoodProxy) and proxy.can_be_tempered and not held_out.atomic:
-            config = proxy.config.at_most(budget.max_epochs, budget.patience)
-            train, _ = simulations.for_fit()
-            made_to_judge = proxy.folds_for(len(train)) == 1
-            folds = cross_fitted(proxy, simulations.theta, simulations.x, train, config)
-        # mutant: temperature-of-held-out-pairs-alone
-        evidence = evidence_of(folds, main, simulations, kernel)
-        temper(proxy, main, held_out, draws, evidence, made_to_judge)
+        bounds = budget.max_epochs, budget.patience
+        set_temperature(proxy, main, simulations, held_out, draws, kernel, *bounds)
+    found = _judge(proxy, note, main, held_out, draws, options)
+    if found.trust < options.min_trust:  # mutant: bad-proxy-followed
+        return found
+    return _with_pool(found, proxy, main, simulations, kernel, options, budget)
+
+
+def _choose(
+    prior: Distribution,
+    main: ConditionalDensityEstimator,
+    simulations: Simulations,
+    options: JeffreysOptions,
+) -> tuple[Proxy | None, str]:
+    """A proxy for these simulations, not yet fitted, or None; and which one and why, in words."""
+    if isinstance(prior, ImproperEmpirical):
+        prior = EmpiricalPrior(simulations.theta[simulations.train])
+    if has_discrete_part(prior) or isinstance(main, MixedDensityEstimator):
+        return None, "theta has discrete parameters, which have no density: use sbi's MNPE"
+    fixed = (~varying(simulations.theta[simulations.train])).nonzero().flatten().tolist()
+    if fixed:  # mutant: constant-parameters-modelled
+        note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
+        return None, note
+    proxy, note = build_proxy(prior, main, simulations.x, options)
+    if proxy is None:
+        return None, note
+    if simulations.rounds is not None:  # mutant: truncated-rounds-overlooked
+        proxy = of_truncated_rounds(proxy, TruncatedRounds(prior, simulations.rounds))
+    return proxy.to(simulations.theta.device), note
+
+
+def _judge(
+    proxy: Proxy,
+    note: str,
+    main: ConditionalDensityEstimator,
+    held_out: HeldOut,
+    draws: AdaptedDraws | None,
+    options: JeffreysOptions,
+) -> Prepared:
+    """The proxy compared with the main on held-out pairs, and how far it is trusted."""
     low, high = _SAME_DRAWS
     if not low <= float(proxy.inverse_temperature.log()) <= high:
         draws = None  # too far from the temperature that they were adapted to
     main_losses = held_out.main_losses(main, proxy)
     proxy_losses, uncertain = held_out.proxy_losses(proxy, main, draws)
-    values = held_out.mean(proxy_losses), held_out.mean(main_losses)
-    t = float(trust(*values)) if options.adaptive else 1.0
-    untrusted = ProxyStatus.UNTRUSTED
-    found = Prepared(
-        untrusted,
+    proxy_value, main_value = held_out.mean(proxy_losses), held_out.mean(main_losses)
+    return Prepared(
+        ProxyStatus.UNTRUSTED,
         proxy,
         note,
         proxy_losses,
         main_losses,
-        t,
-        None,
-        *values,
-        held_out.atomic,
-        float(uncertain.float().mean()),
-        held_out.weights,
+        trust=float(trust(proxy_value, main_value)) if options.adaptive else 1.0,
+        proxy_value=proxy_value,
+        main_value=main_value,
+        atomic=held_out.atomic,
+        uncertain=float(uncertain.float().mean()),
+        weights=held_out.weights,
     )
-    if t < options.min_trust:  # mutant: bad-proxy-followed
-        return found
-    return _with_pool(found, proxy, main, simulations, kernel, options, budget)
 
 
 def _with_pool(

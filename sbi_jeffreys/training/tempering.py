@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.objective import effective_sample_size
-from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies import LikelihoodProxy, Proxy
+from sbi_jeffreys.proxies.cross_fitting import cross_fitted
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws, adapted_draws
 from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
@@ -20,7 +21,7 @@ from sbi_jeffreys.training.temperature import (
     inverse_temperature,
 )
 
-__all__ = ["evidence_of", "temper"]
+__all__ = ["evidence_of", "set_temperature", "temper"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
 _NEXT_TO_ONE = 0.02  # of γ − 1, which is as good as 0
@@ -33,6 +34,40 @@ _PAIRS = 200  # that are evidence, of all folds together
 _CONTRASTS, _ROUNDS = 64, 4
 _OF_PRIOR = 2_000  # contrasts that are tried where adapted ones are not enough
 _ENOUGH = 16.0  # effective contrasts, in the median over pairs
+
+
+def set_temperature(
+    proxy: Proxy,
+    main: ConditionalDensityEstimator,
+    simulations: Simulations,
+    held_out: HeldOut,
+    draws: AdaptedDraws | None,
+    kernel: Callable[[Tensor], Tensor],
+    max_epochs: int,
+    patience: int,
+) -> None:
+    """Set a proxy's temperature by all pairs that some fit of it has not seen.
+
+    Args:
+        proxy: A fitted proxy.
+        main: The main after stage 0.
+        simulations: Those that the proxy was fitted to.
+        held_out: The held-out pairs.
+        draws: At these, if there are some already.
+        kernel: Calibration kernel, which weighs the pairs.
+        max_epochs: Bound on the epochs of fits that are made to judge the proxy.
+        patience: Epochs without improvement before such a fit stops.
+    """
+    folds: list[tuple[Tensor, LikelihoodProxy]] = []
+    made_to_judge = False
+    if isinstance(proxy, LikelihoodProxy) and proxy.can_be_tempered and not held_out.atomic:
+        config = proxy.config.at_most(max_epochs, patience)
+        train, _ = simulations.for_fit()
+        made_to_judge = proxy.folds_for(len(train)) == 1
+        folds = cross_fitted(proxy, simulations.theta, simulations.x, train, config)
+    # mutant: temperature-of-held-out-pairs-alone
+    evidence = evidence_of(folds, main, simulations, kernel)
+    temper(proxy, main, held_out, draws, evidence, made_to_judge)
 
 
 @torch.no_grad()

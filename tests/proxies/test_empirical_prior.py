@@ -88,6 +88,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_memory_is_bounded():
     """Two thousand centres and 60,000 points: the mixture of torch took 17.8 GB in training."""

@@ -140,7 +140,7 @@ def blobs(num: int) -> tuple[Distribution, Tensor, Tensor]:
     return prior, theta, columns[:, :, None] * rows[:, None, :] + 0.2 * torch.randn(num, 8, 8)
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_images_with_the_mains_embedding_or_one_of_its_own(share: bool):
     prior, theta, x = blobs(1_200)
     cnn = CNNEmbedding((8, 8), kernel_size=3, num_linear_units=20, output_dim=8)

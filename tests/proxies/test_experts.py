@@ -212,6 +212,7 @@ def test_an_expert_that_is_no_flow_has_no_transforms(model, passed, monkeypatch)
     assert settings == [{"num_transforms": 2} if passed else {}]
 
 
+@pytest.mark.slow
 def test_the_proxy_follows_the_regression_where_that_is_the_simulator():
     z, x = linear(700)
     prior = torch.distributions.Independent(

@@ -175,7 +175,7 @@ def test_a_single_pair_far_out_does_not_set_the_temperature():
 def trained_with(monkeypatch, num: int, **changes) -> tuple[NPE_Jeffreys, list]:
     """A short training, and what was known when its temperature was set."""
     seen = []
-    monkeypatch.setattr(preparation, "temper", lambda *given: seen.append(given))
+    monkeypatch.setattr(tempering, "temper", lambda *given: seen.append(given))
     options = replace(TINY, proxy="auto", temper=True, num_steps=5, proxy_draws=100, **changes)
     inference = NPE_Jeffreys(PRIOR, "maf", show_progress_bars=False, options=options)
     inference.append_simulations(*pairs(num)).train(max_num_epochs=2)
