@@ -756,9 +756,22 @@ MUTANTS = (
     ),
     Mutant(
         "parameters-with-cells",
-        "self.theta_transform = MarginalTransform.fit(theta[train_indices])",
+        "transform = MarginalTransform.fit(theta[train_indices])",
         "tests/proxies/test_likelihood_of_atoms.py -k conditions",
     ),
+    Mutant(
+        "tiny-parameters-unseen",
+        "scaled = Units.fit(torch.ones(2, theta.shape[1]))",
+        "tests/proxies/test_units.py -k networks_see",
+    ),
+    Mutant("lattices-as-densities", "if False:", "tests/proxies/test_units.py"),
+    Mutant(
+        "kernels-in-units-of-one",
+        "return torch.ones_like(unit)",
+        "tests/proxies/test_normaliser.py -k units_of",
+    ),
+    Mutant("few-pairs-divided", "if not folds and of_x:", "tests/test_npe.py -k handful"),
+    Mutant("features-chosen-by-few-pairs", "enough = True", "tests/test_npe.py -k handful"),
     Mutant("latent-counts-dropped", "pass", "tests/proxies/test_neural.py -k rare"),
     Mutant("cells-by-their-middle", "if True:", "tests/proxies/test_neural.py"),
     Mutant("distractors-kept", "if False:", "tests/proxies/test_screening.py"),

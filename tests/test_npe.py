@@ -341,6 +341,16 @@ def test_few_simulations_and_small_batches(num, batch):
     )
 
 
+@pytest.mark.parametrize(("num", "folds"), [(3, None), (5, None), (6, 2)])
+def test_the_default_experts_of_a_handful_of_simulations(num, folds):
+    options = replace(TINY, experts=None, proxy_folds=folds)
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*degrees of freedom")
+        inference.append_simulations(*simulate(num)).train(max_num_epochs=2)
+    assert inference.proxy is not None
+
+
 def test_more_simulations_and_harder_fits_get_more_steps_and_a_larger_pool():
     """600 steps are too few to follow the proxy of 10,000 simulations, or of two thin arcs."""
     chosen = JeffreysOptions()

@@ -21,7 +21,8 @@ __all__ = ["cross_fitted"]
 
 _FOLDS = 5  # of fits that are made only to judge the proxy
 _MAJORITY = 0.5  # of the weight, which inexpensive experts must have to stand for all
-_MOST = 3_000  # training pairs: of more, the held-out ones are evidence enough
+# Training pairs: fewer cannot be divided, and of more, the held-out ones are evidence enough.
+_FEWEST, _MOST = 20, 3_000
 
 
 def cross_fitted(
@@ -37,13 +38,14 @@ def cross_fitted(
         config: How networks are fitted.
 
     Returns:
-        Indices of pairs, and a proxy, for every fold. Empty where there are more than 3,000
-        training pairs, or the likelihood is of summaries of x, in which every one has its part.
+        Indices of pairs, and a proxy, for every fold. Empty with fewer than 20 or more than
+        3,000 training pairs, and where the likelihood is of summaries of x, in which every one has
+        its part.
     """
     folds = proxy.take_folds()
     of_x = proxy.can_sample and proxy.compression is None
-    # mutant: one-fit-judged-by-held-out-pairs-alone
-    if not folds and of_x and len(train_indices) <= _MOST:
+    # mutant: one-fit-judged-by-held-out-pairs-alone, few-pairs-divided
+    if not folds and of_x and _FEWEST <= len(train_indices) <= _MOST:
         weighed = zip(proxy.mixture(), proxy.weights)
         inexpensive = {e.spec: float(w) for e, w in weighed if not e.spec.expensive}
         if sum(inexpensive.values()) >= _MAJORITY:

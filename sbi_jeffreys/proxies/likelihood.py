@@ -46,6 +46,7 @@ from sbi_jeffreys.proxies.experts.fit import fit_to
 from sbi_jeffreys.proxies.folds import Fold, fit_folds
 from sbi_jeffreys.proxies.screening import WIDE, informative_outputs
 from sbi_jeffreys.proxies.stacking import stacking_weights
+from sbi_jeffreys.proxies.units import Units
 
 __all__ = ["DrawCount", "LikelihoodProxy"]
 
@@ -85,7 +86,7 @@ class LikelihoodProxy(Proxy):
         config: How each network is fitted; an expert's own learning rate and decay, where it has
             them, take precedence.
         num_folds: Fits of each expert to parts of the training pairs, which are then averaged: 1 is
-            a single fit; None is 10 from 20 training pairs on, 5 from 150, else 1.
+            a single fit; None is 10 from 20 to 149 training pairs, 5 to 299, else 1.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was expected and what came.
@@ -150,11 +151,16 @@ class LikelihoodProxy(Proxy):
         self.check_prior(theta[train_indices])
         self.drawn, self.rest = None, x.new_zeros(0, 0)  # mutant: refit-remembers
         # mutant: parameters-with-cells
-        self.theta_transform = MarginalTransform.fit(theta[train_indices], atoms=False)
+        transform = MarginalTransform.fit(theta[train_indices], atoms=False)
+        # mutant: tiny-parameters-unseen
+        scaled = Units.fit(transform(theta[train_indices]), count=False)
+        self.theta_transform = nn.Sequential(transform, scaled)
         z = self.theta_transform(theta)
         self.columns = informative_outputs(theta[train_indices], x[train_indices])
         if len(self.columns) < x.shape[1]:  # mutant: distractors-kept
             self.rest, x = x[train_indices], x[:, self.columns]
+        self.units = Units.fit(x[train_indices])
+        x = self.units(x)
         folds = self.folds_for(len(train_indices))
         self.compression, self._folds = None, []
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
@@ -238,11 +244,11 @@ class LikelihoodProxy(Proxy):
             for x_part, z_part in zip(x.split(_CHUNK), z.split(_CHUNK))
         ]
         log_lik = torch.cat(parts, dim=1) + self.weights.log().unsqueeze(1)
-        return torch.logsumexp(log_lik, dim=0).reshape(num, batch)
+        return torch.logsumexp(log_lik, dim=0).reshape(num, batch) + self.units.log_det
 
     def own_outputs(self, x: Tensor) -> Tensor:
-        """The outputs `(B, dim_x)` that ℓ_ψ is a density of."""
-        x = x[:, self.columns] if len(self.rest) else x
+        """The outputs that ℓ_ψ is a density of, in the experts' units, `(B, dim_x)`."""
+        x = self.units(x[:, self.columns] if len(self.rest) else x)
         return x if self.compression is None else self.compression(x)
 
     @torch.no_grad()
@@ -300,6 +306,7 @@ class LikelihoodProxy(Proxy):
         theta, x = theta[torch.cat(kept)[order]], torch.cat(xs)[order]
         if self.compression is not None:
             x = self.compression.draw(x)
+        x = self.units.inverse(x)
         if len(self.rest):
             whole = self.rest[torch.randint(len(self.rest), (len(x),))]
             whole[:, self.columns] = x

@@ -10,6 +10,7 @@ from torch.distributions import MultivariateNormal, Normal
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import normaliser
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.kernels import Kernels
 from sbi_jeffreys.proxies.normaliser import Normaliser, adapted_draws
 from sbi_jeffreys.proxies.partition import defensive_log_density
 
@@ -198,9 +199,26 @@ def test_the_proposals_density_is_exact_far_from_zero():
     """θ may be a hundred thousand posterior widths away from 0, as masses in kilograms are."""
     torch.manual_seed(0)
     theta = 1000.0 + 0.01 * torch.randn(256, 1, 2)
-    kernels = normaliser._Kernels.about(theta, torch.zeros(256, 1))
-    parts = (kernels.centres, kernels.factor, kernels.scales)
-    exact = normaliser._Kernels(*(part.double() for part in parts))
+    own = Kernels.about(theta, torch.zeros(256, 1))
+    parts = (own.centres, own.factor, own.scales, own.unit)
+    exact = Kernels(*(part.double() for part in parts))
     torch.testing.assert_close(
-        kernels.log_prob(theta).double(), exact.log_prob(theta.double()), atol=1e-3, rtol=0
+        own.log_prob(theta).double(), exact.log_prob(theta.double()), atol=1e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("make", [Kernels.moments, Kernels.about])
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_units_of_the_parameters_do_not_matter(make, unit):
+    theta = torch.randn(64, 3, 2)
+    weights, units = torch.randn(64, 3), torch.tensor([1.0, unit])
+    torch.manual_seed(1)
+    plain = make(theta, weights)
+    torch.manual_seed(1)
+    scaled = make(theta * units, weights)
+    shifted = plain.log_prob(theta) - math.log(unit)
+    torch.testing.assert_close(scaled.log_prob(theta * units), shifted, atol=1e-3, rtol=0)
+    torch.manual_seed(2)
+    drawn = plain.sample(100)
+    torch.manual_seed(2)
+    torch.testing.assert_close(scaled.sample(100) / units, drawn, atol=1e-3, rtol=1e-3)

@@ -17,7 +17,7 @@ from sbi_jeffreys import GivenProxy, NPE_Jeffreys, RegressionExpert
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import EnergyProxy, LikelihoodProxy
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.training import preparation, tempering
+from sbi_jeffreys.training import tempering
 from sbi_jeffreys.training.data import Simulations
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.pool import draw_pool, tempering_weights

@@ -108,26 +108,26 @@ class FittedExpert(nn.Module):
 
         An estimator extrapolates outside the simulations, and the main would be trained on draws
         that resemble no simulation. Integer columns with few observed values, such as binary ones,
-        are clamped to these. A draw is plausible if every other column is inside the box widened by
-        a tenth; of more than ten columns, a tenth may be outside that box, because simulations
-        themselves often are in one column. No column may be outside the box widened by its own
-        width, or NaN.
+        are clamped to these, however certain a value is. A draw is plausible if every other column
+        is inside the box widened by a tenth; of more than ten columns, a tenth may be outside that
+        box, because simulations themselves often are in one column. No other column may be outside
+        the box widened by its own width, and none may be NaN.
 
         Returns:
             Shapes `(N, dim_x)` and `(N,)`.
         """
         y = self.net.sample(torch.Size((1,)), z)[0]
-        # A value below the smallest count, or an atom at a limit, counts as that value, however far
-        # below it is: its cell decides.
         x = self.transform.inverse(y)
-        # mutant: latent-counts-dropped
-        y = torch.where(self.transform.in_cell(x[:, self.transform.keep]), self.transform(x), y)
-        allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
-        outside = ((y < self.lower[0]) | (y > self.upper[0])) & ~self.few
-        near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
         columns = self.transform.keep[self.few]
         # mutant: binary-draws-not-clamped
         x[:, columns] = torch.minimum(torch.maximum(x[:, columns], self.values[0]), self.values[1])
+        # A value below the smallest count, or an atom at a limit, counts as that value, however far
+        # below it is: its cell decides. So does that of a clamped value.
+        # mutant: latent-counts-dropped
+        y = torch.where(self.transform.in_cell(x[:, self.transform.keep]), self.transform(x), y)
+        allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
+        outside = (y < self.lower[0]) | (y > self.upper[0])
+        near = ((y >= self.lower[1]) & (y <= self.upper[1])).all(dim=1)
         return x, near & (outside.sum(dim=1) <= allowed)
 
 

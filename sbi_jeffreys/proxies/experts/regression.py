@@ -26,6 +26,7 @@ __all__ = ["CLEARLY", "RegressionExpert", "best_regression", "paired_gain"]
 
 CLEARLY = 2.0  # standard errors of the paired difference
 _MOST_TERMS = 500  # of a polynomial that a few are chosen from
+_FEWEST_PAIRS = 10  # that they are chosen by, in fits to folds
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class RegressionExpert(Expert):
     def suits(self, data: ExpertData) -> bool:
         """Whether the degree is one that the training pairs suffice for."""
         if self.sparse:
-            return num_features(data.z.shape[1], self.degree) <= _MOST_TERMS
+            enough = len(data.train) >= _FEWEST_PAIRS  # mutant: features-chosen-by-few-pairs
+            return enough and num_features(data.z.shape[1], self.degree) <= _MOST_TERMS
         return self.degree <= _max_degree(data.z[data.train])
 
     def fit(
@@ -119,8 +121,13 @@ def _max_degree(z: Tensor) -> int:
 
 
 def paired_gain(ours: Tensor, theirs: Tensor) -> float:
-    """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed."""
+    """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed.
+
+    Of one pair alone nothing is known, which is NaN, too.
+    """
     gain = ours - theirs
+    if len(gain) < 2:
+        return math.nan
     return float(gain.mean() / gain.std().clamp_min(1e-12) * math.sqrt(len(gain)))
 
 

@@ -71,7 +71,7 @@ def cross_validated(predict: Callable[[Tensor, Tensor], Tensor], num: int) -> Te
 
     Args:
         predict: Fits to pairs of given indices, and returns its predictions `(M, *)` for others.
-        num: Number of pairs.
+        num: Number of pairs, at least 5.
 
     Returns:
         Shape `(num, *)`.
