@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import matplotlib
+
 try:
     from sbi_jeffreys.benchmark import (
         ablation,
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"expected the command {args.command} before its options, got {words[0]} before it; "
             f"write options after the command: {parser.prog} {args.command} …"
         )
+    matplotlib.use("Agg")  # figures are written to files, also where there is no display
     try:
         return args.run(args)
     except KeyboardInterrupt:

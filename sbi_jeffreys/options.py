@@ -40,7 +40,7 @@ class JeffreysOptions:
         proxy_fit: How the likelihood nets are fitted.
         proxy_folds: Fits of each member of the likelihood proxy to parts of the training
             simulations, averaged (see `LikelihoodProxy`): a better proxy for as many times the
-            time. None: 10 below 150 training simulations, 5 below 300, else 1, and 1 where the
+            time. None: 10 from 20 to 149 training simulations, 5 to 299, else 1, and 1 where the
             main has a trainable embedding net.
         energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.

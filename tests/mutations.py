@@ -883,6 +883,10 @@ MUTANTS = (
         "pass",
         "tests/contract/test_contract_arguments.py -k refused_app",
     ),
+    Mutant(
+        "settings-mixed-in-a-folder", "pass", "tests/benchmark/test_runner.py -k other_settings"
+    ),
+    Mutant("no-draws-far-away", "raise", "tests/benchmark/test_compare.py -k left_out", 4),
     Mutant("noise-of-theta-itself", "u = input", "tests/networks/test_odd_spaces.py -k noise_that"),
     Mutant(
         "noise-of-raw-x",

@@ -100,7 +100,8 @@ def _describe(path: Path, data: SimulationFile, num_training: int, num_held_out:
     """What is compared, in two or three lines."""
     num, dim = data.theta.shape
     lines = [
-        f"{path}: {num} simulations, {dim} parameters, {data.x.shape[1]} outputs; {num_training} "
+        f"{path}: {num} simulations, {_counted(dim, 'parameter')}, "
+        f"{_counted(data.x.shape[1], 'output')}; {num_training} "
         f"to train on, {num_held_out} held out",
         "Prior: uniform between low and high."
         if data.bounds
@@ -112,6 +113,10 @@ def _describe(path: Path, data: SimulationFile, num_training: int, num_held_out:
     if data.unused:
         lines.append(f"Keys that are not used: {', '.join(data.unused)}.")
     return "\n".join(lines)
+
+
+def _counted(num: int, what: str) -> str:
+    return f"{num} {what}{'' if num == 1 else 's'}"
 
 
 def train_both(
@@ -203,17 +208,16 @@ def write_figures(
     """Coverage of both methods and, where there is an observation, both posteriors there."""
     reports = {name: one.report for name, one in trained.items()}
     written = [saved(out / "coverage.png", lambda: plots.plot_coverage(reports).figure)]
+    path = out / "posteriors.png"
+    path.unlink(missing_ok=True)  # of another file, perhaps
     if data.x_o is None:
         return written
     samples: dict[str, Tensor] = {}
     for name, one in trained.items():
         with seeded(derive_seed("posterior", seed)):
             drawn = _draws(one.inference, data.x_o)
-        if drawn is None:
-            print(
-                f"\n{name} is left out of posteriors.png: so much of its posterior at x_o is "
-                f"outside the prior that {_POSTERIOR_DRAWS} draws took over {_MAX_SECONDS:.0f} s."
-            )
+        if isinstance(drawn, str):
+            print(f"\n{name} is left out of posteriors.png: {drawn}.")
         else:
             samples[name] = drawn
     if not samples:
@@ -222,11 +226,11 @@ def write_figures(
     def draw() -> Any:
         return plots.plot_posteriors(samples).flat[0].figure
 
-    return [*written, saved(out / "posteriors.png", draw)]
+    return [*written, saved(path, draw)]
 
 
-def _draws(inference: Any, x_o: Tensor) -> Tensor | None:
-    """Draws `(S, D)` of a posterior; None where rejection outside the prior takes too long."""
+def _draws(inference: Any, x_o: Tensor) -> Tensor | str:
+    """Draws `(S, D)` of a posterior, or why there are none."""
     with quiet(ours=True):
         posterior = inference.build_posterior()
         try:
@@ -239,4 +243,13 @@ def _draws(inference: Any, x_o: Tensor) -> Tensor | None:
         except RuntimeError as error:
             if "max_sampling_time" not in str(error):
                 raise
-            return None
+            return (
+                "so much of its posterior at x_o is outside the prior that "
+                f"{_POSTERIOR_DRAWS} draws took over {_MAX_SECONDS:.0f} s"
+            )
+        except AssertionError:  # of nflows' spline
+            # mutant: no-draws-far-away
+            return (
+                "its network cannot be drawn from at x_o, which is far from all simulations; ask "
+                "misspecification_test() of NPE_Jeffreys whether the simulator can produce it"
+            )

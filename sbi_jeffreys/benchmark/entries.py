@@ -98,6 +98,7 @@ def run_entries(
             (outcome.failed_before if kept == "failed" else outcome.present).append(entry.file_name)
     if pending:
         cells.check_folder(folder)
+        _check_others(folder, check, settings)
     groups = [list(group) for _, group in groupby(pending, key=lambda entry: entry.training)]
     # The folder is absolute, because workers may have another working directory.
     common = (settings, folder.resolve(), provenance.command(), keep_failures)
@@ -130,6 +131,18 @@ def _find(path: Path, check: Check, settings: dict[str, Any], retry_failed: bool
     if record.get("status") == "failed":
         return None if retry_failed else "failed"
     return "done"
+
+
+def _check_others(folder: Path, check: Check, settings: dict[str, Any]) -> None:
+    """Refuse a folder with results of other settings: a report would average over both.
+
+    Raises:
+        CommandError: Naming one of them, and the settings in which it differs.
+    """
+    for path in sorted(folder.glob("*.json")):
+        with suppress(CorruptResultError):
+            found = cells.read_record(path, check).get("settings", {})
+            cells.check_settings(found, settings, path)  # mutant: settings-mixed-in-a-folder
 
 
 def _run_group(
@@ -214,7 +227,7 @@ def run_study(
 def report_outcome(outcome: Outcome, what: str, folder: Path, table: Path | None = None) -> int:
     """Print what a run did; the exit code, which is 1 if something failed."""
     counts = (len(outcome.computed), len(outcome.present), len(outcome.failed))
-    print("{} {what} computed, {} there already, {} failed.".format(*counts, what=what))
+    print("{}: {} computed, {} there already, {} failed.".format(what.capitalize(), *counts))
     for name, error in outcome.failed.items():
         print(f"failed: {folder / name}: {error}", file=sys.stderr)
     for name in outcome.failed_before:

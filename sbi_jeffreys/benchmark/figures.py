@@ -29,10 +29,7 @@ def style_of(method: str) -> dict[str, Any]:
 
 
 def saved(path: Path, draw: Callable[[], Any]) -> Path:
-    """Draw a figure without a display and write it as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draw a figure, write it as PNG and close it."""
     import matplotlib.pyplot as plt
 
     figure = draw()

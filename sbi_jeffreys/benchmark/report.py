@@ -180,6 +180,8 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
             known = [counts[verdict] for verdict in ("win", "tie", "loss")]
             row.append(" / ".join(map(str, known)) if any(known) else "–")
         rows.append(row)
+    if all(cell == "–" for row in rows[1:] for cell in row[1:]):
+        return ""
     note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides. "
     return note + "Comparisons of one seed have none and are left out.\n\n" + markdown(rows)
 
@@ -200,6 +202,8 @@ def _losses(table: Table, labels: Mapping[str, str]) -> str:
     words = {"loss": "loses", "tie": "worse, within noise", "unknown": "worse"}
     for opponent in (name for name in _STRONG if name in labels):
         found = _differences(table, _OURS, opponent)
+        if not found:
+            continue
         single = sum(d.verdict == "unknown" for d in found.values())
         worse = sorted((key, d) for key, d in found.items() if d.mean > 0)
         counts = Counter(d.verdict for _, d in worse)
@@ -213,7 +217,7 @@ def _losses(table: Table, labels: Mapping[str, str]) -> str:
                 if d.verdict == verdict:
                     lines.append(f"- {word}: {task}, {budget:,}, {SCORES[metric]}: {d}")
         lines.append("")
-    return "\n".join(lines).strip() or "No comparison: NPE_Jeffreys or its opponents are missing."
+    return "\n".join(lines).strip()
 
 
 def _costs(table: Table, labels: Mapping[str, str]) -> str:
@@ -231,6 +235,8 @@ def _costs(table: Table, labels: Mapping[str, str]) -> str:
                 known = [r for r in ratios if r is not None]
                 row.append(f"{geometric_mean(known):.2f} ×" if known else "–")
             rows.append(row)
+    if all(cell == "–" for row in rows[1:] for cell in row[2:]):
+        return ""
     note = (
         "Training, relative to NPE: geometric mean over tasks and seeds. Memory is the "
         "resident set at its peak; its growth is over what the process held at the start.\n\n"

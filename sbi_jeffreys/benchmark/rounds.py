@@ -232,14 +232,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=known, default=methods, help=text)
     parser.add_argument("--rounds", type=positive_int(), default=4, help=f"how many {DEFAULT}")
     parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=DEFAULT)
-    parser.add_argument("--num-samples", type=positive_int(10), default=1000, help=DEFAULT)
+    text = "per round (default: 1000, with --fast 50)"
+    parser.add_argument("--num-samples", type=positive_int(10), default=None, help=text)
     add_run_arguments(parser, "benchmark_results/rounds", seeds=2)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the rounds and write `rounds.md`; the exit code, 1 if something failed."""
     small = {"raw_draws": 200, "num_samples": 50, "fast": True} if args.fast else {}
-    small = {"num_samples": args.num_samples, **small}
+    if args.num_samples is not None:
+        small |= {"num_samples": args.num_samples}
     settings = RoundsSettings(args.rounds, args.simulations_per_round, **small)
     measurements = []
     for seed, (name, method) in product(seed_range(args), product(args.tasks, args.methods)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -110,8 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulations", type=budgets, default="100,1000", help=text)
     parser.add_argument("--observations", type=positive_int(), default=5, help=DEFAULT)
     parser.add_argument("--observation-seed", type=int, default=2026, help=DEFAULT)
-    text = f"per observation {DEFAULT}"
-    parser.add_argument("--num-samples", type=positive_int(10), default=5000, help=text)
+    text = "per observation (default: 5000, with --fast 50)"
+    parser.add_argument("--num-samples", type=positive_int(10), default=None, help=text)
     parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=DEFAULT)
     parser.add_argument(
         "--backend",
@@ -129,15 +129,17 @@ def run(args: argparse.Namespace) -> int:
     settings = EvaluationSettings(
         observations=args.observations,
         observation_seed=args.observation_seed,
-        num_samples=args.num_samples,
         classifier=args.classifier,
     )
+    settings = settings.smoke() if args.fast else settings
+    if args.num_samples is not None:
+        settings = replace(settings, num_samples=args.num_samples)
     outcome = run_benchmark(
         args.tasks,
         args.methods,
         args.simulations,
         _arguments.seed_range(args),
-        settings.smoke() if args.fast else settings,
+        settings,
         args.out,
         jobs=args.jobs,
         backend=args.backend,

@@ -29,6 +29,7 @@ _REQUIRED, _BOUNDS = ("theta", "x"), ("low", "high")
 _KNOWN = (*_REQUIRED, "x_o", *_BOUNDS)
 _EXAMPLE = "write it with numpy.savez('FILE.npz', theta=theta, x=x)"
 _LEAST_SPREAD = 10  # standard deviation of a column, in units of float32's spacing
+_LEAST_SIZE = 1e-31  # of the largest value of a column: below 1e-38 float32 loses digits
 _ROUNDING = 1e4  # in units of float64's spacing: a column that varies by less is constant
 _IF_NOT_FINITE = {
     **dict.fromkeys(_REQUIRED, "drop these rows, of theta and x together"),
@@ -126,9 +127,10 @@ def _tensor(key: str, values: np.ndarray) -> Tensor:
     if not isinstance(values, np.ndarray):  # numpy returns the bytes of other files in an archive
         raise ValueError(f"{key}: expected an array, got a file that is none; {_EXAMPLE}.")
     if values.dtype.kind not in "fiub":
+        complex_ = values.dtype.kind == "c"
+        remedy = "real and imaginary parts as columns" if complex_ else f"{key}.astype('float32')"
         raise ValueError(
-            f"{key}: expected an array of real numbers, got dtype {values.dtype}; pass "
-            f"{key}.astype('float32')."
+            f"{key}: expected an array of real numbers, got dtype {values.dtype}; pass {remedy}."
         )
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
@@ -156,6 +158,8 @@ def _matrix(key: str, values: Tensor) -> Tensor:
             "flatten every output, or use NPE_Jeffreys in Python with "
             "MainBuilder('nsf', embedding_net=…), which images and the like need"
         )
+    elif values.ndim == 2:
+        remedy = "pass at least one column"
     else:
         remedy = "pass one row for each simulation"
     raise ValueError(
@@ -181,6 +185,13 @@ def _check_columns(arrays: Mapping[str, np.ndarray], theta: Tensor) -> None:
     for key in _REQUIRED:
         wide = arrays[key].astype(np.float64)
         spread, size = wide.std(0), np.abs(wide).max(0)
+        too_small = (size > 0) & (size < _LEAST_SIZE)
+        if too_small.any():
+            k = int(too_small.argmax())
+            raise ValueError(
+                f"{key}: expected columns that float32 resolves, got no value larger than "
+                f"{size[k]:.2g} in column {k}; rescale column {k}, in {_SHIFTED[key]} alike."
+            )
         rounded = (wide != wide.astype(np.float32)).any(0)  # whole numbers may not be
         spacing = np.spacing(size.astype(np.float32))
         coarse = rounded & (spread < _LEAST_SPREAD * spacing)

@@ -254,7 +254,7 @@ def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeyp
     monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "out"
     assert run(folder, "--c2st") == 0
-    assert "1 measurements computed, 0 there already" in capsys.readouterr().out
+    assert "Measurements: 1 computed, 0 there already" in capsys.readouterr().out
     assert "C2ST" in (folder / "ablation.md").read_text()
     file = folder / "two_moons_shuffled-n60-s0.json"
     record = json.loads(file.read_text())
@@ -266,14 +266,14 @@ def test_the_command_resumes_and_does_not_mix_settings(tmp_path, capsys, monkeyp
     assert ran == (record["results"]["proxy"]["status"] == "USED")
     assert sorted(f.name for f in folder.iterdir()) == ["ablation.md", file.name]
     assert run(folder, "--c2st") == 0
-    assert "0 measurements computed, 1 there already" in capsys.readouterr().out
+    assert "Measurements: 0 computed, 1 there already" in capsys.readouterr().out
     assert run(folder) == 2
     assert "c2st=True (now False)" in capsys.readouterr().err
     file.write_text("{ half a fi")
     monkeypatch.setattr(ablation, "measure_row", lambda *_, **__: {"results": record["results"]})
     with pytest.warns(UserWarning, match=file.name):
         assert run(folder, "--c2st") == 0
-    assert "1 measurements computed" in capsys.readouterr().out
+    assert "Measurements: 1 computed" in capsys.readouterr().out
     assert json.loads(file.read_text())["results"] == record["results"]
 
 

@@ -4,6 +4,7 @@ import io
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from sbi_jeffreys import JeffreysWarning
 from sbi_jeffreys.__main__ import main
+from sbi_jeffreys.benchmark import compare
 from sbi_jeffreys.benchmark._running import quiet
 from sbi_jeffreys.benchmark.simulation_file import MIN_SIMULATIONS, read_simulations
 
@@ -62,6 +64,30 @@ def test_both_are_judged_side_by_side_and_drawn(compared):
     assert "70 to train on, 50 held out" in text
     for name in ("coverage.png", "posteriors.png"):
         assert (out / name).stat().st_size > 5000
+
+
+class Undrawable:
+    """A trainer whose posterior ends in a bare assertion of nflows far from its simulations."""
+
+    def build_posterior(self):
+        return self
+
+    def sample(self, *_, **__):
+        raise AssertionError
+
+
+def test_a_posterior_that_cannot_be_drawn_is_left_out_of_the_figure(tmp_path, capsys, monkeypatch):
+    figures = tmp_path / "outputs"
+    figures.mkdir()
+    (figures / "posteriors.png").touch()  # of an earlier file
+    monkeypatch.setattr(compare, "saved", lambda path, draw: path)
+    monkeypatch.setattr(compare, "held_out_report", None)
+    trained = {"NPE": SimpleNamespace(report=None, inference=Undrawable())}
+    data = read_simulations(write(tmp_path / "sims.npz", good()))
+    written = compare.write_figures(data, trained, figures, 0)  # type: ignore[arg-type]
+    assert [path.name for path in written] == ["coverage.png"]
+    assert not (figures / "posteriors.png").exists()
+    assert "NPE is left out of posteriors.png: its network cannot" in capsys.readouterr().out
 
 
 def test_quiet_drops_all_warnings_but_ours():
@@ -145,7 +171,14 @@ _MALFORMED = {
     "neither": ({"theta": None, "x": None, "x_o": None, "low": None, "high": None}, "got none"),
     "theta is a vector": ({"theta": np.zeros(_NUM)}, r"theta.*\(120,\).*theta\.reshape\(-1, 1\)"),
     "theta is a scalar": ({"theta": np.zeros(())}, r"theta.*\(N, D\), got \(\)"),
-    "theta without columns": ({"theta": np.zeros((_NUM, 0))}, r"\(N, D\), got \(120, 0\)"),
+    "theta without columns": (
+        {"theta": np.zeros((_NUM, 0))},
+        r"\(N, D\), got \(120, 0\); pass at least one column",
+    ),
+    "theta that float32 rounds to zero": (
+        {"theta": 1e-50 * good()["theta"], "low": None, "high": None},
+        "no value larger than 9.9e-51 in column 0; rescale column 0, in theta, low",
+    ),
     "x of images": ({"x": np.zeros((_NUM, 4, 4))}, r"\(N, K\), got \(120, 4, 4\).*embedding_net"),
     "lengths": ({"x": np.zeros((_NUM - 1, 2))}, "as many rows in both, got 120 and 119"),
     "too few": (
@@ -172,7 +205,7 @@ _MALFORMED = {
     ),
     "objects": ({"x": np.array([[1], [2, 3]], dtype=object)}, "x: .*Python objects"),
     "strings": ({"theta": np.full((_NUM, 2), "a")}, "theta: .*real numbers, got dtype <U1"),
-    "complex": ({"x": np.zeros((_NUM, 2), complex)}, "x: .*real numbers, got dtype complex128"),
+    "complex": ({"x": np.zeros((_NUM, 2), complex)}, "x: .*dtype complex128; pass real and"),
     "x_o of another size": ({"x_o": np.zeros(3)}, r"x_o: expected .*\(2,\).*got \(3,\)"),
     "several x_o": ({"x_o": np.zeros((2, 2))}, r"x_o: .*got \(2, 2\)"),
     "one bound": ({"high": None}, "both bounds of the prior or neither, got low alone"),

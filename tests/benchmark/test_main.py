@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import json
 
 import pytest
 import torch
@@ -42,11 +43,23 @@ def test_benchmark_then_report(tmp_path, capsys, monkeypatch):
     arguments = ("--tasks", "two_moons", "--methods", "npe_maf,npe_nsf", "--simulations", 50)
     small = ("--seeds", 1, "--observations", 1, "--fast", "--quiet", "--out", tmp_path / "r")
     assert run("benchmark", *arguments, *small) == 0
-    assert "2 cells computed, 0 there already, 0 failed" in capsys.readouterr().out
+    assert "Cells: 2 computed, 0 there already, 0 failed" in capsys.readouterr().out
     assert run("benchmark", *arguments, *small) == 0
-    assert "0 cells computed, 2 there already" in capsys.readouterr().out
+    assert "Cells: 0 computed, 2 there already" in capsys.readouterr().out
     assert run("report", "--results", tmp_path / "r", "--out", tmp_path / "rep", "--quiet") == 0
-    assert (tmp_path / "rep" / "report.md").exists()
+    page = (tmp_path / "rep" / "report.md").read_text()
+    assert "## Cost" in page
+    assert "## Wins" not in page  # one seed has no interval
+    assert "## Where" not in page  # nothing of ours was run
+
+
+def test_fewer_samples_of_a_smoke_run_are_those_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("SBI_JEFFREYS_CACHE", str(tmp_path / "cache"))
+    one = ("--tasks", "two_moons", "--methods", "npe_maf", "--simulations", 50, "--seeds", 1)
+    small = ("--observations", 1, "--fast", "--num-samples", 33, "--quiet", "--out", tmp_path)
+    assert run("benchmark", *one, *small) == 0
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert record["settings"]["num_samples"] == 33
 
 
 def test_more_than_two_parameters_are_drawn_in_pairs(tmp_path):

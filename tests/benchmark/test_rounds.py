@@ -24,7 +24,7 @@ def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeyp
     arguments += ["--simulations-per-round", "60", "--quiet", "--out", str(folder)]
     arguments += ["--methods", ",".join(methods)]
     assert main(arguments) == 0
-    assert "2 measurements computed, 0 there already" in capsys.readouterr().out
+    assert "Measurements: 2 computed, 0 there already" in capsys.readouterr().out
     for method in methods:
         results = json.loads((folder / f"two_moons-s0-{method}.json").read_text())["results"]
         assert len(results["rounds"]) == 2
@@ -38,11 +38,11 @@ def test_the_command_measures_every_method_and_resumes(tmp_path, capsys, monkeyp
     assert METHODS.keys() == LABELS.keys()
     assert all(LABELS[method] in text for method in methods)
     assert main(arguments) == 0
-    assert "0 measurements computed, 2 there already" in capsys.readouterr().out
+    assert "Measurements: 0 computed, 2 there already" in capsys.readouterr().out
     assert main([*arguments, "--rounds", "3"]) == 2
     assert "rounds=2 (now 3)" in capsys.readouterr().err
     assert main([*arguments, "--methods", "nle_mcmc"]) == 0
-    assert "0 measurements computed, 1 there already" in capsys.readouterr().out
+    assert "Measurements: 0 computed, 1 there already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--methods", "npe_nsf,unheard_of"])
     assert "unheard_of" in capsys.readouterr().err

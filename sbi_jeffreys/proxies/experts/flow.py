@@ -46,7 +46,7 @@ class FlowExpert(NetworkExpert):
         marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
             anyway, experts that differ in this alone are fitted once.
         around_regression: Whether it models the whitened residuals of a regression on θ in place of
-            x itself: of the regression with the best leave-one-out likelihood.
+            x itself: of the simplest regression that no other one clearly beats in leave-one-out.
 
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
