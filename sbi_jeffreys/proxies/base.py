@@ -21,6 +21,7 @@ from torch.distributions import Distribution, constraints
 from sbi_jeffreys._checks import check_callable
 from sbi_jeffreys._sbi import silent_prior
 from sbi_jeffreys.networks.prior_space import inside_support
+from sbi_jeffreys.networks.transforms import scale_of
 
 __all__ = ["EmpiricalPrior", "Proxy"]
 
@@ -206,15 +207,16 @@ class EmpiricalPrior(Distribution):
 
     def __init__(self, theta: Tensor) -> None:
         num, dim = theta.shape
-        covariance = torch.cov(theta.T).reshape(dim, dim) if num > 1 else torch.eye(dim).to(theta)
+        # Each parameter on its own scale, because their units may differ by any factor.
+        scale = scale_of(theta) if num > 1 else torch.ones(dim).to(theta)
+        scaled = torch.cov((theta / scale).T).reshape(dim, dim) if num > 1 else torch.eye(dim)
         if num > _MAX_CENTRES:
             rows = torch.linspace(0, num - 1, _MAX_CENTRES, device=theta.device).long()
             theta, num = theta[rows], _MAX_CENTRES
-        # For each parameter on its own scale, because their units may differ by any factor.
-        jitter = torch.diag(1e-6 * covariance.diagonal().clamp_min(1e-24))
-        covariance = num ** (-2.0 / (dim + 4)) * covariance + jitter
+        jitter = 1e-6 * torch.eye(dim)
+        covariance = num ** (-2.0 / (dim + 4)) * scaled + jitter.to(scaled)
         self.centres = theta
-        self.cholesky = torch.linalg.cholesky(covariance)
+        self.cholesky = scale.unsqueeze(1) * torch.linalg.cholesky(covariance).to(theta)
         self._white = self._whitened(theta)
         super().__init__(event_shape=torch.Size((dim,)), validate_args=False)
 

@@ -98,7 +98,7 @@ def test_memory_is_bounded():
     assert int(done.stdout) < 400_000  # kilobytes
 
 
-@pytest.mark.parametrize("scale", [1e-2, 1e-6, 1e-10])
+@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e-6, 1e-2, 1e25])
 def test_parameters_of_another_unit_keep_their_width(scale):
     """Scott's bandwidth of 500 centres adds 6 % to a standard deviation in two dimensions."""
     torch.manual_seed(0)

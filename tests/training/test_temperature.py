@@ -144,21 +144,20 @@ class RidgeProxy(ScaledProxy):
 
 
 @pytest.mark.full_reading
-def test_contrasts_are_taken_from_the_prior_where_adapted_ones_all_miss_the_posterior(monkeypatch):
+def test_contrasts_are_taken_from_the_prior_where_adapted_ones_all_miss_the_posterior():
     """A ring is nothing that a few adapted kernels follow; of 2,000 prior draws some are on it."""
     torch.manual_seed(1)
     theta, x = pairs(40)
     simulations = Simulations(theta, x, torch.arange(40), torch.arange(0), 0)
-    folds = [(torch.arange(40), RidgeProxy(0.5))]
-    (found,) = evidence_of(folds, WideMain(), simulations, lambda x: torch.ones(len(x)))  # type: ignore[arg-type]
-    assert len(found.offset) == 2_001
-    assert not found.offset.any()
-    (adapted,) = evidence_of(
-        [(torch.arange(40), ScaledProxy(0.5))],
-        WideMain(),
-        simulations,
-        lambda x: torch.ones(len(x)),
-    )  # type: ignore[arg-type]
+
+    def contrasts_of(proxy: Proxy) -> Evidence:
+        folds = [(torch.arange(40), proxy)]
+        (found,) = evidence_of(folds, WideMain(), simulations, lambda x: torch.ones(len(x)))  # type: ignore[arg-type]
+        return found
+
+    of_prior, adapted = contrasts_of(RidgeProxy(0.5)), contrasts_of(ScaledProxy(0.5))
+    assert len(of_prior.offset) == 2_001
+    assert not of_prior.offset.any()
     assert len(adapted.offset) == 65
 
 
