@@ -34,14 +34,14 @@ class JeffreysOptions:
             structured x), "auto" (an energy times a likelihood of summaries where the main has a
             trainable embedding net; a likelihood for vector x without a net, or of the summaries
             of a net without trainable parameters; else energy), or a `Proxy` of your own, for
-            instance `GivenProxy`. One that has something to fit is copied first.
+            instance `GivenProxy`. A proxy that has something to fit is copied first.
         experts: Flows and regressions of the likelihood proxy. None: `DEFAULT_EXPERTS`, or, for
-            more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with their number.
+            more than 30 outputs, `WIDE_EXPERTS`, whose cost grows slowly with that number.
         proxy_fit: How the likelihood nets are fitted.
-        proxy_folds: Fits of each member of the likelihood proxy to parts of the training
-            simulations, averaged (see `LikelihoodProxy`): a better proxy for as many times the
-            time. None: 10 from 20 to 149 training simulations, 5 to 299, else 1, and 1 where the
-            main has a trainable embedding net.
+        proxy_folds: How many fits of each member of the likelihood proxy, to parts of the training
+            simulations, are averaged (see `LikelihoodProxy`): the proxy gets better and takes as
+            many times longer. None: 1 where the main has a trainable embedding net; otherwise 10
+            for 20 to 149 training simulations, 5 for 150 to 299, and 1 for any other number.
         energy: The energy proxy's network and fit.
         num_steps: Gradient steps of the symmetric stage; its learning rate is annealed over them.
             None: half as many again as plain NPE took (a main that was hard to fit to the
@@ -55,8 +55,8 @@ class JeffreysOptions:
             `num_steps` is not changed.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage as a multiple of `train`'s
-            `learning_rate`. None: 30; 20 where the proxy, such as an energy, cannot draw x,
-            because embedding nets diverge at larger steps.
+            `learning_rate`. None: 30; 20 in later rounds and where the proxy, such as an energy,
+            cannot draw x, because embedding nets diverge at larger steps.
         proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
             again: too small a pool is overfitted like too few simulations. None: 100 for each
             step, at most a million, and at most 80 megabytes of x.
@@ -65,19 +65,20 @@ class JeffreysOptions:
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
         reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
             a far tail, are capped.
-        adaptive: Whether multipliers, slack, trust and temperature adapt; if False they stay at
-            `initial_multiplier` and 1: the fixed-weight penalty.
-        initial_multiplier: λ of the forward constraint at the start. None: 0.3 if it adapts, since
+        adaptive: Whether multipliers, slack, trust and temperature adapt. If False, λ stays at
+            `initial_multiplier`, and trust and temperature are 1: a penalty of fixed weight.
+        initial_multiplier: λ of the forward constraint at the start. None: 0.3 if λ adapts, since
             R removes mass between modes most easily at the start; 1 if not.
         max_multiplier: λ_max. At 10, R keeps some weight while the constraint is missed by several
-            nats, which early on is no sign that it cannot be met.
+            nats, which early on is no sign that the constraint cannot be met.
         slack_price: α: a held-out gap of one nat that persists drives λ to α.
-        dual_step_size: How fast λ changes, in (0, 1]. By default more slowly than the main, which
-            is behind early on even where the constraint can be met.
+        dual_step_size: How fast λ changes, in (0, 1]. By default it changes more slowly than the
+            main, which early on misses the constraint even where it can be met.
         tolerance: Held-out gap, in nats, that the forward constraint allows without slack.
         temper: Whether the log-likelihood of a `LikelihoodProxy` is scaled by an inverse
-            temperature γ found on held-out pairs, where it adapts. An energy is fitted by the
-            same criterion already, and a `GivenProxy` is used as it is.
+            temperature γ, found on pairs that the fits have not seen; only if `adaptive`, and for
+            at most 30 outputs or summaries. An energy is fitted by the same criterion already, and
+            a `GivenProxy` is used as it is.
         min_trust: Below this trust in the proxy the symmetric stage is not run at all.
         marginal_transforms: Whether a main given by name or config gets x through marginal
             transforms (log of positive heavy-tailed outputs, …) and θ in the prior's unconstrained
@@ -154,7 +155,7 @@ class JeffreysOptions:
         "fast" halves the symmetric stage and its batches of pairs from the proxy, never doubles the
         stage, and fits the proxy once instead of cross-fitting it, which takes most of the time
         with few simulations. "thorough" makes the stage three times as long, and doubles it at
-        most once: at 1,000 simulations, .01 to .25 nats for twice the time.
+        most once: with 1,000 simulations, this gains 0.01 to 0.25 nats in twice the time.
 
         Raises:
             ValueError: If there is no preset of this name.
@@ -176,7 +177,7 @@ class JeffreysOptions:
         """`num_steps`, or its default.
 
         Args:
-            num_simulations: Of all rounds in use.
+            num_simulations: Number of simulations of all rounds in use.
             plain_steps: Gradient steps that plain NPE took on them.
 
         Example:
@@ -208,7 +209,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "thorough": {"stage_length": 3.0, "max_doublings": 1},
 }
-# None: chosen by the data
+# Fields in which None stands for a default that is computed
 _NONE_ALLOWED = (
     "initial_multiplier",
     "learning_rate_factor",
@@ -245,7 +246,7 @@ _FLOAT_RANGES = {  # lower end, upper end, whether the lower end is excluded
 
 
 def _check_path(path: Any) -> None:
-    """Refuse what no file can be written to."""
+    """Refuse a path to which no file can be written."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"checkpoint must be a path or None, got {type(path).__name__} ({path!r}); pass the "

@@ -149,7 +149,7 @@ def mean_and_error(values: Tensor, weights: Tensor | None = None) -> tuple[float
     """Mean of `(N,)` and its standard error, NaN for a single value.
 
     With weights `(N,)`, both are those of the weighted mean, whatever the weights sum to, and
-    values without weight may be infinite. Constant weights are no weights.
+    values without weight may be infinite. Constant weights have no effect.
     """
     values = values.double()
     # mutant: errors-of-excluded-pairs
@@ -256,7 +256,7 @@ def expected_coverage(
     Args:
         draws: Draws and densities at B pairs.
         inside: Whether the draws lie in the prior's support, `(S, B)`.
-        levels: In (0, 1).
+        levels: Nominal levels in (0, 1).
 
     Returns:
         One entry per level. Pairs without a single draw inside count as not covered.
@@ -272,7 +272,7 @@ def coverage_curve(ranks: Tensor, levels: Sequence[float] | None = None) -> Cove
 
     Args:
         ranks: Ranks by density, from `hpd_ranks`, `(B,)`.
-        levels: In (0, 1); 0.02, 0.04, … 0.98 if None.
+        levels: Nominal levels in (0, 1); 0.02, 0.04, … 0.98 if None.
     """
     _check_pairs("ranks", ranks)
     chosen = torch.linspace(0.02, 0.98, 49).tolist() if levels is None else _check_levels(levels)

@@ -54,8 +54,8 @@ def evaluate(
 
     The arguments, and the errors about them, are those of `held_out_report`. Beside the draws, the
     result has two values for each of the first M ≤ N observations, `(M,)`: the reverse KL to the
-    proxy in nats, and the effective sample size in [0, 1] of draws reweighted to the proxy. They
-    are None without a proxy.
+    proxy in nats, and the effective sample size in [0, 1] of draws reweighted to the proxy. This
+    second part of the result is None without a proxy.
     """
     found = _subject(subject, proxy)
     main = found.mains[0]

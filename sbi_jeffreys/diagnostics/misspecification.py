@@ -25,8 +25,8 @@ from sbi_jeffreys.proxies.normaliser import adapted_draws
 __all__ = ["MisspecificationTest", "misspecification_test"]
 
 _MIN_SIMULATIONS = 20  # p-values below 1 / 21 do not exist with fewer
-_DRAWS, _ROWS = 512, 25  # of θ per x; x per network call
-_ROUNDING = 1e-5  # by which the value of a constant output may be off, relatively
+_DRAWS, _ROWS = 512, 25  # draws of θ per x; x per network call
+_ROUNDING = 1e-5  # relative error that the value of a constant output may have
 _ALARM = 0.05
 
 
@@ -35,8 +35,8 @@ class MisspecificationTest:
     """How probable B observations are beside N simulations; `str(test)` has it in words.
 
     Attributes:
-        p_values: Share of simulations whose evidence is as low, the observation included, `(B,)` in
-            [1 / (N + 1), 1]. Several observations are several tests.
+        p_values: Share of the N simulations and the observation itself whose evidence is at most
+            the observation's, `(B,)` in [1 / (N + 1), 1]. Several observations are several tests.
         log_evidence: log p̂(x_o) in nats, up to a constant that is the same for all x, `(B,)`.
         simulated: The same of the simulations, `(N,)`.
     """
@@ -64,10 +64,10 @@ def misspecification_test(
 ) -> MisspecificationTest:
     """Test whether observations are such as the simulator produces under the prior.
 
-    Needs a likelihood proxy, which `NPE_Jeffreys` fits where x is a vector or a summary; outputs
-    that the proxy leaves out because they do not depend on θ are not tested. An energy has no
-    evidence: use `sbi.diagnostics.calc_misspecification_mmd` there. The result is the same at every
-    call.
+    The test needs a likelihood proxy, which `NPE_Jeffreys` fits where x is a vector or a summary.
+    Outputs that the proxy leaves out because they do not depend on θ are not tested. An energy has
+    no evidence: use `sbi.diagnostics.calc_misspecification_mmd` there. The result is the same at
+    every call.
 
     Args:
         inference: A trained `NPE_Jeffreys`.
@@ -81,7 +81,7 @@ def misspecification_test(
     Raises:
         TypeError, ValueError: Naming the argument, what was expected and what came; also if the
             proxy is an energy, or `x` is needed.
-        RuntimeError: If there is no proxy: not trained yet, or none for this x.
+        RuntimeError: If there is no proxy, before training or because none suits this x.
 
     Example:
         >>> import torch
@@ -123,8 +123,8 @@ def misspecification_test(
     both = check_missing(main, torch.cat([simulations, x_o]))
     with seeded(0, device):
         evidence = _log_evidence(main, proxy, both)
-    # Limits of other simulations than those that x_o is compared with, which could lie beyond them
-    # just as well, so that p-values stay uniform.
+    # The limits come from simulations that x_o is not compared with. The simulations that it is
+    # compared with could lie beyond these limits just as well, so that p-values stay uniform.
     beyond = _beyond_a_limit(both, _seen(inference, x is None).to(device))
     # mutant: beyond-a-limit-is-at-it
     evidence = torch.where(beyond, -torch.inf, evidence)
@@ -135,9 +135,9 @@ def misspecification_test(
 
 
 def _beyond_a_limit(x: Tensor, seen: Tensor) -> Tensor:
-    """Which of x are where none of the simulations seen is, for all that a proxy knows, `(B,)`.
+    """Which x lie beyond a limit of the simulations in `seen`, `(B,)`.
 
-    A proxy takes what is beyond a limit, such as −999 for "missing", for the limit. Limits are zero
+    A proxy takes a value beyond a limit, such as −999 for "missing", for the limit. Limits are zero
     where no simulation is negative, atoms that are the smallest or largest value, and the only
     value of an output that never varies.
     """

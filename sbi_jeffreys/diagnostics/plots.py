@@ -80,8 +80,9 @@ def plot_training(
 def plot_coverage(curves: Curves, ax: Axes | None = None) -> Axes:
     """Expected coverage of the HPD regions over their nominal level.
 
-    A posterior with a curve below the diagonal is overconfident, with one above it conservative. In
-    the band lies the coverage of an exact posterior with 99 % probability, point by point.
+    A posterior whose curve is below the diagonal is overconfident, and one whose curve is above it
+    conservative. At each level, the coverage of an exact posterior is in the band with 99 %
+    probability.
 
     Args:
         curves: A report or curve, or several by the name of their method.

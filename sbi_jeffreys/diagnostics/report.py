@@ -59,9 +59,9 @@ class HeldOutReport:
             None without a proxy. It is as informative about π as the proxy is accurate. For a
             `CorrectedPosterior` it is that of the main that is corrected.
         reverse_error: Its standard error over observations.
-        effective_sample_size: Of the weights q̃_ψ/p_φ, as a fraction of the draws, averaged over
-            observations; 1 if main and proxy agree *where the main has mass*, even if the main
-            misses a mode.
+        effective_sample_size: Effective sample size of the weights q̃_ψ/p_φ, as a fraction of the
+            draws, averaged over observations. It is 1 if main and proxy agree *where the main has
+            mass*, even if the main misses a mode.
         coverage: Expected coverage of the HPD regions.
         marginal_ranks: Rank of each coordinate of θ* among the draws', `(N, D)`, for histograms.
         leakage: Mass of the raw density estimator outside the prior, in [0, 1].
@@ -92,7 +92,7 @@ class HeldOutReport:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found, and would have been."""
+        """Whether no fault was found, with enough effective draws to find one."""
         return not self.findings and not self.unreliable
 
     @property
@@ -213,7 +213,7 @@ def held_out_report(
     if by_proxy is not None:
         reverse, sizes = (values[torch.isfinite(values)] for values in by_proxy)
         against = (*mean_and_error(reverse), mean_and_error(sizes)[0])
-    # A corrected posterior goes towards the proxy that its main may disagree with.
+    # A corrected posterior follows the proxy: that its main disagrees with it is no fault.
     judged = against if draws.log_weights is None else None  # mutant: main-judged-for-corrected
     reverse, reverse_error, size = against or (None, None, None)
     return HeldOutReport(
@@ -233,7 +233,7 @@ def held_out_report(
 
 
 def _effective_draws(draws: PairDraws) -> float:
-    """Median over pairs of the effective number of draws, which have weights or not."""
+    """Median over pairs of the effective number of draws; their number without weights."""
     if draws.log_weights is None:
         return float(len(draws.theta))
     return float(effective_sample_size(draws.log_weights).median())

@@ -169,7 +169,7 @@ def _of_parameters(
 
 
 def _disagreement(reverse: float, error: float, size: float, alpha: float) -> list[Finding]:
-    """A finding if main and proxy are far from each other, so that one of them is wrong."""
+    """A finding if main and proxy are far from each other: at least one of them is wrong."""
     lower_end = reverse - NormalDist().inv_cdf(1 - alpha) * error
     if lower_end <= _LARGE_DIVERGENCE and size >= _LOW_SAMPLE_SIZE:
         return []

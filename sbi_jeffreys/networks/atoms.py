@@ -19,19 +19,20 @@ from torch import Tensor, nn
 __all__ = ["Atoms", "find_atoms"]
 
 _MOST = 2  # atoms of one output, such as a lower and an upper limit
-_LEAST_ROWS = 10  # in which an atom occurs, and in which none does
-_LEAST_SHARE = 0.03  # of the rows in which an atom occurs
-_DISTINCT = 0.5  # share of the other values that are distinct, or else they are from a grid
-_WIDTH = 2.0  # of a cell, in standard deviations of the other values of T(x)
-_GAP = 0.5  # on either side of it, in widths
-_MARGIN = 0.5  # between the other values and an atom beyond them, at most, in standard deviations
+_LEAST_ROWS = 10  # fewest rows with an atom, and fewest rows without any
+_LEAST_SHARE = 0.03  # least share of the rows in which an atom occurs
+_DISTINCT = 0.5  # least share of the other values that are distinct; with less, they are a grid
+_WIDTH = 2.0  # width of a cell, in standard deviations of the other values of T(x)
+_GAP = 0.5  # gap on either side of a cell, in widths of the cell
+_MARGIN = 0.5  # largest distance of an atom beyond the other values, in standard deviations
 
 
 def find_atoms(values: Tensor) -> Tensor:
     """The atoms of outputs `(N, D)` in ascending order, `(2, D)`, padded with ∞.
 
-    A value is an atom if it occurs in 3 % of the rows, and in ten. An output whose other values are
-    from a grid, such as rounded ones, has no atoms.
+    A value is an atom if it occurs in at least 3 % of the rows and in at least ten of them; an
+    output has two atoms at most. An output whose other values are from a grid, such as rounded
+    values, has no atoms.
     """
     num = len(values)
     atoms = torch.full((_MOST, values.shape[1]), torch.inf).to(values)
@@ -58,7 +59,7 @@ class Atoms(nn.Module):
     below its cell stands for it. The same holds above for the largest value.
 
     Attributes:
-        values: The atoms, `(2, D)`, ∞ where there are fewer.
+        values: The atoms, `(2, D)`, ∞ where there are fewer than two.
         low: Every x from `low` to `high` counts as the atom, `(2, D)`.
         high: See `low`.
         start: Every T(x) from `start` to `end` stands for the atom, `(2, D)`.

@@ -80,7 +80,7 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
         u = self.transform(input)[0]
         if not hasattr(self.net, "transform_to_noise"):  # a flow of zuko
             return self.estimator.inverse_transform(u, condition)  # type: ignore[operator]
-        # By nflows: the method of sbi 0.27 forgets to embed, and so to z-score, x.
+        # Not by the method of sbi 0.27, which does not embed x, and so does not z-score x either.
         x = condition.expand(len(u), *self.condition_shape)
         # mutant: noise-of-raw-x
         return self.net.transform_to_noise(u, x)  # type: ignore[operator]
@@ -101,20 +101,20 @@ class UnconstrainedDensityEstimator(ConditionalDensityEstimator):
 class MainBuilder:
     """Builds the main model p_φ(θ|x), with an embedding net where x needs one; picklable.
 
-    For `NPE_Jeffreys`, in place of sbi's `posterior_nn(...)`, which has no access to the prior: the
-    trainer passes its prior to the builder, so that θ is modelled in unconstrained space and no
-    mass leaks out of the prior's support. "mdn", "zuko_ncsf" and "mnpe" model θ as it is: sbi's
-    closed-form loss of later rounds needs a mixture of Gaussians over θ itself, a circular flow is
-    periodic, and mixed estimation looks for discrete columns of θ.
+    Use it for `NPE_Jeffreys` in place of sbi's `posterior_nn(...)`, which has no access to the
+    prior. The trainer passes its prior to the builder, so that θ is modelled in unconstrained space
+    and no mass leaks out of the prior's support. "mdn", "zuko_ncsf" and "mnpe" model θ as it is:
+    sbi's closed-form loss of later rounds needs a mixture of Gaussians over θ itself, a circular
+    flow is periodic, and mixed estimation looks for discrete columns of θ.
 
     Args:
         model: Name of an sbi density estimator ("nsf", "maf", "mdn", "zuko_nsf", …; in any case),
             or one of sbi's typed configs.
         embedding_net: Maps x `(B, *x_shape)` to summaries `(B, S)`; None for a vector x. A copy
             of it is trained. With a config, set the config's own `embedding_net` instead.
-        marginal_transforms: Whether θ is transformed and, without an embedding net or a z-scoring
-            of x of your own, a vector x. A config's z-scoring of x is your own if it is not the
-            config's default.
+        marginal_transforms: Whether θ is transformed, and a vector x as well unless you set an
+            embedding net or a z-scoring of x. A config sets a z-scoring of x if it has another one
+            than its default.
         **settings: Further arguments of sbi's `posterior_nn`, such as `hidden_features=100`. For a
             config, set them in the config.
 
@@ -245,7 +245,7 @@ class MainBuilder:
 
 
 def _with_parameter(net: nn.Module) -> nn.Module:
-    """The net, with a fixed parameter if it has none: sbi asks its first one for the device."""
+    """The net, with a fixed parameter if it has none: sbi takes the device from the first one."""
     if not any(True for _ in net.parameters()):
         net.register_parameter("fixed", nn.Parameter(torch.zeros(1), requires_grad=False))
     return net

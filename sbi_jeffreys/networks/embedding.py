@@ -23,7 +23,7 @@ _CHUNK = 2_000  # observations embedded at once
 
 
 def summary_net(main: ConditionalDensityEstimator) -> nn.Module:
-    """A copy of the main's embedding net, z-scoring included, or a flattening one.
+    """A copy of the main's embedding net, z-scoring included; without one, a net that flattens x.
 
     The net maps x `(B, *x_shape)` to summaries `(B, ·)`. It is a copy because the symmetric stage
     changes the main's own net, and with it would change an energy fitted on its summaries.
@@ -82,7 +82,7 @@ def summaries_of(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_missing(main: ConditionalDensityEstimator, x: Tensor) -> Tensor:
-    """x `(B, *x_shape)` as it is, if the main's embedding net masks the NaN in it.
+    """Return x `(B, *x_shape)` as it is, after a check that the embedding net masks its NaN.
 
     Raises:
         ValueError: If summaries of x with NaN are not finite.

@@ -94,7 +94,7 @@ class FitConfig:
         )
 
     def batch_size_for(self, num_pairs: int) -> int:
-        """Pairs per step, of so many training pairs."""
+        """Pairs per step, for `num_pairs` training pairs."""
         return min(num_pairs, self.batch_size or max(20, min(200, num_pairs // 9)))
 
     def epochs_without_gain(self, steps_per_epoch: int) -> int:

@@ -42,12 +42,13 @@ def _logit(z: Tensor) -> Tensor:
 class PriorTransform(nn.Module):
     """θ ↔ u, from the prior's support to unconstrained space.
 
-    The logarithm for a half-line, as sbi's `mcmc_transform`; for an interval the probit instead of
-    its logit: a density that is flat up to the edge is then a Gaussian up to its tails, as the
-    flow's base is, whereas a logistic one has tails that no flow with Gaussian ones can follow.
+    u is the logarithm for a half-line, as in sbi's `mcmc_transform`, and for an interval the probit
+    in place of sbi's logit. A density that is flat up to the edge then becomes Gaussian, as a
+    flow's base is. Under the logit it would be logistic, with tails that no flow with Gaussian
+    tails can follow.
 
-    It stores the bijection and the support, not the prior, so that it can be copied and pickled
-    even where the prior cannot.
+    The transform stores the bijection and the support, not the prior, so that it can be copied and
+    pickled even where the prior cannot.
 
     Args:
         prior: A prior with bounded support.
@@ -64,7 +65,7 @@ class PriorTransform(nn.Module):
 
     @torch.no_grad()
     def _saturates(self, theta: Tensor, sign: int) -> Tensor:
-        """Per parameter, whether it has an end on this side, at u = ±∞."""
+        """For each parameter, whether its support ends on this side, where u = ±∞."""
         origin, near, far = (
             torch.as_tensor(self.bijection.inv(torch.full_like(theta, sign * v)))
             for v in (0.0, 1.0, _FAR)
@@ -124,7 +125,7 @@ class PriorTransform(nn.Module):
     def on_edge(self, theta: Tensor) -> Tensor:
         """Which θ `(N, D)` lie on the support's edge, where u is infinite but for rounding, `(N,)`.
 
-        Draws of a continuous prior do so less than once in a million; clamped ones and grids do.
+        Draws of a continuous prior do so less than once in a million; clamped θ and grids do.
         Only in an interval does rounding hide the edge: near 0, float32 resolves a half-line.
         """
         v = torch.as_tensor(self.bijection(theta))
@@ -138,7 +139,7 @@ def inside_support(prior: Distribution, theta: Tensor) -> Tensor:
     sbi's joint of independent priors is asked part by part, because torch cannot concatenate
     supports that check single numbers (a box) with one that checks vectors (a simplex). A prior of
     a class of the user's own has all of ℝᴰ for a support unless bounds were given to
-    `process_prior`; there its density counts as well.
+    `process_prior`; for such a prior, θ without a finite log density are outside as well.
     """
     if not isinstance(prior, MultipleIndependent):
         with silent_prior():

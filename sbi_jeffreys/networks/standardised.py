@@ -1,4 +1,4 @@
-"""The main's input where x is a vector: transformed, z-scored, and of wide x perhaps summarised."""
+"""The main's input where x is a vector: transformed, z-scored, and if wide perhaps summarised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
 
 __all__ = ["WIDE", "StandardisedInput"]
 
-WIDE = 30  # outputs from which on x counts as wide, and those independent of θ may be left out
+WIDE = 30  # with more outputs, x counts as wide, and outputs independent of θ may be left out
 
 
 class StandardisedInput(nn.Module):
@@ -20,7 +20,7 @@ class StandardisedInput(nn.Module):
 
     Outputs may be left out: the network then gets their mean in place of their values. Of more than
     thirty outputs without cells (a signal), the network gets thirty linear combinations, which are
-    trained with it, or, after `use_summaries`, linear summaries that are given.
+    trained with the network, or, after `use_summaries`, linear summaries that are given.
 
     Args:
         transform: T.
@@ -42,7 +42,7 @@ class StandardisedInput(nn.Module):
         self.used = nn.Parameter(torch.ones_like(self.mean), requires_grad=False)
         signal = y.shape[1] > WIDE and not bool(transform.has_cells.any())
         self.mix = nn.Linear(y.shape[1], WIDE, bias=False).to(y) if signal else None
-        # All there from the start, since weights of before are loaded again where they were better.
+        # Everything exists from the start, so that earlier weights can be loaded again if better.
         one = torch.ones_like(self.mean)
         blank = LinearSummaries(0 * one, one, y.new_zeros(len(one), WIDE - 1))
         self.summaries = blank if signal else None
@@ -62,7 +62,7 @@ class StandardisedInput(nn.Module):
         return same and self.summaries is not None
 
     def use_summaries(self, summaries: LinearSummaries, x: Tensor) -> None:
-        """Look at these summaries of T(x) alone, standardised by simulations `(N, dim_x)`."""
+        """Pass on these summaries of T(x) alone, standardised by simulations x `(N, dim_x)`."""
         assert self.summaries is not None
         num = summaries.directions.shape[1]
         self.summaries.centre.copy_(summaries.centre)
@@ -75,7 +75,8 @@ class StandardisedInput(nn.Module):
         width = 0.5 * (high - low)
         self.factor.copy_(torch.where(width > 0, 1 / width, 0.0))
         std = torch.asinh(self.factor * (values - self.shift)).std(dim=0)
-        # A network of thirty inputs starts with small weights for each of them.
+        # A network with thirty inputs starts with small weights for each of them: fewer inputs are
+        # scaled up.
         gain = math.sqrt(WIDE / (num + 1)) / std
         self.gain.copy_(torch.where(std > 0, gain, 0.0))
         self.summarises.fill_(1.0)

@@ -1,7 +1,7 @@
 r"""Linear summaries of a wide vector: a few coordinates, and how long the rest is.
 
 A smooth curve in white noise, y = m(θ) + σε with hundreds of outputs, depends on θ in a few
-directions U alone. With w = (y − c)/s, s the outputs' scales,
+directions U alone. With w = (y − c)/d, where d are the outputs' scales,
 
     s(y) = (U'w, log |w − UU'w|).
 
@@ -26,7 +26,7 @@ class LinearSummaries(nn.Module):
 
     Args:
         centre: c, `(D,)`.
-        scale: s, `(D,)`.
+        scale: d, `(D,)`.
         directions: U, orthonormal columns or columns of zeros, `(D, k)`.
 
     Example:

@@ -46,7 +46,7 @@ def _spacing(wide: Tensor) -> Tensor:
 def scale_of(values: Tensor) -> Tensor:
     """Standard deviation of each column of `(N, dim)`, whatever its unit; 1 where it is constant.
 
-    At least float32's rounding, so that what divides by it does not amplify that.
+    A scale is at least float32's rounding, so that dividing by it does not amplify rounding errors.
     """
     wide = values.detach().double()
     least = _spacing(wide)  # mutant: scales-in-units-of-one
@@ -70,7 +70,7 @@ _KINDS = {
     ),
     "asinh": _Kind(torch.asinh, lambda u: -0.5 * torch.log1p(u**2), torch.sinh),
 }
-_POSITIVE = ("log", "sqrt")  # kinds of positive outputs alone
+_POSITIVE = ("log", "sqrt")  # kinds for positive outputs only
 _SCALED = "asinh"  # the kind that needs its output centred and scaled
 
 
@@ -94,10 +94,10 @@ def _best(scores: dict[str, float]) -> str:
 
 
 def _choose(v: list[Tensor], centre: Tensor, scale: Tensor, integer: Tensor) -> list[str]:
-    """The kinds of outputs `(N_d,)`: of a signal the best shared one, and else the best of each.
+    """The kinds of outputs `(N_d,)`: the best shared one for a signal, otherwise the best of each.
 
     Counts take the square root, which stabilises their variance (Anscombe 1948), while a log
-    magnifies the noise of small ones.
+    magnifies the noise of small counts.
     """
     num = len(v)
     scores = [_scores(v[d], centre[d], scale[d]) for d in range(num)]
@@ -180,7 +180,7 @@ class MarginalTransform(nn.Module):
         # mutant: atoms-without-cells
         found = find_atoms(kept if atoms else kept[:0])
         found[:, integer] = torch.inf  # mutant: counts-with-atoms
-        # The kind is chosen for what is continuous.
+        # The kind is chosen for the values that are not at an atom.
         mixed = kept + 0.5 * integer
         columns = [column[~at] for column, at in zip(mixed.T, (kept == found[:, None]).any(0).T)]
         centre = torch.stack([column.median() for column in columns])
@@ -210,7 +210,7 @@ class MarginalTransform(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing: every dimension kept, as it is, none with cells."""
+        """Whether T changes nothing: every dimension is kept as it is, and none has cells."""
         plain = all(kind == "identity" for kind in self.kinds)
         return plain and self.dim_out == self.dim_in and not bool(self.has_cells.any())
 
@@ -235,7 +235,7 @@ class MarginalTransform(nn.Module):
         return self._each("value", self._scaled(v))
 
     def _each(self, name: str, u: Tensor) -> Tensor:
-        """A function of each dimension's kind, by its name in `_Kind`, of `(*B, dim_out)`."""
+        """The function called `name` of each dimension's `_Kind`, applied to u `(*B, dim_out)`."""
         if len(set(self.kinds)) == 1:  # a call for each of a thousand outputs would take long
             return getattr(_KINDS[self.kinds[0]], name)(u)
         columns = [getattr(_KINDS[kind], name)(u[..., d]) for d, kind in enumerate(self.kinds)]
@@ -267,7 +267,7 @@ class MarginalTransform(nn.Module):
     def cell(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """T at both ends of the cells of kept outputs, `(*B, dim_out)`; see `in_cell`.
 
-        Those of integers are [n, n + 1), those of atoms all that T⁻¹ takes to them.
+        The cell of an integer is [n, n + 1); that of an atom is all that T⁻¹ maps to the atom.
         """
         low, high = self.atoms.ends(values, self._values(values))
         return low, torch.where(self.integer, self._values(values + 1.0), high)
@@ -275,7 +275,7 @@ class MarginalTransform(nn.Module):
     def log_slopes(self, values: Tensor) -> Tensor:
         """log |∂T/∂x| of each kept output at the midpoint of cells, `(*B, dim_out)`.
 
-        That of an atom is the log width of its cell.
+        For an atom, it is the log width of its cell.
         """
         u = self._scaled(values + 0.5 * self.integer)
         slopes = self._each("log_slope", u) - self.scale.log()

@@ -32,17 +32,18 @@ class BuildsPosteriors(NPE):
     ) -> CorrectedPosterior:
         """The main's posterior with its draws resampled by importance weights (q̃_ψ/p_φ)^β.
 
-        Not the default, because its accuracy depends on the proxy at the observation. See
+        It is not the default, because its accuracy depends on the proxy at the observation. See
         `CorrectedPosterior.effective_sample_size` and `training_report`.
 
         Args:
             num_candidates: Draws of the main that are weighted per observation.
             device: Device of the posterior; the trainer's if None.
             power: β in (0, 1], how far to go from the main to the proxy. None: the power with the
-                best score on held-out simulations, in several rounds on those of the latest ones.
+                best score on held-out simulations; after several rounds, on those of the latest
+                rounds.
 
         Raises:
-            RuntimeError: If there is no proxy: not trained yet, or none for this x.
+            RuntimeError: If there is no proxy, before training or because none suits this x.
             ValueError: If `num_candidates` or `power` is out of range.
 
         Warns:
@@ -60,7 +61,7 @@ class BuildsPosteriors(NPE):
         )
 
     def _pooling_power(self) -> float:
-        """The best β on held-out simulations, after later rounds on those of the latest ones."""
+        """The best β on held-out simulations; after several rounds, on those of the latest."""
         # mutant: power-of-later-rounds
         choose = power_of_later_rounds if _sbi.latest_round(self) > 0 else pooling_power
         return choose(*self._main_and_proxy(), *self._deciding_pairs())
@@ -79,24 +80,24 @@ class BuildsPosteriors(NPE):
     ) -> FocusedPosterior:
         """A posterior for one observation, whose main is refined there against the proxy.
 
-        Takes seconds and needs no simulations. The trained main stays as it is, so that any number
-        of observations can be focused at, one after the other. Where the proxy's posterior at x_o
-        is not known well enough, or the refinement does not help, the posterior is that of the main
-        as it was, and its attribute `focus` says so.
+        Focusing takes seconds and needs no simulations. The trained main stays as it is, so any
+        number of observations can be focused at, one after the other. Where the proxy's posterior
+        at x_o is not known well enough, or the refinement does not help, the posterior is that of
+        the main as it was, and its attribute `focus` says so.
 
         Args:
             x_o: The observation, `(*x_shape)` or `(1, *x_shape)`.
             num_steps: Gradient steps.
-            learning_rate: At the start; annealed to zero.
+            learning_rate: Learning rate at the start, which is annealed to zero.
             power: β in (0, 1], how far to go from the main to the proxy. None: as for
                 `build_corrected_posterior`.
-            show_progress_bars: None: as the trainer.
+            show_progress_bars: Whether to show progress; None: as the trainer does.
 
         Returns:
             A posterior of sbi's kind with x_o as its default x. It refuses other observations.
 
         Raises:
-            RuntimeError: If there is no proxy: not trained yet, or none for this x.
+            RuntimeError: If there is no proxy, before training or because none suits this x.
             TypeError, ValueError: Naming the argument, what was expected and what came.
 
         Warns:
@@ -121,7 +122,7 @@ class BuildsPosteriors(NPE):
         )
 
     def _warn_if_refused(self, what: str) -> None:
-        """Warn that a result follows a proxy that training did not."""
+        """Warn if a result follows a proxy that training refused."""
         report = self.training_report
         if report is not None and report.refused:
             warnings.warn(
@@ -147,7 +148,7 @@ class BuildsPosteriors(NPE):
             device: Device of the posterior; the trainer's if None.
 
         Raises:
-            RuntimeError: If there is no proxy: not trained yet, or none for this x.
+            RuntimeError: If there is no proxy, before training or because none suits this x.
             ValueError, TypeError: If `sample_with` or `posterior_parameters` are not as above.
         """
         main, proxy = self._main_and_proxy()

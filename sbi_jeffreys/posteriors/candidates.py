@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 _PER_SAMPLE = 4  # candidates for every sample asked for, at least
-_BATCHED = 2_000  # per observation where there are many
+_BATCHED = 2_000  # most candidates per observation where there are several
 _MIN_ADAPTED, _MAX_ADAPTED = 4, 10_000  # draws of one adaptation
-_MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # of a cache: observations, and floats in all (40 MB)
+_MAX_ENTRIES, _MAX_NUMBERS = 4, 10_000_000  # observations in a cache, and floats in all (40 MB)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Candidates:
 
 
 def check_drawing(num: int | None, default: int, batch: int, show_progress_bars: bool) -> int:
-    """How many candidates to draw, after a check of how."""
+    """How many candidates to draw, after a check of all arguments."""
     check_int("max_sampling_batch_size", batch, 1)
     check_bool("show_progress_bars", show_progress_bars)
     return check_int("num_candidates", default if num is None else num, 1)
@@ -78,7 +78,7 @@ def check_drawing(num: int | None, default: int, batch: int, show_progress_bars:
 def enough(num_candidates: int, sample_shape: torch.Size, batched: bool = False) -> int:
     """How many candidates at one observation: a posterior's own number, or more for many samples.
 
-    Where there are several observations, its own number counts up to 2,000.
+    Where there are several observations, the posterior's own number counts only up to 2,000.
     """
     own = min(num_candidates, _BATCHED) if batched else num_candidates
     return max(own, _PER_SAMPLE * sample_shape.numel())
@@ -118,12 +118,13 @@ def adapted_candidates(
     x: Tensor,
     num: int,
 ) -> Candidates:
-    """Weighted draws of proposals that follow the proxy, at one x: `num`, up to 10,000.
+    """Weighted draws of proposals that follow the proxy, at one x.
 
-    If half of `num` is more, so many: more of them are effective than of the main's. A proposal is
-    a mixture that is fitted to weighted draws several times (`proxies.normaliser.adapted_draws`);
-    for every 10,000 draws there is another one, which bounds memory. `log_target(theta, log_q)`
-    returns the unnormalised log target of θ whose log q̃ is known, `(K, 1)`.
+    There are `num` draws up to 10,000. For a larger `num` there are half as many, but not fewer
+    than 10,000: more of these draws are effective than of the main's. A proposal is a mixture that
+    is fitted to weighted draws several times (`proxies.normaliser.adapted_draws`); every 10,000
+    draws have a proposal of their own, which bounds memory. `log_target(theta, log_q)` returns the
+    unnormalised log target of θ whose log q̃ is known, `(K, 1)`.
     """
     own = main.sample(torch.Size((1,)), x)[0]
     num = max(_MIN_ADAPTED, min(num, max(num // 2, _MAX_ADAPTED)))
@@ -139,11 +140,11 @@ def adapted_candidates(
 
 
 def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates:
-    """The main's candidates at one x, or adapted ones where those are worth too few draws.
+    """The main's candidates at one x, or adapted ones where the main's are unreliable.
 
     Args:
-        found: Of the main.
-        adapt: Draws adapted ones.
+        found: Candidates of the main.
+        adapt: Draws adapted candidates.
 
     Warns:
         JeffreysWarning: If the main's candidates are unreliable: main and proxy disagree.

@@ -120,7 +120,7 @@ class CorrectedPosterior(AnyPriorPosterior):
         Args:
             num_candidates: K.
             x: One observation; the default x if None.
-            max_sampling_batch_size, show_progress_bars: As in sbi, of network calls.
+            max_sampling_batch_size, show_progress_bars: As in sbi, for network calls.
 
         Returns:
             θ `(K, D)` and β (log q̃_ψ − log p_φ), shape `(K,)`; −∞ outside the prior.

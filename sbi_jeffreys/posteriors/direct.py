@@ -17,10 +17,10 @@ _NO_BIJECTION = (NotImplementedError, AssertionError)
 class AnyPriorPosterior(DirectPosterior):
     """sbi's `DirectPosterior`, also where there is no bijection to the prior's support.
 
-    Only `map` would use it, and then climbs in θ as it is.
+    Only `map` uses the bijection; without one, `map` climbs in the space of θ itself.
 
     Args:
-        **kwargs: As of `DirectPosterior`.
+        **kwargs: As for `DirectPosterior`.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -8,7 +8,8 @@ simulations. A copy of the main minimises
     J = −E_target[log p(θ|x_o)] + E_p[log p(θ|x_o) − log target(θ)]
 
 there. The forward half is the mean over draws that adaptive importance sampling resamples to the
-target, so that modes which the main has are not lost; half of them are kept back to judge by.
+target, so that modes which the main has are not lost. Half of these draws are kept back to judge
+the refined main.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sbi_jeffreys.proxies.base import Proxy
 
 __all__ = ["Focus", "FocusedPosterior", "focus"]
 
-_DRAWS, _KEPT = 6_000, 4_000  # of the adaptive proposal, and resampled to the target
+_DRAWS, _KEPT = 6_000, 4_000  # draws of the adaptive proposal; draws resampled to the target
 _FEW = 100.0  # effective draws below which the target at x_o is not known well enough
 _BATCH, _REVERSE_BATCH = 256, 64
 _CHECK_EVERY = 50  # steps between two looks at the draws kept back
@@ -89,15 +90,15 @@ class FocusedPosterior(AnyPriorPosterior):
         self.set_default_x(x_o)
 
     def sample(self, sample_shape: Any = _ONE, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
+        """As for sbi's `DirectPosterior`; an x that is given must be the observation."""
         return super().sample(sample_shape, self._checked(x), *args, **kwargs)
 
     def log_prob(self, theta: Tensor, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
+        """As for sbi's `DirectPosterior`; an x that is given must be the observation."""
         return super().log_prob(theta, self._checked(x), *args, **kwargs)
 
     def map(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """As of sbi's `DirectPosterior`; an x that is given must be the observation."""
+        """As for sbi's `DirectPosterior`; an x that is given must be the observation."""
         return super().map(self._checked(x), *args, **kwargs)
 
     def set_default_x(self, x: Any) -> Any:
@@ -174,14 +175,14 @@ class _Target:
 
     @torch.no_grad()
     def log_prob(self, theta: Tensor) -> Tensor:
-        """Of θ `(K, 1, D)`, `(K, 1)`."""
+        """The unnormalised log target of θ `(K, 1, D)`, `(K, 1)`."""
         return self._pool(theta, self.proxy.log_potential(theta, self.x_o))
 
     @torch.no_grad()
     def draws(self) -> tuple[Tensor, float]:
         """θ̃ `(K, 1, D)` of the target, and how many of the proposal's draws are effective.
 
-        No draw of the proposal is in both halves, of which one is to judge what the other fits.
+        The first half of them is for the fit, and the second, without common draws, to judge it.
         """
         found = adapted_candidates(self.main, self.proxy, self._pool, self.x_o, _DRAWS)
         theta, log_w = found.theta, found.log_weights
@@ -195,7 +196,7 @@ class _Target:
 
     @torch.no_grad()
     def quality(self, main: ConditionalDensityEstimator) -> ImportanceQuality:
-        """Of importance weights from a main to the target."""
+        """Quality of the importance weights from a main to the target."""
         theta = main.sample(torch.Size((_JUDGED,)), self.x_o)
         log_w = self.log_prob(theta) - main.log_prob(theta, self.x_o)
         return importance_quality(log_w[:, 0].nan_to_num(nan=-torch.inf, neginf=-torch.inf))
@@ -235,7 +236,7 @@ def _refined(
 
 
 def _loss(main: ConditionalDensityEstimator, target: _Target, fit: Tensor) -> Tensor:
-    """J on a batch: G on draws of the target, R on draws of the main."""
+    """A loss with the gradient of J: its halves on draws of the target and of the main."""
     rows = torch.randint(len(fit), (_BATCH,))
     with torch.no_grad():
         theta = main.sample(torch.Size((_REVERSE_BATCH,)), target.x_o)

@@ -114,8 +114,9 @@ def power_of_later_rounds(
 ) -> float:
     """β by up to 200 held-out pairs of later rounds, whose θ follow proposals.
 
-    There the log score is not a proper one. As in the atomic loss (Greenberg et al. 2019, arXiv
-    1905.07488), each θ is told from those of other pairs by the pool's density over the prior's.
+    Under proposals, the log score is not proper. As in the atomic loss (Greenberg et al. 2019,
+    arXiv 1905.07488), each θ is told from those of other pairs by the ratio of the pool's density
+    to the prior's.
 
     Args:
         main: The main model p_φ(θ|x).

@@ -102,7 +102,8 @@ class PooledPotential(ProxyPotential):
     Args:
         main: The main model p_φ(θ|x).
         proxy: A fitted proxy.
-        log_target: Its log density, from θ `(K, B, D)`, x `(B, *x_shape)` and log p_φ `(K, B)`.
+        log_target: Returns the log target `(K, B)` for θ `(K, B, D)`, x `(B, *x_shape)` and
+            log p_φ `(K, B)`.
         device: Where to evaluate it.
     """
 
@@ -117,7 +118,7 @@ class PooledPotential(ProxyPotential):
         self.main, self.log_target = main, log_target
 
     def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
-        """Of θ `(N, D)` at the observation, `(N,)`, −∞ outside the prior."""
+        """The log target of θ `(N, D)` at the observation, `(N,)`, −∞ outside the prior."""
         x = _one_observation(self)
         theta = torch.atleast_2d(torch.as_tensor(theta)).to(self.device).unsqueeze(1)
         with torch.set_grad_enabled(track_gradients):
@@ -171,7 +172,7 @@ def proxy_posterior(
         device: Device of the posterior.
 
     Raises:
-        TypeError, ValueError: If an argument is of another type, or another `sample_with`.
+        TypeError, ValueError: If an argument is of another type, or `sample_with` is unknown.
     """
     check_instance("main", main, ConditionalDensityEstimator, "pass what train() returned")
     check_instance("proxy", proxy, Proxy, "pass inference.proxy or a GivenProxy")

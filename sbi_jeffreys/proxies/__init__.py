@@ -63,8 +63,8 @@ def build_proxy(
         options: `proxy` and the settings of each kind.
 
     Returns:
-        The proxy, not fitted yet (a copy of one that was passed and has something to fit), or None
-        where there is none for this x, and why.
+        The proxy, not fitted yet, or None where there is none for this x; and the reason. A proxy
+        that was passed and has something to fit is copied.
 
     Raises:
         ValueError: If a likelihood proxy is asked for where x has no density.
@@ -107,7 +107,7 @@ def build_proxy(
 def _own(proxy: Proxy) -> Proxy:
     """A copy of a proxy that is about to be fitted: other trainers may have the same options.
 
-    One with nothing to fit is shared, and so is one of the user's that cannot be copied.
+    A proxy with nothing to fit is shared, and so is one that cannot be copied.
     """
     if isinstance(proxy, GivenProxy):
         return proxy
@@ -170,7 +170,7 @@ def _no_density(x: Tensor) -> str | None:
 
 
 def _embeds(main: ConditionalDensityEstimator) -> bool:
-    """Whether the main has a trainable embedding net of x, other than our own input."""
+    """Whether the main has a trainable embedding net of x, other than `StandardisedInput`."""
     net = main.embedding_net
     trainable = net is not None and any(p.requires_grad for p in net.parameters())
     return trainable and not _standardised(main)
@@ -179,7 +179,8 @@ def _embeds(main: ConditionalDensityEstimator) -> bool:
 def _is_fixed(net: nn.Module | None) -> bool:
     """Whether there is an embedding net of the user's without trainable parameters.
 
-    sbi's own standardisation has no parameters; our `StandardisedInput` is not the user's.
+    Neither sbi's own standardisation, which has no parameters at all, nor a `StandardisedInput` of
+    this package counts as one.
     """
     ours = net is None or any(isinstance(part, StandardisedInput) for part in net.modules())
     parameters = [] if net is None or ours else list(net.parameters())  # mutant: own-scale-is-fixed
@@ -211,15 +212,18 @@ def leave_out_uninformative(proxy: Proxy, main: ConditionalDensityEstimator) -> 
 
 
 def hand_over_summaries(proxy: Proxy, main: ConditionalDensityEstimator, x: Tensor) -> bool:
-    """Let the main look at the proxy's linear summaries of x alone; whether it does now.
+    """Give the main the proxy's linear summaries of x as its only input, where that is possible.
 
-    Over hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. What the
+    With hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. What the
     main has learned is of no use for its new input: it has to be fitted again.
 
     Args:
         proxy: A fitted proxy.
-        main: The main; it has to have an input of its own that transforms x as the proxy does.
+        main: The main; it must have a `StandardisedInput` that transforms x as the proxy does.
         x: Simulations `(N, dim_x)` by which the summaries are standardised.
+
+    Returns:
+        Whether the main gets summaries now.
     """
     if not isinstance(proxy, LikelihoodProxy) or proxy.compression is None:
         return False

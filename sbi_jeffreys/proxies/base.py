@@ -25,7 +25,7 @@ from sbi_jeffreys.networks.transforms import scale_of
 
 __all__ = ["EmpiricalPrior", "Proxy"]
 
-_MAX_CENTRES = 10_000  # of an empirical prior
+_MAX_CENTRES = 10_000  # kernel centres of an empirical prior
 _MAX_DISTANCES = 1_000_000  # between points and centres held at once: 4 MB each
 
 
@@ -36,7 +36,7 @@ class Proxy(nn.Module, ABC):
         prior: Prior p(θ) with `log_prob` and `sample`, event shape `(D,)`.
 
     Raises:
-        TypeError: If the prior lacks either.
+        TypeError: If the prior lacks one of these methods.
 
     Attributes:
         inverse_temperature: γ, a scalar; training changes it for proxies that `can_be_tempered`.
@@ -44,7 +44,7 @@ class Proxy(nn.Module, ABC):
 
     #: Whether `sample_joint` can draw pairs (θ̃, x̃) without the simulator.
     can_sample: bool = False
-    #: Whether f_ψ was fitted to x instead of θ, so that held-out pairs can improve its scale.
+    #: Whether f_ψ was fitted as a density of x, not of θ: held-out pairs can improve its scale.
     can_be_tempered: bool = False
     #: Whether the normaliser Z_ψ(x) = ∫ q̃_ψ dθ is a density of x, up to a constant.
     has_evidence: bool = False
@@ -61,7 +61,7 @@ class Proxy(nn.Module, ABC):
         self.register_buffer("inverse_temperature", torch.tensor(1.0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
-        """A copy that shares the prior: no one changes it, and some priors cannot be copied."""
+        """A copy that shares the prior, which is never changed and cannot always be copied."""
         memo[id(self.prior)] = self.prior
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -112,7 +112,8 @@ class Proxy(nn.Module, ABC):
         """
         try:
             inside = inside_support(self.prior, theta)
-            # Of a prior that declares no support, NaN counts as outside.
+            # A prior that declares no support has θ outside where its log density is NaN, so θ are
+            # evaluated even if none is inside.
             with silent_prior():
                 log_prob = self.prior.log_prob(theta[inside] if bool(inside.any()) else theta)
         except ValueError:  # torch's priors raise outside their support: no density there
@@ -183,7 +184,7 @@ class Proxy(nn.Module, ABC):
         return self
 
     def sample_given(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)), γ = 1, for given θ̃ `(N, D)`; implausible ones may be dropped."""
+        """Pairs (θ̃, x̃ ∼ ℓ_ψ(·|θ̃)) at γ = 1 for θ̃ `(N, D)`; implausible pairs may be dropped."""
         raise NotImplementedError(f"{type(self).__name__} has no density of x to sample from.")
 
     def sample_joint(self, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -194,9 +195,10 @@ class Proxy(nn.Module, ABC):
 class EmpiricalPrior(Distribution):
     """Gaussian kernel density of the simulations' θ, where the user gave no prior.
 
-    sbi's own stand-in has no density, and the reverse term needs one. Bandwidth: Scott's rule on
-    the full covariance, which all centres share. Memory grows with the number of centres (at most
-    10,000; of more θ every n-th is one), not with its product with the points asked for.
+    sbi's own stand-in has no density, and the reverse term needs one. The bandwidth follows Scott's
+    rule on the full covariance, and all centres share it. There are at most 10,000 centres, evenly
+    spaced among the θ given. Memory grows with the number of centres, not with its product with the
+    number of points at which the density is evaluated.
 
     Args:
         theta: Parameters that the simulations were run at, shape `(N, D)`.

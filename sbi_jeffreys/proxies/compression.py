@@ -2,9 +2,9 @@ r"""Which few directions of a wide x depend on θ, as a neural regression finds 
 
 Errors of a thousand regression means add up as if they were independent, and flows of a thousand
 outputs are out of reach. The means of a smooth signal span a few directions, though. Their
-principal components, weighed by the noise, are taken as far as they predict held-out x; a density
-of these coordinates and of the noise's size is one of ten or twenty numbers
-(`networks.summaries`).
+principal components, in units of the noise, are kept as far as they predict held-out x. The
+coordinates in these directions and the size of the rest, which is noise, are ten or twenty numbers,
+and a density of them is fitted in place of one of x (`networks.summaries`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sbi_jeffreys.proxies.stacking import stacking_weights
 
 __all__ = ["Compression", "fit_compressed"]
 
-#: Regressions of x itself that summaries have to stand beside.
+#: Regressions of x itself that, with the neural one, must not predict x better than summaries do.
 _RIVALS = (RegressionExpert(1, kernel=True),)
 #: Experts of the summaries. Most weight goes to regressions, and each flow takes several seconds.
 _EXPERTS = (
@@ -39,18 +39,18 @@ _EXPERTS = (
     FlowExpert("maf", weight_decay=0.3),
 )
 
-# R² above which the rest's direction depends on θ: .01 to .19 for curves in white noise, .4 for two
-# series each of which has a noise level of its own.
+# R² above which the direction of the rest is taken to depend on θ: R² is .01 to .19 for curves in
+# white noise, and .4 for two series each of which has a noise level of its own.
 _UNEVEN = 0.3
 _LEAST = 1e-12
 
 
 class Compression(nn.Module):
-    """x ↔ linear summaries of T(x), and the direction of the rest of a simulation.
+    """x ↔ linear summaries of T(x), and the direction of the rest, the part outside their span.
 
     Args:
         transform: T, without cells.
-        summaries: Of T(x).
+        summaries: Linear summaries of T(x).
         x: Training simulations `(N, dim_x)`; draws take the direction of the rest from them.
     """
 
@@ -79,11 +79,11 @@ class Compression(nn.Module):
 def _directions(net: NeuralRegression, y: Tensor, data: ExpertData) -> tuple[Tensor, Tensor]:
     """The outputs' scales `(D,)`, and the directions that predict held-out y, `(D, k)`.
 
-    As many are taken as give the predictions their largest gain in likelihood over constants.
+    There are as many as give the predictions their largest gain in likelihood over constants.
     """
     scale = net.log_scale.exp() * net.scale_y
     mean, deviation = net.moments(data.z)
-    noise = (deviation / scale)[:, :1]  # of each simulation, relative to the others
+    noise = (deviation / scale)[:, :1]  # factor of each simulation, for all outputs
     signal = (mean - net.centre_y) / scale / noise
     white = (y - net.centre_y) / scale / noise
     basis = torch.linalg.svd(signal[data.train].double(), full_matrices=False)[2].T.to(y)
@@ -116,10 +116,11 @@ def _compression(data: ExpertData) -> tuple[Compression, FittedExpert] | None:
 
 
 def _unevenness(z: Tensor, rest: Tensor) -> float:
-    """How much of where the rest is large is explained by z, the largest adjusted R² of four parts.
+    """How well z explains in which quarter of the outputs the rest is large, as an adjusted R².
 
-    The regressors are squares and first powers of z `(N, D)`; a part's size is the logarithm of its
-    length in the direction of the rest `(N, dim_x)`, less the mean over the parts.
+    The regressors are first powers and squares of z `(N, D)`. A quarter's size is the logarithm of
+    its length in the direction of the rest `(N, dim_x)`, less the mean over the four quarters. The
+    largest R² of the four is returned.
     """
     sizes = [part.square().sum(dim=1).clamp_min(_LEAST).log() for part in rest.chunk(4, dim=1)]
     target = torch.stack(sizes, dim=1).double()
@@ -137,16 +138,16 @@ def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] |
     """Summaries of x and experts of them, where summaries can replace x.
 
     None for at most 30 outputs, for outputs with cells (integers, atoms), where no direction
-    depends on θ or more than 29 do, where the noise of some outputs depends on θ otherwise than
-    that of others, and where regressions of x itself predict held-out x clearly better: where
-    noise is correlated, the rest tells about the noise of the summaries.
+    depends on θ or more than 29 do, where the noise of some outputs depends on θ in another way
+    than that of others, and where regressions of x itself predict held-out x clearly better, as
+    with correlated noise, where the rest is informative about the noise of the summaries.
     """
     found = _compression(data)
     if found is None:
         return None
     compression, neural = found
     summaries = compression(data.x)
-    # Noise is added to them on their own scale.
+    # No transform is chosen: the noise of the summaries is additive on their own scale.
     scale = MarginalTransform.fit(summaries[data.train], choose=False, atoms=False)
     own = replace(data, x=summaries, scales=(scale, scale))
     experts = fit_to(_EXPERTS, own)

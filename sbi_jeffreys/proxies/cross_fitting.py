@@ -19,9 +19,9 @@ from sbi_jeffreys.proxies.likelihood import LikelihoodProxy
 
 __all__ = ["cross_fitted"]
 
-_FOLDS = 5  # of fits that are made only to judge the proxy
-_MAJORITY = 0.5  # of the weight, which inexpensive experts must have to stand for all
-# Training pairs: fewer cannot be divided, and of more, the held-out ones are evidence enough.
+_FOLDS = 5  # folds of fits that are made only to judge the proxy
+_MAJORITY = 0.5  # share of the weight that inexpensive experts must have to stand for all
+# Numbers of training pairs: fewer cannot be divided; with more, there are enough held-out pairs.
 _FEWEST, _MOST = 20, 3_000
 
 
@@ -30,17 +30,19 @@ def cross_fitted(
 ) -> list[tuple[Tensor, LikelihoodProxy]]:
     """Training pairs, and the proxy with the same experts and weights, fitted without these pairs.
 
-    Where `fit` had folds, they are its own, which the proxy forgets.
+    Where `fit` used folds, these are the fits that it made, which the proxy then forgets. Otherwise
+    its inexpensive experts are fitted again, to five folds.
 
     Args:
-        proxy: After `fit`.
+        proxy: A proxy after `fit`.
         theta, x, train_indices: As `fit` was given them.
         config: How networks are fitted.
 
     Returns:
-        Indices of pairs, and a proxy, for every fold. Empty with fewer than 20 or more than
-        3,000 training pairs, and where the likelihood is of summaries of x, in which every one has
-        its part.
+        Indices of pairs, and a proxy, for every fold. Where `fit` used no folds, the list is empty
+        with fewer than 20 or more than 3,000 training pairs, where inexpensive experts have less
+        than half of the weight, and where the likelihood is of summaries of x, which all training
+        pairs may have helped to find.
     """
     folds = proxy.take_folds()
     of_x = proxy.can_sample and proxy.compression is None
@@ -57,9 +59,9 @@ def cross_fitted(
 
 
 def _with_experts_of(proxy: LikelihoodProxy, fold: Fold) -> LikelihoodProxy:
-    """The proxy with a fold's experts, those of its own mixture that were fitted there."""
+    """A copy of the proxy with the fold's fits of its experts, without those not fitted there."""
     twin = copy(proxy)
-    # Its own modules and buffers, of which some are exchanged.
+    # The copy gets dictionaries of its own, in which some modules and buffers are exchanged.
     buffers = dict(proxy.named_buffers(recurse=False))
     vars(twin).update(_modules=dict(proxy.named_children()), _buffers=buffers)
     kept: list[FittedExpert] = []

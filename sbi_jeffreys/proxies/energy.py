@@ -1,11 +1,11 @@
 r"""Energy proxy: q̃_ψ(θ, x) = p(θ) e^{f_ψ(θ, s(x))}, for x that has no tractable density.
 
-For images, time series, sets of trials, anything with an embedding net: f_ψ is one of sbi's
-classifier networks of θ and a summary of x, and the prior is exact. It is fitted to simulated
-pairs, with contrasts θ_k from a *defensive mixture* m(θ|x) of the main (¾) and the prior (¼), by
-ranking noise-contrastive estimation: −log softmax of the true θ's v = log q̃_ψ − log m among those
-of the contrasts (Ma & Collins 2018, arXiv 1809.01812), which is bounded, and consistent for any m
-that covers the posterior.
+It is for images, time series, sets of trials, and anything else with an embedding net: f_ψ is one
+of sbi's classifier networks of θ and a summary of x, and the prior is exact. f_ψ is fitted to
+simulated pairs, with contrasts θ_k from a *defensive mixture* m(θ|x) of the main (¾) and the prior
+(¼), by ranking noise-contrastive estimation: the loss is −log softmax of the true θ's
+v = log q̃_ψ − log m among those of the contrasts (Ma & Collins 2018, arXiv 1809.01812), which is
+bounded below, and consistent for any m that covers the posterior.
 
 In later rounds the pairs come from a proposal p̃(θ), and the loss would fit the posterior under p̃
 instead of the prior. Contrasts that follow p̃ as well, the θ of other pairs, cancel it (the atomic
@@ -34,7 +34,7 @@ from sbi_jeffreys.proxies.partition import Contrasts, draw_atoms, draw_contrasts
 
 __all__ = ["EnergyConfig", "EnergyProxy"]
 
-_MAX_EVALUATIONS = 100_000  # of the energy per held-out value
+_MAX_EVALUATIONS = 100_000  # evaluations of the energy per held-out value
 
 
 class EnergyProxy(Proxy):
@@ -50,9 +50,10 @@ class EnergyProxy(Proxy):
             proposal's at each `fit`.
 
     Attributes:
-        effective_sample_size: Kish's, as a fraction of the draws in (0, 1], of the mixture proposal
-            under the fitted energy, mean over held-out x; NaN before `fit`. Near 0 the estimate of
-            the partition function, and the held-out value of the proxy, are unreliable.
+        effective_sample_size: Kish's effective sample size of the mixture proposal under the fitted
+            energy, as a fraction of the draws in (0, 1], averaged over held-out x; NaN before
+            `fit`. Near 0, the estimate of the partition function and the held-out value of the
+            proxy are unreliable.
         result: Held-out loss and epochs of the best network of the last fit, or None.
         nets: The networks, best first, whose outputs are averaged.
 
@@ -202,8 +203,8 @@ class EnergyProxy(Proxy):
 class _Loss:
     """The loss that `fit_network` calls, with its pool of contrasts.
 
-    Drawing from the main costs far more than evaluating the energy. So every few epochs a pool is
-    drawn of twice the contrasts of one step, and each step picks half of it.
+    Drawing from the main costs far more than evaluating the energy. So a pool of twice as many
+    contrasts as a step needs is drawn every few epochs, and each step picks half of it.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Fold:
 
     Attributes:
         unseen: Indices of the pairs.
-        experts: By their settings.
+        experts: The fitted experts, by their settings.
     """
 
     unseen: Tensor

@@ -1,8 +1,8 @@
 r"""Given proxy: q̃(θ, x) = p(θ) ℓ(x|θ) with an ℓ that the user already has.
 
-A log-likelihood function, or a trained estimator of sbi's: NLE (a density of x given θ) or NRE (a
-log-ratio, a likelihood up to a function of x). With the exact likelihood q = π, and the reverse
-term is the true reverse KL divergence.
+ℓ comes from a log-likelihood function, or from a trained estimator of sbi's: NLE (a density of x
+given θ) or NRE (a log-ratio, which is a log-likelihood up to a function of x). With the exact
+likelihood, q = π, and the reverse term is the true reverse KL divergence.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ class GivenProxy(Proxy):
         prior: Prior p(θ).
         log_likelihood: Maps θ `(N, D)` and x `(N, *x_shape)` to log p(x|θ) `(N,)`, up to a function
             of x. −∞ is allowed, NaN and +∞ are not. It is never called outside the prior's support.
-            Pickling the trainer pickles it: a function of a module or an `nn.Module`, no lambda.
-        sample_x: Maps θ `(N, D)` to x `(N, *x_shape)`, a draw from the same likelihood each. With
-            it, the symmetric stage trains on unlimited pairs; leave it out where x is expensive.
+            Pickling the trainer pickles the function, so it should be defined at the top level of
+            a module, or be an `nn.Module`; a lambda cannot be pickled.
+        sample_x: Maps θ `(N, D)` to x `(N, *x_shape)`, one draw from the same likelihood for each
+            θ. With `sample_x`, the symmetric stage trains on unlimited pairs; leave it out where
+            drawing x is expensive.
 
     Raises:
         TypeError: If either is not callable.
@@ -67,8 +69,8 @@ class GivenProxy(Proxy):
     def from_nle(cls, prior: Distribution, estimator: Any) -> GivenProxy:
         """Proxy from what sbi's NLE returns from `train`: a density estimator of x given θ.
 
-        It is copied and frozen. Where it gives NaN, far outside its training data, the proxy has
-        no mass.
+        The estimator is copied and frozen. Where it gives NaN, as far outside its training data,
+        the proxy has no mass.
 
         Raises:
             TypeError: If the estimator lacks `log_prob` or `sample`.
@@ -81,8 +83,8 @@ class GivenProxy(Proxy):
     def from_nre(cls, prior: Distribution, ratio_estimator: Any) -> GivenProxy:
         """Proxy from what sbi's NRE returns from `train`: a ratio estimator of θ and x.
 
-        It is copied and frozen. Where it gives NaN, far outside its training data, the proxy has
-        no mass. It cannot be sampled.
+        The estimator is copied and frozen. Where it gives NaN, as far outside its training data,
+        the proxy has no mass. The proxy cannot draw x.
 
         Raises:
             TypeError: If the estimator lacks `unnormalized_log_ratio`.
@@ -95,7 +97,8 @@ class GivenProxy(Proxy):
 
         Raises:
             TypeError: If the function returns no tensor.
-            ValueError: If it returns another shape, NaN or +∞, or loses a gradient asked for.
+            ValueError: If the function returns another shape, NaN or +∞, or values without a
+                gradient where one is asked for.
         """
         rows = max(1, _CHUNK // max(1, theta.shape[1]))
         parts = [self._evaluate(part, x) for part in theta.split(rows)]
@@ -128,8 +131,9 @@ class GivenProxy(Proxy):
         """Nothing to fit; the functions are tried on some of the simulations. See `Proxy.fit`.
 
         Raises:
-            ValueError: If it gives none of them a positive likelihood or fails the checks of
-                `log_factor`, or if most draws of `sample_x` at their θ are far from all x.
+            ValueError: If `log_likelihood` gives none of these simulations a positive likelihood or
+                fails the checks of `log_factor`, or if most draws of `sample_x` at their θ are far
+                from all simulated x.
         """
         self.check_prior(theta[train_indices])
         rows = train_indices[:_MAX_CHECKED]
@@ -155,7 +159,7 @@ class GivenProxy(Proxy):
 
         Raises:
             NotImplementedError: If no `sample_x` was given.
-            ValueError: If it returns another number of rows.
+            ValueError: If `sample_x` returns another number of rows.
         """
         if self.sample_x is None:
             raise NotImplementedError(

@@ -16,8 +16,8 @@ from torch import Tensor
 __all__ = ["Kernels"]
 
 _CENTRES = 32  # kernels per observation and round
-_WIDTHS = (1.0, 0.3, 0.1)  # of the kernels, relative to the spread of the weighted draws
-_DEGREES = 5.0  # of freedom of the Student kernels
+_WIDTHS = (1.0, 0.3, 0.1)  # widths of the kernels, relative to the spread of the weighted draws
+_DEGREES = 5.0  # degrees of freedom of the Student kernels
 _FAR = 1e15  # units: the square of a larger θ may not be finite in float32
 
 
@@ -26,10 +26,10 @@ class Kernels:
     """Student kernels about J centres per observation, with one covariance each.
 
     Attributes:
-        centres: In these units, `(B, J, D)`.
-        factor: Cholesky factor of the kernels' scale matrix, likewise, `(B, D, D)`.
+        centres: Centres in units of `unit`, `(B, J, D)`.
+        factor: Cholesky factor of the kernels' scale matrix, in the same units, `(B, D, D)`.
         scales: Factor of each kernel's width, `(J,)`.
-        unit: Of each parameter at each observation, `(B, D)`.
+        unit: Unit of each parameter at each observation, `(B, D)`.
     """
 
     centres: Tensor
@@ -97,7 +97,7 @@ class Kernels:
 def _unit(theta: Tensor) -> Tensor:
     """The spread of each parameter over draws `(K, B, D)`, whatever its unit, `(B, D)`.
 
-    To the next power of two, by which a division does not round.
+    The spread is rounded to a power of two, because dividing by one causes no rounding errors.
     """
     low, high = theta.nanquantile(torch.tensor([0.25, 0.75]).to(theta), dim=0)
     spread = high - low
@@ -120,13 +120,13 @@ def _normalised(theta: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
-    """Weighted covariance `(B, D, D)`, shrunk to its diagonal by how few draws are effective."""
+    """Weighted covariance `(B, D, D)`, nearer its diagonal the fewer draws are effective."""
     dim = draws.shape[-1]
     centred = draws - (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
     covariance = torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
-    # At least as wide as the spacing of the draws: one heavy weight must not collapse it.
-    # By quartiles, which a few draws far away do not move.
+    # The covariance is at least as wide as the spacing of the draws, so that one heavy weight does
+    # not collapse it. The spread is that of quartiles, which a few draws far away do not move.
     low, high = draws.quantile(torch.tensor([0.25, 0.75]).to(draws), dim=1)
     spread = ((high - low) / 1.35).square()
     floor = spread.clamp_min(1e-24) * (1e-2 / draws.shape[1]) ** 2

@@ -14,9 +14,9 @@ et al. 2018, arXiv 1704.02030), so a failed fit costs nothing, and where experts
 mixture is better calibrated than any one of them. T_k is a marginal transform of x or the identity
 (`networks.transforms`).
 
-Of wide x (more than 30 outputs), those that do not depend on θ are left out of ℓ_ψ, and draws take
-them from a training simulation; where more than 30 are left, experts are fitted whose cost grows
-slowly with their number.
+Where x is wide (more than 30 outputs), outputs that do not depend on θ are left out of ℓ_ψ, and
+draws take them from a training simulation. Where more than 30 are left, the experts are those whose
+cost grows slowly with the number of outputs.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from sbi_jeffreys.proxies.units import Units
 
 __all__ = ["DrawCount", "LikelihoodProxy"]
 
-#: Training pairs from which on there are so many folds by default: the fewer pairs, the larger the
-#: gain, and the smaller the cost.
+#: Number of training pairs, and the default number of folds from there on: the fewer pairs, the
+#: larger the gain of folds, and the smaller their cost.
 _FOLDS = ((300, 1), (150, 5), (20, 10), (0, 1))
 _CHUNK = 4_000  # pairs per network call: bounds memory when sampling or evaluating many
 _MIN_WEIGHT = 0.02  # experts of a smaller weight, and of less than half the largest, are dropped
 _ENOUGH = 0.9  # share of the draws asked for that is enough where x has few columns
 # mutant: missing-draws-not-replaced
-_ROUNDS = 5  # in which draws are replaced that were not plausible
+_ROUNDS = 5  # rounds in which implausible draws are replaced
 _MIN_PLAUSIBLE = 0.05  # share of plausible draws below which drawing more would not help
 
 
@@ -85,8 +85,8 @@ class LikelihoodProxy(Proxy):
             depend on θ.
         config: How each network is fitted; an expert's own learning rate and decay, where it has
             them, take precedence.
-        num_folds: Fits of each expert to parts of the training pairs, which are then averaged: 1 is
-            a single fit; None is 10 from 20 to 149 training pairs, 5 to 299, else 1.
+        num_folds: How many fits of each expert, to parts of the training pairs, are averaged; 1 is
+            a single fit. None: 10 for 20 to 149 training pairs, 5 for 150 to 299, otherwise 1.
 
     Raises:
         TypeError, ValueError: Naming the argument, what was expected and what came.
@@ -126,7 +126,7 @@ class LikelihoodProxy(Proxy):
         self._folds: list[Fold] = []
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("columns", torch.zeros(0, dtype=torch.long))
-        # Training simulations, which draws take the outputs from that are not in `columns`.
+        # Training simulations, from which draws take the outputs that are not in `columns`.
         self.register_buffer("rest", torch.zeros(0, 0))
 
     def fit(
@@ -164,7 +164,7 @@ class LikelihoodProxy(Proxy):
         folds = self.folds_for(len(train_indices))
         self.compression, self._folds = None, []
         experts = self.experts or (WIDE_EXPERTS if x.shape[1] > WIDE else DEFAULT_EXPERTS)
-        if folds > 1:  # not compressed: every fold would have had its part in the directions
+        if folds > 1:  # no compression: its directions would be found with the unseen pairs
             # mutant: folds-of-held-out-pairs
             fitted, self._folds = fit_folds(experts, base, z, x, train_indices, folds, on_epoch)
         else:
@@ -178,7 +178,7 @@ class LikelihoodProxy(Proxy):
                 fitted = fit_to(experts, data)
         self.results = [expert.result for expert in fitted]
         weights = stacking_weights(torch.stack([expert.held_out for expert in fitted]))
-        # Of more than fifty experts, none may exceed the bound.
+        # Where there are more than fifty experts, perhaps none exceeds `_MIN_WEIGHT`.
         least = min(_MIN_WEIGHT, 0.5 * float(weights.max()))  # mutant: equal-experts-all-dropped
         kept = [k for k in range(len(fitted)) if weights[k] > least]
         self.fitted = nn.ModuleList([fitted[k] for k in kept])
@@ -192,7 +192,7 @@ class LikelihoodProxy(Proxy):
         """Folds for this many training pairs.
 
         Raises:
-            ValueError: If there are fewer than two per fold.
+            ValueError: If there are fewer than two pairs per fold.
         """
         if self.num_folds is None:
             return next(folds for least, folds in _FOLDS if num_pairs >= least)  # mutant: no-folds
@@ -204,7 +204,7 @@ class LikelihoodProxy(Proxy):
         return self.num_folds
 
     def take_folds(self) -> list[Fold]:
-        """The fits to folds that `fit` made, none without folds; forgotten afterwards."""
+        """The fits to folds that `fit` made, empty without folds; the proxy then forgets them."""
         folds, self._folds = self._folds, []
         return folds
 
@@ -256,8 +256,8 @@ class LikelihoodProxy(Proxy):
         """Pairs θ̃ ∼ p(θ), x̃ ∼ ℓ_ψ(·|θ̃), implausible x̃ dropped with their θ̃.
 
         More are drawn until there are `num_samples` (nine tenths of them where x has ten columns
-        or fewer), in at most five rounds, and in none where fewer than one in twenty is plausible.
-        `drawn` has the counts.
+        or fewer), in at most five rounds; no more are drawn once fewer than one in twenty is
+        plausible. `drawn` has the counts.
         """
         return self._enough(num_samples, lambda num: self.sample_prior(num).to(self.weights))
 
@@ -274,7 +274,7 @@ class LikelihoodProxy(Proxy):
         )
 
     def _enough(self, num: int, draw_theta: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        """Plausible pairs, about `num`, with θ̃ from a function of their number."""
+        """About `num` plausible pairs, where `draw_theta(n)` returns n θ̃."""
         theta, x = self._plausible_pairs(draw_theta(num))
         enough = num if x.shape[1] > NARROW else math.ceil(_ENOUGH * num)
         proposed = num
@@ -295,13 +295,13 @@ class LikelihoodProxy(Proxy):
         kept, xs = [], []
         for k, expert in enumerate(self.mixture()):
             mine = (which == k).nonzero().squeeze(-1)
-            if len(mine) == 0:  # an expert of little weight; not every net can draw nothing
+            if len(mine) == 0:  # an expert of little weight; not every net can make zero draws
                 continue
             for rows in mine.split(_CHUNK):
                 x, plausible = expert.sample(z[rows])
                 kept.append(rows[plausible])
                 xs.append(x[plausible])
-        # Not expert by expert: whoever takes the first pairs would get those of one expert alone.
+        # In the order of θ̃: expert by expert, the first pairs would all be those of one expert.
         order = torch.cat(kept).argsort()  # mutant: pairs-in-order-of-experts
         theta, x = theta[torch.cat(kept)[order]], torch.cat(xs)[order]
         if self.compression is not None:

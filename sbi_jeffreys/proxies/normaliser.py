@@ -7,13 +7,14 @@ exactly where the proxy is overconfident. Two remedies are implemented here.
 *Adaptation.* Draws θ_k of main and prior are weighted by (q̃/m)^τ, with the largest τ ≤ 1 that keeps
 a fifth of them effective. The next proposal is one third each of main and prior, of a Student
 distribution with the mean and covariance of the weighted draws, and of Student kernels about
-resampled draws; and so on until τ reaches 1 (population Monte Carlo, Cappé et al. 2004, with
-annealed weights, Neal 2001, arXiv physics/9803008). The estimate comes from the last round's draws
-alone: their proposal does not depend on them, so Ẑ is unbiased.
+resampled draws. This is repeated until half of the draws are effective, or a fifth of them in three
+rounds, and at most twelve times (population Monte Carlo, Cappé et al. 2004, with annealed weights,
+Neal 2001, arXiv physics/9803008). The estimate comes from the last round's draws alone: their
+proposal does not depend on them, so Ẑ is unbiased.
 
 *A bound from the other side.* With the pair's own θ* among the draws the estimate is biased upwards
-where θ* follows q (bidirectional Monte Carlo; Grosse et al. 2015, arXiv 1511.02543). Where both are
-far apart, the larger one is the pessimistic one, and the pair is marked as uncertain.
+where θ* follows q (bidirectional Monte Carlo; Grosse et al. 2015, arXiv 1511.02543). The larger of
+the two estimates is the pessimistic one; where they are far apart, the pair is marked as uncertain.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_densit
 
 __all__ = ["AdaptedDraws", "Normaliser", "adapted_draws"]
 
-_MAX_ROUNDS = 12  # after the first
+_MAX_ROUNDS = 12  # rounds of adaptation after the first draws
 # A pair is settled once plenty of the draws are effective, or enough of them in three rounds.
 _PLENTY, _ENOUGH, _GOOD_ROUNDS = 0.5, 0.2, 3
 _PROGRESS = 1.25  # a round makes progress if it raises the effective number by a quarter
@@ -59,7 +60,7 @@ class Normaliser:
 
     @property
     def pessimistic(self) -> Tensor:
-        """The larger of both, with which the loss of the proxy is highest, `(B,)`."""
+        """The larger of the two bounds, with which the proxy's loss is highest, `(B,)`."""
         return torch.maximum(self.lower, self.upper)  # mutant: normaliser-own-theta-left-out
 
     @property
@@ -71,12 +72,12 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class AdaptedDraws:
-    """Draws of the last proposal at B observations, after the pairs' own θ, and their densities.
+    """The pairs' own θ and draws of the last proposal at B observations, with their densities.
 
     Attributes:
-        theta: The draws, `(1 + K, B, D)`.
+        theta: The pairs' own θ in row 0, and the draws after it, `(1 + K, B, D)`.
         log_prior: log p(θ), −∞ outside the prior, `(1 + K, B)`.
-        log_m: log m(θ|x), m the proposal, `(1 + K, B)`.
+        log_m: log m(θ|x), with the proposal m, `(1 + K, B)`.
         factor: f_ψ(θ, x), without temperature; 0 outside the prior, `(1 + K, B)`.
     """
 
@@ -105,7 +106,7 @@ class AdaptedDraws:
         return self.offset + inverse_temperature * self.factor
 
     def log_normaliser(self, inverse_temperature: Tensor | float) -> Normaliser:
-        """Bounds on log Z_ψ(x) at an inverse temperature, not far from the one adapted to."""
+        """Bounds on log Z_ψ(x) at an inverse temperature near the one that draws are adapted to."""
         log_w = self.log_weights(inverse_temperature)
         none = torch.zeros_like(log_w)
         return Normaliser(
@@ -129,7 +130,7 @@ class AdaptedDraws:
 
     @classmethod
     def together(cls, parts: Sequence[AdaptedDraws]) -> AdaptedDraws:
-        """Those of several groups of observations, one after the other."""
+        """The draws at several groups of observations, one after the other."""
         return cls(*(torch.cat(each, dim=1) for each in zip(*(p._tensors() for p in parts))))
 
 
@@ -151,7 +152,7 @@ def adapted_draws(
         theta: The pairs' own θ, `(B, D)`.
         x: Their observations `(B, *x_shape)`.
         num: Draws per observation and round, at least 4.
-        max_rounds: Rounds of adaptation at most; 0: the main and the prior alone.
+        max_rounds: Most rounds of adaptation; with 0, draws are those of main and prior.
         patience: Rounds without progress after which an observation is left as it is.
     """
     drawn, log_m, log_prior = defensive_draws(proxy, main, x, num, theta)

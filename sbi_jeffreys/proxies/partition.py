@@ -114,7 +114,7 @@ class Contrasts:
     offset_true: Tensor
 
     def pick(self, rows: Tensor, num: int) -> Contrasts:
-        """A random `num` of them for the pairs at `rows`."""
+        """`num` of the contrasts, chosen at random, for the pairs at `rows`."""
         which = torch.randperm(len(self.theta), device=rows.device)[:num].unsqueeze(1)
         return Contrasts(self.theta[which, rows], self.offset[which, rows], self.offset_true[rows])
 
@@ -122,7 +122,7 @@ class Contrasts:
 def draw_contrasts(
     proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor, num: int
 ) -> Contrasts:
-    """Contrasts from the defensive mixture, in random order: any subset is the mixture, too.
+    """Contrasts from the defensive mixture, in random order: any subset follows it, too.
 
     Args:
         proxy: Supplies the prior.

@@ -33,7 +33,7 @@ from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 __all__ = ["PooledProxy"]
 
 _EXPERTS = (*REGRESSIONS, FlowExpert("maf", weight_decay=0.3, around_regression=True))
-_CONTRASTS = 256  # per held-out pair
+_CONTRASTS = 256  # contrasts per held-out pair
 _ROWS = 20  # held-out pairs at once
 
 
@@ -43,15 +43,15 @@ class PooledProxy(EnergyProxy):
     Args:
         prior: Prior p(θ).
         config: The energy's network and fit.
-        embedding_net: As of `EnergyProxy`.
-        experts: Of the likelihood. None: regressions, a neural regression, and one flow; those for
-            wide x where there are more than 30 summaries.
+        embedding_net: As for `EnergyProxy`.
+        experts: Experts of the likelihood. None: regressions, a neural regression, and one flow;
+            the default of `LikelihoodProxy` where there are more than 30 summaries.
         likelihood_fit: How the likelihood's networks are fitted.
-        num_folds: As of `LikelihoodProxy`, but None is a single fit.
+        num_folds: As for `LikelihoodProxy`, but None is a single fit.
 
     Attributes:
-        likelihood: Of the summaries that `fit` started from; None before `fit`, or where they have
-            no density.
+        likelihood: The likelihood of the summaries that `fit` started from; None before `fit`, or
+            where its fit failed, as for constant summaries.
         powers: v and w, shape `(2,)`.
         remark: Why there is no likelihood, in words; empty where there is one.
     """
@@ -87,7 +87,7 @@ class PooledProxy(EnergyProxy):
         max_epochs: int | None = None,
         patience: int | None = None,
     ) -> PooledProxy:
-        """Fit both, then their powers; see `EnergyProxy.fit`."""
+        """Fit the energy and the likelihood, then their powers; see `EnergyProxy.fit`."""
         self.likelihood, self.powers = None, torch.tensor([0.0, 1.0]).to(theta)
         self.remark = ""
         pairs = theta, x, train_indices, val_indices
@@ -100,13 +100,13 @@ class PooledProxy(EnergyProxy):
         likelihood = SummaryLikelihoodProxy(
             self.prior, embedding, experts, self.likelihood_fit, self.num_folds
         ).to(theta)
-        likelihood.folds_for(len(train_indices))  # raises where they are too many
+        likelihood.folds_for(len(train_indices))  # raises where there are too many folds
         try:
             likelihood.fit(*pairs, on_epoch, max_epochs, patience)
         except (ValueError, RuntimeError) as error:  # constant summaries, or no expert was finite
             self.remark = f"without a likelihood of summaries: {error}"
             return self
-        likelihood.take_folds()  # forgotten: the powers are those of held-out pairs
+        likelihood.take_folds()  # not needed: the powers come from the held-out pairs
         held_out = theta[val_indices], x[val_indices]
         contrasts = self.draw(*held_out, _CONTRASTS, main)
         self.likelihood, self.powers = likelihood, self._powers(likelihood, *held_out, contrasts)

@@ -17,8 +17,8 @@ from sbi_jeffreys.networks.standardised import WIDE
 
 __all__ = ["WIDE", "informative_outputs", "sums_of_squares"]
 
-_LEVEL = 0.01  # of the test of one output
-_NOISE = 0.001  # level of the test of all outputs together that fail
+_LEVEL = 0.01  # level of the test of one output
+_NOISE = 0.001  # level of the joint test of the outputs that this test finds independent of θ
 _PAIRS_PER_FEATURE = 4
 
 
@@ -50,7 +50,7 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
         return every
     scores = _normal_scores(x)
     p_location, p_scale = _p_values(features, scores), _p_values(features, scores.abs())
-    p = 1 - (1 - torch.minimum(p_location, p_scale)) ** 2  # of the smaller one of two
+    p = 1 - (1 - torch.minimum(p_location, p_scale)) ** 2  # p-value of the smaller of the two
     kept = p < _LEVEL
     rest = (p[~kept] - _LEVEL) / (1 - _LEVEL)
     fisher = -2 * float(rest.clamp_min(1e-300).log().sum())
@@ -60,10 +60,10 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Tensor:
 
 
 def _normal_scores(values: Tensor) -> Tensor:
-    """Columns `(N, D)` by their ranks as normal quantiles, on the processor, in float64."""
+    """Columns `(N, D)` by their ranks as normal quantiles, on the CPU, in float64."""
     values = values.detach().cpu().double()
-    # Ties, as of counts or of dead pixels, are broken at random, and in each column otherwise: by
-    # the order of the rows, columns of ties would all have the same ranks.
+    # Ties, as among counts or dead pixels, are broken at random, and differently in each column. If
+    # the order of the rows broke them, all columns of ties would have the same ranks.
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(values.shape, generator=generator)
     order = noise.argsort(dim=0)  # mutant: ties-alike-in-all-columns
@@ -73,7 +73,7 @@ def _normal_scores(values: Tensor) -> Tensor:
 
 
 def sums_of_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of columns `(N, D)` about their means: explained by features `(N, F)`, and in all; `(D,)`."""
+    """Sums of squares of columns `(N, D)`, explained by features `(N, F)` and in all, `(D,)`."""
     target = target - target.mean(dim=0)
     basis, _ = torch.linalg.qr(features)
     explained = (basis.T @ target).square().sum(dim=0)
@@ -81,7 +81,7 @@ def sums_of_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _p_values(features: Tensor, target: Tensor) -> Tensor:
-    """Of F-tests whether features `(N, F)`, a constant first, explain columns `(N, D)`."""
+    """p-values of F-tests whether features `(N, F)`, a constant first, explain columns `(N, D)`."""
     num, size = features.shape
     explained, total = sums_of_squares(features, target)
     ratio = (explained / (size - 1)) / ((total - explained).clamp_min(1e-12) / (num - size))

@@ -1,4 +1,4 @@
-"""Weights of densities in a mixture, and powers in a log-linear pool, by pairs not seen before."""
+"""Weights of densities in a mixture, and powers in a log-linear pool, from unseen pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sbi_jeffreys.objective import ranking_nce_losses
 
 __all__ = ["pooling_powers", "stacking_weights"]
 
-# Of the powers' prior, N(1/2, 0.3²) each: the mean of both, unless the pairs favour others.
+# Mean and scale of each power's prior: the factors count equally, unless the pairs say otherwise.
 _POWER, _POWER_SCALE = 0.5, 0.3
 
 
@@ -50,8 +50,8 @@ def pooling_powers(log_factors: Tensor, offset: Tensor) -> Tensor:
     """Powers v of a log-linear pool Σ_j v_j f_j under which true θ stand out among contrasts.
 
     The mode of the ranking likelihood of `ranking_nce_losses`, which is concave in v, times a
-    prior N(1/2, 0.3²) for each power. A factor of a negative power is left out, with power 0, and
-    the others are found without it.
+    prior N(1/2, 0.3²) for each power. A factor whose power would be negative gets power 0, and
+    the other powers are found without it.
 
     Args:
         log_factors: f_j of the true θ of M pairs (row 0) and of K contrasts, `(J, 1 + K, M)`.

@@ -28,7 +28,7 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
     Args:
         prior: Prior p(θ).
         embedding: x `(B, *x_shape)` → summaries `(B, ·)`, copied.
-        experts, config, num_folds: As of `LikelihoodProxy`.
+        experts, config, num_folds: As for `LikelihoodProxy`.
     """
 
     can_sample = False
@@ -71,7 +71,7 @@ class SummaryLikelihoodProxy(LikelihoodProxy):
 
     @property
     def remark(self) -> str:
-        """What the likelihood is of."""
+        """What the likelihood is a density of, in words."""
         more = super().remark
         return "of the embedding net's summaries" + (f"; {more}" if more else "")
 

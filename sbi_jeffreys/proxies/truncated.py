@@ -25,7 +25,7 @@ from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 
 __all__ = ["TruncatedRounds", "of_truncated_rounds"]
 
-_DRAWS = 8_192  # of a kernel density, for Z_r
+_DRAWS = 8_192  # draws of a kernel density that estimate Z_r
 _PER_SAMPLE = 8  # candidates for each draw of a truncated prior
 _CHUNK = 50_000  # candidates at once: bounds memory
 
@@ -50,13 +50,14 @@ class TruncatedRounds(Distribution):
         sizes = torch.tensor([float(len(theta)) for _, theta in rounds])
         self.shares = sizes / sizes.sum()
         parts = [None if part is None else _Truncated(prior, part, theta) for part, theta in rounds]
-        # A region that none of its own θ is near, as of a changed function, says nothing.
+        # A region without mass near its own θ, as where the function that defines it has changed,
+        # is unusable: the prior takes its place.
         self.parts = [part if part and math.isfinite(part.log_z) else None for part in parts]
         super().__init__(event_shape=torch.Size((rounds[0][1].shape[1],)), validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
-        """The prior's."""
+        """The prior's support."""
         return self.prior.support  # type: ignore[return-value]
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
@@ -119,7 +120,7 @@ class _Truncated:
 
 
 def of_truncated_rounds(proxy: Proxy, prior: TruncatedRounds) -> Proxy:
-    """The proxy under the distribution of θ over the rounds; one that was given stays as it is."""
+    """A copy of the proxy, with the distribution of θ over the rounds as its prior."""
     twin = copy(proxy)
     for part in twin.modules():
         if isinstance(part, Proxy):

@@ -15,13 +15,13 @@ from sbi_jeffreys.proxies.experts.base import FEW_VALUES
 
 __all__ = ["Units"]
 
-_ROWS = 4  # for every distinct value, at least, or else they are few by chance
-_ON = 1e-3  # distance from a point of a lattice, in its spacings, that is rounding
-_TINY = 1e-6  # standard deviation that sbi's z-scoring would hardly see
+_ROWS = 4  # least rows per distinct value; with fewer rows, values may be few by chance
+_ON = 1e-3  # distance from a point of a lattice, in its spacings, that counts as rounding
+_TINY = 1e-6  # standard deviation below which values are scaled: sbi's z-scoring hardly sees them
 
 
 class Units(nn.Module):
-    """Values counted from an origin where they lie on a small lattice, and scaled where tiny.
+    """Values as counts where they are few and equally spaced (a lattice), and scaled where tiny.
 
     Calling it maps `(*B, D)` to the same shape; other columns stay as they are.
 

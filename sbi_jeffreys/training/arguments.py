@@ -55,7 +55,7 @@ def check_constructor(
         remedy = 'write options="fast" or options=JeffreysOptions(num_steps=…, …)'
         check_instance("options", options, JeffreysOptions, remedy)
     check_bool("show_progress_bars", show_progress_bars)
-    _check_methods("tracker", tracker, "log_metric", "flush")  # those that training calls
+    _check_methods("tracker", tracker, "log_metric", "flush")  # the methods that training calls
     _check_methods("summary_writer", summary_writer, "add_scalar", "flush")
     if isinstance(logging_level, bool) or not isinstance(logging_level, (int, str)):
         raise TypeError(
@@ -72,7 +72,8 @@ def check_constructor(
 def _check_event(prior: Distribution) -> None:
     """Require that one log density belongs to a whole θ, not to each of its components.
 
-    Of torch's own distributions alone: a class of sbi's or of the user's need not declare shapes.
+    Only torch's own distributions are checked: a class of sbi's or of the user's need not declare
+    shapes.
     """
     if len(prior.event_shape) == 0 and type(prior).__module__.startswith("torch."):
         raise ValueError(
@@ -99,7 +100,7 @@ def _check_device(device: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """The arguments of `train`, each checked; `for_sbi()` hands them to sbi's `train`."""
+    """The arguments of `train`, each checked; `for_sbi()` returns them for sbi's `train`."""
 
     num_atoms: int
     training_batch_size: int
@@ -140,9 +141,9 @@ class TrainArguments:
 
     @property
     def lasting(self) -> dict[str, bool]:
-        """What decides which pairs are used and what their losses mean: not to change on resuming.
+        """The arguments that decide which pairs are used and what their losses mean.
 
-        Of a kernel, whether there is one.
+        They must not change on resuming. Of the calibration kernel, only its presence is compared.
         """
         names = ("force_first_round_loss", "discard_prior_samples", "use_combined_loss")
         flags = {name: getattr(self, name) for name in names}
@@ -189,7 +190,7 @@ def _check_dataloader_kwargs(kwargs: Any) -> None:
         )
 
 
-_FREE = ("proxy", "checkpoint", "checkpoint_seconds")  # a copied proxy is another object
+_FREE = ("proxy", "checkpoint", "checkpoint_seconds")  # may change; a copied proxy is another one
 
 
 def check_resumable(
@@ -202,9 +203,14 @@ def check_resumable(
 ) -> None:
     """Refuse to resume a training that did not begin, or began with other simulations or options.
 
-    `begun` is the number of simulations that training began with, None if it did not begin, and
-    `begun_options` are the options of the symmetric stage, None without one, and `begun_arguments`
-    the lasting ones of the call of `train` that began it.
+    Args:
+        begun: Number of simulations that training began with; None if it did not begin.
+        available: Number of simulations that there are now.
+        options: The trainer's present options.
+        begun_options: Options that the symmetric stage began with; None without a stage.
+        arguments: Arguments of the present call of `train`.
+        begun_arguments: `lasting` arguments of the call of `train` that began the training; None
+            if they are not known.
     """
     if begun is None:
         raise RuntimeError(

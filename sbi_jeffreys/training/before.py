@@ -1,4 +1,4 @@
-"""What a trainer was before a call of `train`, for calls that are refused or fail at once."""
+"""The state of a trainer before a call of `train`, restored if the call fails at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ __all__ = ["Before"]
 class Before:
     """The attributes of a trainer and of its record before a call of `train`.
 
-    Until the first epoch, sbi and we bind attributes anew and change no value in place, so a
-    shallow copy is enough: the split, the network, the random stream, the proxy and the report.
+    Until the first epoch, sbi and this package bind attributes anew and change no value in place,
+    so a shallow copy is enough to restore the split, the network, the random stream, the proxy and
+    the report.
 
     Args:
         trainer: The trainer.
@@ -30,10 +31,11 @@ class Before:
 
     @property
     def over(self) -> bool:
-        """Whether training has begun since then; a call that resumes one has no beginning.
+        """Whether training has begun since then.
 
-        sbi makes an optimiser after all checks, where its loop over epochs begins. With a network
-        that was given back, training has begun when an epoch is over.
+        sbi makes a new optimiser after all checks, where its loop over epochs begins. A call that
+        resumes a training makes none: there, training counts as begun once an epoch is over if an
+        earlier network was given back, and otherwise this property is always False.
         """
         if self.swapped:
             return len(self._trainer.summary["training_loss"]) > self._epochs

@@ -31,7 +31,7 @@ from sbi_jeffreys.training.symmetric import TRACES, SymmetricTraining
 __all__ = ["announce", "complete_summary", "make_report"]
 
 _GAP = 0.5  # nats by which a main may be behind its proxy
-_CLEARLY = 2.0  # standard errors
+_CLEARLY = 2.0  # standard errors that the gap must exceed as well
 
 
 def make_report(
@@ -143,7 +143,7 @@ def _experts(proxy: Proxy | None) -> tuple[tuple[str, float], ...]:
 
 
 def _covers_less(before: CoverageCurve | None, after: CoverageCurve | None) -> bool:
-    """Whether a region covers less than the 99 % band of an exact posterior and than before."""
+    """Whether a region covers less than before, and less than an exact posterior's 99 % band."""
     if before is None or after is None:
         return False
     low = after.values < after.lower.to(after.values)

@@ -30,11 +30,11 @@ __all__ = [
     "training_loader",
 ]
 
-_DECIDING_PAIRS = 50  # held-out pairs at least, in later rounds, if there are so many
+_DECIDING_PAIRS = 50  # least number of held-out pairs that decide in later rounds
 
 
 def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tensor]:
-    """θ `(N, D)` and x `(N, *x_shape)` from a round on, on the training device."""
+    """θ `(N, D)` and x `(N, *x_shape)` from `starting_round` on, on the training device."""
     theta, x, _ = trainer.get_simulations(starting_round)
     device = _sbi.device_of(trainer)
     return theta.to(device), x.to(device)
@@ -52,7 +52,8 @@ class Simulations:
         round_: Index of the latest round.
         rounds: The truncated prior and θ of each round, where there are truncated proposals.
         earlier: How many of the first simulations belong to rounds that only the proxy is fitted
-            to: a likelihood needs no correction for proposals, and extrapolates without them.
+            to: a likelihood needs no correction for proposals, and without these simulations it
+            would have to extrapolate.
     """
 
     theta: Tensor
@@ -78,7 +79,7 @@ class Simulations:
 
 
 def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
-    """All simulations, with the split of those from a round on."""
+    """All simulations, with the split of those from `starting_round` on."""
     theta, x = simulations_in_use(trainer, 0)
     earlier = int((_sbi.rounds_of_simulations(trainer, 0) < starting_round).sum())
     train, val = (
@@ -92,7 +93,7 @@ def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments)
     """Pairs that plain NPE was validated on; with the atomic loss, those of the latest rounds.
 
     Proposals of later rounds approach the posterior at the observation that the rounds are for, and
-    the pairs of the first rounds are far from it: how well a density fits those says little.
+    the pairs of the first rounds are far from it: how well a density fits them says little.
     """
     theta, x = simulations_in_use(trainer, starting_round)
     pairs = _deciding_pairs(trainer, starting_round, arguments)
@@ -113,18 +114,18 @@ def _deciding_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments
 
 
 def latest_held_out(trainer: NPE, starting_round: int) -> Tensor:
-    """Indices of the held-out pairs of the latest rounds, `(M,)`; after a first round, of all."""
+    """Indices of the held-out pairs of the latest rounds, `(M,)`; of all in a first round."""
     val = trainer.val_indices
     rounds = _sbi.rounds_of_simulations(trainer, starting_round).to(val.device)
     return val[latest(rounds[val], _DECIDING_PAIRS)]
 
 
 def latest(rounds: Tensor, num: int) -> Tensor:
-    """Which pairs belong to the latest rounds, `(M,)`: so many rounds that `num` pairs do, or all.
+    """Which pairs belong to the latest rounds, as few rounds as have `num` pairs together, `(M,)`.
 
     Args:
         rounds: Index of each pair's round, `(M,)`.
-        num: Pairs at least.
+        num: Least number of pairs; where there are fewer in all, every pair belongs.
     """
     return rounds >= rounds.sort(descending=True).values[:num].min()
 
@@ -134,8 +135,8 @@ def _kernel(
 ) -> Callable[[Tensor], Tensor]:
     """The calibration kernel, divided by its mean over the held-out pairs, if that is not zero.
 
-    Its scale has no meaning, but held-out values do: in nats per pair, they decide the trust. F is
-    compared with them, so its weights are divided by the same number.
+    The scale of a kernel has no meaning, but held-out values in nats per pair do: they decide the
+    trust. F is compared with these values, so the weights in F are divided by the same number.
     """
     if arguments.calibration_kernel is None:
         return arguments.kernel
@@ -202,9 +203,9 @@ def real_batches(
     atomic: bool,
     position: Position,
 ) -> Callable[[], RealBatch]:
-    """Successive training batches, starting over at the end; in later rounds sbi's losses.
+    """A function that returns the next training batch; in later rounds, sbi's losses of it.
 
-    They go on from `position`, which is kept up to date.
+    Batches go on from `position`, which is kept up to date, epoch after epoch.
     """
     loader = training_loader(trainer, starting_round, arguments)
     kernel = _kernel(trainer, starting_round, arguments)  # mutant: forward-term-by-another-scale

@@ -19,7 +19,7 @@ def describe(trainer: NPE, training: Training, builder: Any) -> str:
     Args:
         trainer: The trainer.
         training: Its record of the symmetric part.
-        builder: Of the main; None if it was lost in a pickle.
+        builder: Builder of the main; None if it was lost in a pickle.
     """
     rounds = _sbi.latest_round(trainer) + 1
     num = len(trainer.get_simulations()[0]) if rounds else 0

@@ -3,9 +3,9 @@ r"""Main and proxy evaluated on the same held-out simulations, in the same units
 First round: F_val = −log p_φ(θ|x), and for the proxy P_val = −log q̃_ψ(θ, x) + log Ẑ_ψ(x), with
 Ẑ by adaptive importance sampling that starts from main (¾) and prior (¼).
 
-Later rounds: the pairs come from a proposal, under which −log p_φ is not a proper score. There both
-are evaluated as classifiers of the true θ among the round's other θ (the atomic loss of Greenberg
-et al. 2019, arXiv 1905.07488), in which proposal and partition function cancel.
+Later rounds: the pairs come from a proposal, under which −log p_φ is not a proper score. Main and
+proxy are then evaluated as classifiers of the true θ among the round's other θ (the atomic loss of
+Greenberg et al. 2019, arXiv 1905.07488), in which proposal and partition function cancel.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from sbi_jeffreys.training.temperature import Evidence, as_evidence, inverse_tem
 
 __all__ = ["HeldOut"]
 
-_EVALUATIONS = 12_800  # of the proxy, shared between held-out pairs
-_COVERAGE_DRAWS = 200  # per held-out pair
-_ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # per held-out pair: many, where pairs are few
-_ALL_ACCEPTANCE_DRAWS = 100_000
-_LEAST_INSIDE = 5  # draws; where so many are expected, none is inside with probability e⁻⁵
+_EVALUATIONS = 12_800  # evaluations of the proxy, shared between held-out pairs
+_COVERAGE_DRAWS = 200  # draws per held-out pair
+_ACCEPTANCE_DRAWS, _FEWEST_DRAWS = 500, 50  # most and fewest draws per held-out pair
+_ALL_ACCEPTANCE_DRAWS = 100_000  # draws of all pairs together, within these bounds
+# Draws that count as inside; where so many are expected, none is inside with probability e⁻⁵.
+_LEAST_INSIDE = 5
 _ROWS = 25  # held-out pairs per network call where each has many θ: bounds memory
 _AT_ONCE = 200  # held-out pairs per call where each has its own θ, and at most 50 others
 
@@ -76,7 +77,7 @@ class HeldOut:
 
     @torch.no_grad()
     def main_losses(self, main: ConditionalDensityEstimator, proxy: Proxy | None = None) -> Tensor:
-        """Loss of the main at each pair, `(M,)`; the atomic one takes the prior from the proxy."""
+        """Loss of the main at each pair, `(M,)`; the atomic loss takes the prior from the proxy."""
         if not self.atomic or proxy is None:
             # mutant: all-pairs-embedded-at-once
             pairs = zip(self.theta.split(_AT_ONCE), self.x.split(_AT_ONCE))
@@ -114,8 +115,8 @@ class HeldOut:
     ) -> tuple[Tensor, Tensor]:
         """Loss of the proxy at each pair, and where it is uncertain, `(M,)` each.
 
-        First round: the pessimistic estimate of log Z is used (`proxies.normaliser`), from `draws`
-        if there are some already.
+        In a first round, the pessimistic estimate of log Z is used (`proxies.normaliser`). It comes
+        from `draws` if they are given.
         """
         if self.atomic:
             theta = with_contrasts(self.theta)
@@ -130,7 +131,7 @@ class HeldOut:
 
     @torch.no_grad()
     def draws(self, proxy: Proxy, main: ConditionalDensityEstimator) -> AdaptedDraws:
-        """Draws at each pair of a proposal that follows the proxy at its temperature."""
+        """Draws at each pair from a proposal that follows the proxy at its temperature."""
         num = self._num_draws()
         pairs = zip(self.theta.split(_ROWS), self.x.split(_ROWS))
         return AdaptedDraws.together(
@@ -166,7 +167,7 @@ class HeldOut:
     ) -> float:
         """γ by which the proxy's log factor should be scaled; see `training.temperature`.
 
-        The contrasts are `draws`, if there are some already.
+        The contrasts are `draws`, if they are given.
         """
         if self.atomic:
             theta = with_contrasts(self.theta)
@@ -183,7 +184,7 @@ class HeldOut:
     def reverse(
         self, main: ConditionalDensityEstimator, proxy: Proxy, num_samples: int = 8
     ) -> float:
-        """R on (at most 50) held-out observations, Ẑ from the same samples; biased low by ~1/K."""
+        """R at up to 50 held-out observations, biased low by ~1/K: Ẑ is from the same K samples."""
         x = self.x[:50]
         with embedded_once(main, x):
             theta = main.sample(torch.Size((num_samples,)), x)

@@ -34,7 +34,7 @@ StageLoss = Callable[[int, Tensor, Callable[[], RealBatch]], tuple[Tensor, dict[
 
 PERIOD = 4  # steps between two turns of R, and of F
 _REAL_WEIGHT = 0.1  # w_F at full trust: the weight of training simulations beside proxy pairs
-_AVERAGE = 0.9  # of F over its last turns
+_AVERAGE = 0.9  # weight of earlier turns in the moving average of F
 
 
 def weigh(
@@ -62,8 +62,8 @@ class SymmetricLoss:
 
     G is in every step. R and F are in every fourth, in turn, and count fourfold: unbiased at a
     quarter of their cost. F has little weight beside G, and the samples of R are expensive. F has
-    no weight while its average over training pairs is below Ĥ, the best value that any model
-    reached on held-out ones: the constraint is satisfied there, and lower values are overfitting.
+    no weight while its average over training pairs is below Ĥ, the best value that any model has
+    reached on held-out pairs: the constraint is then satisfied, and lower values are overfitting.
 
     Args:
         main: The density estimator.
@@ -108,8 +108,8 @@ class SymmetricLoss:
         self._forward = _AVERAGE * before + (1 - _AVERAGE) * value
 
     def _renew_pool(self, step: int) -> None:
-        """Draw the pool anew once its pairs were used so often on average, to avoid overfitting."""
-        # What there is may be fewer than were asked for, and would be fewer at every renewal.
+        """Draw the pool anew once its pairs were used `pool.uses` times on average."""
+        # The pool may have fewer pairs than were asked for; at its own size it would shrink.
         size = self.pool.asked or len(self.pool.x)  # mutant: pool-shrinks
         every = max(1, self.pool.uses * size // self.options.proxy_batch_size)
         if self.pool.renewable and step > 0 and step % every == 0:  # mutant: pool-never-renewed

@@ -55,10 +55,10 @@ class ResilientMultipliers(nn.Module):
 
     Args:
         num_constraints: m ≥ 1.
-        price: α > 0, the slope ∂λ/∂ε of the slack's price: a violation of one nat that persists
-            drives its multiplier to α.
-        step_size: η > 0, how fast λ follows, as a fraction of the way to its target per unit of α:
-            the dual step is λ ← [λ + η α (g − ε)]₊.
+        price: α > 0, the curvature of the slack's price h(ε), so that λ = α ε: a violation of one
+            nat that persists drives its multiplier to α.
+        step_size: η in (0, 1], the share of the way to its target α g that λ goes in one dual step,
+            λ ← [λ + η α (g − ε)]₊.
         max_multiplier: λ_max > 0, where the Huber price becomes linear.
         initial: λ at the start, in [0, λ_max].
 

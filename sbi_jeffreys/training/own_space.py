@@ -2,8 +2,8 @@
 
 In the prior's unconstrained space, where our builder models θ, the prior's edge is at infinity. A
 posterior that piles up there is hard to fit from a few simulations. The symmetric stage makes up
-for it; a plain NPE that is kept does not, and sbi's own, which models θ as it is and is cut off at
-the prior by rejection, can be some tenths of a nat better.
+for this difficulty. Where plain NPE is kept, nothing does, and sbi's own NPE, which models θ as it
+is and is cut off at the prior by rejection, can be some tenths of a nat better.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class KeptPlain:
     """The plain NPE that is kept, and why.
 
     Attributes:
-        network: The better one, in evaluation mode.
+        network: The better of the two networks, in evaluation mode.
         losses: Its held-out losses, `(M,)`.
-        coverage: Of its regions on held-out pairs; None if it is the main as it was.
-        choice: The two compared.
+        coverage: Coverage of its regions on held-out pairs; None if it is the main as it was.
+        choice: The comparison of the two networks.
     """
 
     network: ConditionalDensityEstimator
@@ -69,7 +69,7 @@ class _SameSplit(NPE):
         resume_training: bool = False,
         dataloader_kwargs: dict[str, Any] | None = None,
     ) -> tuple[DataLoader, DataLoader]:
-        """sbi's loaders of the split that there is."""
+        """sbi's loaders of the other trainer's split."""
         return super().get_dataloaders(
             starting_round, training_batch_size, validation_fraction, True, dataloader_kwargs
         )
@@ -78,24 +78,25 @@ class _SameSplit(NPE):
 def choose_space(
     trainer: NPE, builder: Any, arguments: TrainArguments, show_progress_bars: bool
 ) -> KeptPlain | None:
-    """Train plain NPE with θ in its own space, and keep it or the trainer's main.
+    """Train plain NPE with θ in its own space, and choose between it and the trainer's main.
 
-    In the first round alone: over later ones, more and more mass of such a main leaks out.
+    This is done in the first round only: in later rounds, more and more mass of a main in θ's own
+    space leaks out of the prior.
 
     Args:
         trainer: The trainer; it stays as it is.
-        builder: Of the main.
-        arguments: Of `train`.
+        builder: Builder of the main.
+        arguments: Arguments of `train`.
         show_progress_bars: Whether to show progress.
 
     Returns:
-        The better one; None if there is no second one: the main is not one of ours in the prior's
-        space, this is a later round, the second one failed or its loss was not finite, or the
-        kernel excludes every held-out pair.
+        The better of the two. None without a second network: in later rounds, if the main is not
+        modelled in the prior's unconstrained space by a `MainBuilder`, if the second training
+        failed or its loss was not finite, or if the kernel excludes every held-out pair.
 
     Warns:
-        JeffreysWarning: If the second one failed, for instance for want of memory. The first one
-            is trained already, and must not be lost to an error of an optional second one.
+        JeffreysWarning: If the second training failed, for instance for want of memory. The first
+            network is trained already, and must not be lost to an error of an optional second one.
     """
     main, prior = _sbi.network_of(trainer), _sbi.prior_of(trainer)
     # mutant: own-space-of-later-rounds
@@ -110,7 +111,7 @@ def choose_space(
     try:
         own = _train_own(trainer, builder, arguments, show_progress_bars)
         return _better(main, main_losses, own, held_out, prior)
-    except (ValueError, AssertionError):  # sbi's, and its splines', for what is not finite
+    except (ValueError, AssertionError):  # raised by sbi for values that are not finite
         return None
     except RuntimeError as error:  # mutant: second-npe-must-not-fail
         warnings.warn(
@@ -130,7 +131,7 @@ def _better(
     held_out: HeldOut,
     prior: Distribution,
 ) -> KeptPlain:
-    """The better one of the main, with its held-out losses `(M,)`, and the second network."""
+    """The better of the main, whose held-out losses are given, and the second network."""
     losses = {Space.PRIOR: main_losses, Space.OWN: held_out.truncated_losses(own, prior)}
     gain = Estimate.of(losses[Space.PRIOR] - losses[Space.OWN], held_out.weights)
     # mutant: own-space-always, own-space-never, own-space-without-margin

@@ -55,7 +55,8 @@ def save(inference: Any, path: str | os.PathLike[str], tensors: dict[str, Any]) 
     """Write an object, and the tensors for `load_tensors`, to `path`, complete or not at all.
 
     A new file gets the permissions that the umask leaves, an existing one keeps its own, and a
-    symbolic link stays a link to the file that is replaced. What cannot be pickled is a TypeError.
+    symbolic link stays a link to the file that is replaced. Where something in the object cannot be
+    pickled, a TypeError says so.
     """
     try:
         with warnings.catch_warnings():
@@ -160,7 +161,7 @@ def load_tensors(path: str | os.PathLike[str], device: str) -> dict[str, Any]:
 
 
 def place_step_counters(optimizer: Optimizer) -> None:
-    """Move Adam's step counters back to the CPU after loading onto a device, unless it is fused."""
+    """Move Adam's step counters to the CPU after loading onto a device, unless Adam is fused."""
     for group in optimizer.param_groups:
         if group.get("fused") or group.get("capturable"):
             continue

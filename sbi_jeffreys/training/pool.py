@@ -1,10 +1,11 @@
-"""The pool: what G and R are evaluated at.
+"""The pool: the observations and draws of θ at which G and R are evaluated.
 
-A proxy with a density of x draws pairs (θ̃, x̃) of its joint, as many as are needed. A proxy without
-one has the observations of the training simulations alone, and several θ̃_k ∼ q_ψ(·|x) for each of
-them, drawn once, before the symmetric stage, by adaptive importance resampling from the stage-0
-main and the prior. On either pool G is plain maximum likelihood. (Reweighting samples of the
-changing main is not: once the main has lost a region, no weight brings it back.)
+A proxy with a density of x draws as many pairs (θ̃, x̃) of its joint as are needed. For a proxy
+without one, the pool has only the observations of the training simulations, and several
+θ̃_k ∼ q_ψ(·|x) for each of them. These are drawn once, before the symmetric stage, by adaptive
+importance resampling from the stage-0 main and the prior. On either pool G is plain maximum
+likelihood. (Samples of the main, reweighted as it changes, would not do: once the main has lost a
+region, no weight brings that region back.)
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ __all__ = [
     "tempering_weights",
 ]
 
-_DRAWS, _KEPT = 256, 64  # per observation: draws of the adapted proposal, and θ̃ kept of them
+_DRAWS, _KEPT = 256, 64  # draws of the adapted proposal per observation, and θ̃ kept of them
 _FEW = 10.0  # effective draws below which an observation weighs less
 _BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
 _PATIENCE = 4  # rounds of adaptation without progress at an observation
-_MAX_OBSERVATIONS, _FEWEST_LATER = 5_000, 1_000  # at which θ̃ are resampled
+_MAX_OBSERVATIONS, _FEWEST_LATER = 5_000, 1_000  # most x at which θ̃ are resampled; fewest x̃
 
 
 @dataclass
@@ -45,10 +46,10 @@ class Pool:
         theta: One θ̃ for each observation, `(N, D)`, or K for each, `(K, N, D)`.
         x: Shape `(N, *x_shape)`.
         weights: How often each observation is drawn, in proportion, `(N,)`.
-        renewable: Whether it may be drawn anew from the proxy's joint, and cheaply.
+        renewable: Whether the pool is drawn anew from the proxy's joint once it has been used.
         uses: How often each pair is drawn, on average, before a renewable pool is drawn anew.
-        asked: How many pairs the proxy was asked for, of which some were not plausible; 0 where
-            none were drawn.
+        asked: How many pairs the proxy was asked for; it may have left out implausible ones. 0
+            where none were drawn.
     """
 
     theta: Tensor
@@ -64,7 +65,7 @@ class Pool:
         return self.theta.ndim == 3
 
     def draw(self, num: int) -> Tensor:
-        """Rows of `num` draws of observations with replacement."""
+        """Indices of `num` observations, drawn by their weights with replacement."""
         return torch.multinomial(self.weights, num, replacement=True)
 
     def theta_at(self, rows: Tensor, num: int) -> Tensor:
@@ -84,8 +85,8 @@ def draw_pool(
         first_round: Whether θ̃ come from the prior; else they are those of training simulations, so
             that observations lie where the rounds simulate.
         num_draws: Size of the pool.
-        smooth: Whether the θ̃ of later rounds are draws of a kernel density of those of training
-            simulations, of which there are few beside the pool's draws.
+        smooth: Whether, in later rounds, θ̃ are drawn from a kernel density of the training
+            simulations' θ, of which there are few compared with the pool's draws.
 
     Returns:
         θ̃ `(N, D)` and x̃ `(N, *x_shape)`.
@@ -100,9 +101,9 @@ def draw_pool(
 
 
 def draws_of_later_rounds(num_simulations: int) -> int:
-    """How many x̃ a proxy should draw in later rounds: as many as there are simulations.
+    """How many x̃ a proxy should draw in later rounds: one per simulation, from 1,000 to 5,000.
 
-    At each of them θ̃ are resampled, which is expensive.
+    At each x̃, θ̃ are resampled, which is expensive.
     """
     return min(_MAX_OBSERVATIONS, max(_FEWEST_LATER, num_simulations))
 
@@ -176,8 +177,8 @@ def tempering_weights(proxy: Proxy, theta: Tensor, x: Tensor) -> Tensor:
 
     Args:
         proxy: The proxy, at its temperature.
-        theta: Of the pool, `(N, D)`.
-        x: Of the pool.
+        theta: θ̃ of the pool, `(N, D)`.
+        x: x̃ of the pool, `(N, *x_shape)`.
 
     Returns:
         Shape `(N,)`, mean one; ones at γ = 1.

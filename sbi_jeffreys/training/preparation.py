@@ -50,10 +50,10 @@ from sbi_jeffreys.training.tempering import set_temperature
 
 __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 
-# Values of log γ between which draws that were adapted to γ = 1 serve: a sharper target has bounded
-# weights under them.
+# Range of log γ in which draws that were adapted to γ = 1 are used again. Its upper end is further
+# from 0, since a sharper target has bounded weights under these draws.
 _SAME_DRAWS = -0.1, 0.4
-_USES_OF_EXPENSIVE = 5  # of each draw of a renewable pool, on average
+_USES_OF_EXPENSIVE = 5  # mean uses of each pair of a renewable pool that is expensive to draw
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -63,15 +63,15 @@ class Prepared:
 
     Attributes:
         status: Whether the symmetric stage should run, and if not, why.
-        proxy: None where there is none for these simulations.
-        note: Which proxy, and why, in words.
+        proxy: The fitted proxy; None where there is none for these simulations.
+        note: Which proxy it is, and why, in words.
         proxy_losses: Held-out losses of the proxy, `(M,)`.
         main_losses: Held-out losses of the main that the proxy was compared with, `(M,)`.
         trust: t in [0, 1].
         pool: Observations of the symmetric stage, where it should run.
         proxy_value: P_val, the mean of `proxy_losses`.
         main_value: V_NPE, the mean of `main_losses`.
-        weights: Of the held-out pairs, `(M,)`; None where there are no losses.
+        weights: Weights of the held-out pairs, `(M,)`; None where there are no losses.
         uncertain: Share of the pairs at which the proxy's loss could not be bounded well.
         atomic: Whether the losses are those of classifying θ among other pairs' θ.
     """
@@ -119,13 +119,13 @@ def prepare(
     """Fit the proxy that the options ask for, compare it with the main, draw its pool.
 
     Args:
-        prior: The trainer's prior; an empirical one gets a kernel density.
+        prior: The trainer's prior; for sbi's stand-in for none, a kernel density is used.
         main: The main after stage 0, at its best weights, in evaluation mode.
         simulations: Data and split.
         held_out: The held-out pairs.
         kernel: Calibration kernel, which weighs the pool.
         options: The proxy's options.
-        budget: Bounds.
+        budget: Bounds on epochs and steps.
 
     Returns:
         The proxy and its status.
@@ -165,7 +165,7 @@ def _choose(
     simulations: Simulations,
     options: JeffreysOptions,
 ) -> tuple[Proxy | None, str]:
-    """A proxy for these simulations, not yet fitted, or None; and which one and why, in words."""
+    """A proxy for these simulations, not yet fitted, or None; and in words, which one and why."""
     if isinstance(prior, ImproperEmpirical):
         prior = EmpiricalPrior(simulations.theta[simulations.train])
     if has_discrete_part(prior) or isinstance(main, MixedDensityEstimator):
@@ -266,16 +266,17 @@ def begin_stage(
     """The symmetric stage before its first step, with plain NPE as the best main so far.
 
     The stage starts from plain NPE with the embedding net that the proxy has trained further, and
-    without the outputs that the proxy found uninformative; where the proxy is a density of linear
-    summaries, the main looks at these and is fitted again. What is said of plain NPE is measured
-    before these changes, and the main is left as plain NPE until the stage runs.
+    without the outputs that the proxy found uninformative. Where the proxy is a density of linear
+    summaries, the main may get these as its input and be fitted again (see `summarise`). What the
+    report says of plain NPE is measured before these changes, and the main is left as plain NPE
+    until the stage runs.
 
     Args:
         found: A proxy that is used.
         main: Plain NPE.
         held_out: The held-out pairs.
         options: The stage's options.
-        arguments: Of `train`.
+        arguments: Arguments of `train`.
         budget: The stage's length, and whether to show progress.
     """
     assert found.proxy is not None

@@ -50,7 +50,7 @@ class RandomStream:
                 self.mark()
 
     def at(self, state: Tensor) -> RandomStream:
-        """Another stream, with the numbers that followed when `torch.get_rng_state()` was this."""
+        """Another stream, which goes on from `state`, a value of `torch.get_rng_state()`."""
         twin = RandomStream()
         twin._start, twin._state = self._start, state
         return twin

@@ -1,4 +1,4 @@
-"""A main that is to look at summaries of x is fitted again: to the proxy's draws, by likelihood."""
+"""Fitting a main again, to the proxy's draws, once it gets summaries of x as its input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONFIG = FitConfig(learning_rate=1e-2, batch_size=200, max_epochs=5)
 def restored_if_interrupted(
     main: ConditionalDensityEstimator, weights: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Give the main these weights again if anything interrupts what is done to it within."""
+    """Load these weights into the main again if an exception or interrupt ends the block."""
     try:
         yield
     except BaseException:
@@ -43,9 +43,9 @@ def summarise(
     npe_nll: float,
     show_progress_bars: bool = False,
 ) -> bool:
-    """Let the main look at the proxy's linear summaries of x, and fit it again.
+    """Give the main the proxy's linear summaries of x as its input, and fit it again.
 
-    Over hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. Where
+    With hundreds of outputs, plain NPE fits the noise of the simulations that it has seen. Where
     the main is worse on held-out simulations afterwards, it is left as it was.
 
     Args:
@@ -57,8 +57,9 @@ def summarise(
         show_progress_bars: Whether to show progress.
 
     Returns:
-        Whether the main looks at summaries now; False where the proxy has none, where the main has
-        an input of its own, and in later rounds, whose pools are no draws of the joint.
+        Whether the main gets summaries now; False where its held-out loss was not lower with them,
+        where the proxy has none, where the main's input does not transform x as the proxy does,
+        and in later rounds, whose pools are no draws of the joint.
     """
     if held_out.atomic or pool.grouped:
         return False
@@ -79,11 +80,11 @@ def fit_to_pool(
     held_out: HeldOut,
     show_progress_bars: bool = False,
 ) -> FitResult:
-    """Minimise −log p_φ(θ̃|x̃) over a pool of the joint, and stop by the held-out simulations.
+    """Minimise −log p_φ(θ̃|x̃) over a pool of the joint; held-out simulations decide when to stop.
 
     Args:
         main: Fitted in place, and left in evaluation mode.
-        pool: With one θ̃ for each observation.
+        pool: A pool with one θ̃ for each observation.
         held_out: The held-out pairs.
         show_progress_bars: Whether to show progress.
     """

@@ -1,4 +1,4 @@
-"""What training decided, as values from which the words are made.
+"""What training decided, as values from which the words of the report are made.
 
 `NPE_Jeffreys.training_report` is a `TrainingReport` after every training. Printed, the report says
 in a few lines which proxy was used and how far it was trusted, the held-out losses of main and
@@ -104,7 +104,7 @@ class Problem(Enum):
     )
 
 
-#: A proxy was fitted, but plain NPE was kept.
+#: Statuses of a proxy that was fitted but not used, so that plain NPE was kept.
 REFUSED = (
     ProxyStatus.UNTRUSTED,
     ProxyStatus.IMPLAUSIBLE,
@@ -138,10 +138,10 @@ class SpaceChoice:
     """The space in which plain NPE models θ, where it was kept and trained in both spaces.
 
     Attributes:
-        kept: The one that was kept.
+        kept: The space of the network that was kept.
         prior: Held-out loss of plain NPE in the prior's unconstrained space.
         own: Held-out loss of plain NPE in θ's own space, corrected for the mass outside the prior.
-        gain: Held-out loss of the first minus that of the second, pair by pair.
+        gain: `prior` minus `own`, pair by pair.
     """
 
     kept: Space
@@ -169,7 +169,8 @@ class TrainingReport:
     Attributes:
         proxy_status: Whether the proxy was used, and if not, why.
         proxy: Which proxy was chosen, and why, in words.
-        experts: Names and mixture weights of a likelihood proxy's experts.
+        experts: Names and mixture weights of a likelihood proxy's experts; for the product of an
+            energy and a likelihood, the powers of the two.
         trust: t in [0, 1], how far the proxy was followed.
         inverse_temperature: γ of the proxy.
         stage_status: How far the symmetric stage got.
@@ -177,7 +178,7 @@ class TrainingReport:
         npe: Held-out loss of plain NPE.
         proxy_held_out: Held-out loss of the proxy, None without one.
         main: Held-out loss of the main that was kept.
-        gap: Held-out loss of that main minus the proxy's, pair by pair; None without a proxy.
+        gap: Held-out loss of the kept main minus the proxy's, pair by pair; None without a proxy.
         multiplier: λ at the end, None without a symmetric stage.
         skipped_steps: Steps that were skipped because their gradient was not finite.
         restarts: How often the stage was reset to its best weights at half the step size.
@@ -188,8 +189,9 @@ class TrainingReport:
         apart: How far main and proxy are apart at observations that the proxy draws, at the end of
             the stage: half the variance of log p − log q̃ over the main's samples, in nats.
         uncertain: Share of the held-out pairs at which the proxy's loss could not be bounded well.
-        coverage_before: Of plain NPE's 50 and 90 % regions on held-out pairs; None in later rounds.
-        coverage: Of the kept main's.
+        coverage_before: Coverage of plain NPE's 50 and 90 % regions on held-out pairs; None in
+            later rounds.
+        coverage: The same of the main that was kept.
         space: Where plain NPE models θ. None where there was no choice: where the symmetric stage's
             weights were kept, in later rounds, and where the main does not model θ in the
             unconstrained space of a bounded prior.

@@ -24,7 +24,7 @@ __all__ = ["SavedTrainer"]
 class SavedTrainer(_sbi.RoundsTrainer):
     """sbi's trainer with `save`, `load`, `load_weights` and a `repr`; pickles keep the builder."""
 
-    _builder: Callable[..., Any]  # of the main
+    _builder: Callable[..., Any]  # builds the main
     _training: Training  # the record of the symmetric part
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -94,8 +94,8 @@ class SavedTrainer(_sbi.RoundsTrainer):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | None = None) -> Self:
-        """Read what `save` wrote. This runs code from the file: for one that you do not trust, use
-        `load_weights`.
+        """Read what `save` wrote. This runs code from the file: for a file that you do not trust,
+        use `load_weights`.
 
         Args:
             path: The file.

@@ -33,7 +33,7 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
                 "pass at least one simulation."
             )
     known = prior is not None and not isinstance(prior, ImproperEmpirical)
-    if known or theta.ndim != 1:  # without a prior, sbi stores and splits vectors of any meaning
+    if known or theta.ndim != 1:  # without a prior, sbi accepts one-dimensional tensors, too
         check_matrix(theta)
         if x.ndim == 1:
             raise ValueError(

@@ -4,9 +4,9 @@ r"""The symmetric stage: a thin loop of gradient steps and dual steps over an ex
 
 The forward constraint is evaluated on held-out simulations, while its gradient comes from
 surrogates (the proxy-Lagrangian of Cotter et al. 2019): F on training simulations and G on pairs
-drawn from the proxy, which are unlimited, so that λ can grow without overfitting. Per step the main
-descends the loss (`sbi_jeffreys.training.loss`), per epoch λ takes a resilient dual step
-(`sbi_jeffreys.training.multipliers`).
+drawn from the proxy, which are unlimited, so that λ can grow without overfitting. Every step is a
+gradient step of the main on the loss (`sbi_jeffreys.training.loss`), and every epoch ends with a
+resilient dual step of λ (`sbi_jeffreys.training.multipliers`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sbi_jeffreys.training.multipliers import ResilientMultipliers
 
 __all__ = ["APART", "SymmetricStage"]
 
-_FACTOR, _FACTOR_WITHOUT_PAIRS = 30.0, 20.0  # peak learning rate over plain NPE's
+_FACTOR, _FACTOR_WITHOUT_PAIRS = 30.0, 20.0  # peak learning rate in units of plain NPE's
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
-# Half the variance of log p − log q shortly before half of the stage: above the first, mains were
-# still 0.3 to 1.6 nats behind their proxies at its end; below the second, hardly 0.1.
+# Half the variance of log p − log q shortly before half of the stage: above the first value, mains
+# were still 0.3 to 1.6 nats behind their proxies at the stage's end; below the second, hardly 0.1.
 APART, _CLOSE = 2.0, 0.35
-# Share of its length from which a stage stays as long as it is: its learning rate has fallen far,
-# and three quarters, where it would end if it were shortened, are too near to anneal the rest.
+# Share of its steps after which a stage keeps its length: the learning rate has fallen far, and the
+# steps up to three quarters, where a shortened stage ends, are too few to anneal the rest.
 _TOO_LATE = 0.625
 
 
@@ -87,7 +87,8 @@ class SymmetricStage:
             max_multiplier=options.max_multiplier,
             initial=options.first_multiplier,
         ).to(self.pool.x.device)
-        #: All weights in one vector, where they fit in one; it is the main's while an epoch runs.
+        #: All weights in one vector, if one can hold them. While an epoch runs, the main's weights
+        #: are views of it.
         self.vector = flat_copy(self.main)
         self.optimizer = self._new_optimizer()
         self.step = self.skipped = self.doublings = 0
@@ -110,11 +111,10 @@ class SymmetricStage:
         return float(self.multipliers.multipliers[0]) >= self.options.max_multiplier
 
     def run_epoch(self, next_real: Callable[[], RealBatch]) -> dict[str, float]:
-        """The steps up to the end of the epoch; returns each term's mean over the steps it was in.
+        """Run the steps up to the end of the epoch; return each term's mean over its steps.
 
-        An epoch has `steps_per_epoch` steps; one that was interrupted is completed.
-
-        A term that was in no step of a short epoch keeps its last mean; NaN before its first.
+        An epoch has `steps_per_epoch` steps; one that was interrupted is completed. A term that was
+        in no step of a short epoch keeps its last mean, which is NaN before its first step.
         """
         self.main.train()
         seen: dict[str, list[float]] = {name: [] for name in self.latest}
@@ -160,9 +160,9 @@ class SymmetricStage:
         The decision is by the loss of R, half the variance of log p − log q, which is zero where
         main and proxy agree, costs nothing more, and needs neither held-out pairs nor log Z. Each
         doubling costs twice as much as the one before, so the bound on that loss is twice as high.
-        The learning rate is annealed over the new length from where it is. The length stays where
-        the first epoch that ends in the second half ends late in it, as in a stage of very few
-        epochs. An explicit `JeffreysOptions.num_steps` is not touched.
+        The learning rate is annealed over the new length from where it is. The length is kept if
+        the first epoch to end in the second half ends after five eighths of the stage, as in a
+        stage of very few epochs. An explicit `JeffreysOptions.num_steps` is not touched.
         """
         if self._settled or self.options.num_steps is not None:  # mutant: length-asked-for-adapted
             return

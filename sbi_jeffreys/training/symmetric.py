@@ -20,7 +20,8 @@ from sbi_jeffreys.training.stage import SymmetricStage
 
 __all__ = ["TRACES", "Best", "SymmetricTraining"]
 
-# The guard: nats above plain NPE, beyond three standard errors, in the two halves of the stage.
+# Nats above plain NPE's loss, beyond three standard errors, at which the stage counts as diverged:
+# in its first and in its second half.
 _EXCESS_EARLY, _EXCESS_LATE, _ERRORS = 3.0, 0.5, 3.0
 _MAX_RESTARTS = 2
 
@@ -59,13 +60,13 @@ class SymmetricTraining:
         plain: Held-out losses of plain NPE, `(M,)`, which the guard compares with.
         proxy_losses: Held-out losses of the proxy, `(M,)`; after the stage, the larger of two
             estimates.
-        last_weights: Those of the last step, while the best ones are in the main; else None.
+        last_weights: Weights of the last step, while the best ones are in the main; else None.
         status: How far the stage got.
-        restarts: How often it went back to its best weights at half the step size.
-        coverage_before: Of plain NPE on held-out pairs; None in later rounds.
-        coverage_after: Of the main that is kept.
+        restarts: How often the stage went back to its best weights at half the step size.
+        coverage_before: Coverage of plain NPE on held-out pairs; None in later rounds.
+        coverage_after: Coverage of the main that is kept.
         start: Weights that the stage started from: plain NPE's after the changes of `begin_stage`.
-        weights: Of the held-out pairs, `(M,)`; None before the first call of `run`.
+        weights: Weights of the held-out pairs, `(M,)`; None before the first call of `run`.
         always_at_bound: Whether λ was at its upper bound in the second half of the stage.
         judged: Whether the weights of the last epoch were evaluated, and kept or not.
     """
@@ -105,15 +106,16 @@ class SymmetricTraining:
     ) -> int:
         """Run what is left of the stage, at most `max_epochs` epochs; leave the best weights.
 
-        Whatever ends it, an interrupt or another exception included, the main has its best weights
-        in evaluation mode afterwards.
+        However the run ends, also by an interrupt or another exception, the main has its best
+        weights afterwards and is in evaluation mode.
 
         Args:
             held_out: Held-out pairs.
             next_real: Returns the next batch of training simulations.
             max_epochs: Bound on the epochs of this call.
-            on_epoch: Called with the values of `TRACES`, the training loss, and the seconds.
-            after_epoch: Called when an epoch is complete and training could be resumed from here.
+            on_epoch: Called after every epoch with the values of `TRACES`, the training loss, and
+                the seconds that the epoch took.
+            after_epoch: Called when an epoch is complete and training could be resumed from it.
             show_progress_bars: Whether to show progress.
 
         Returns:
@@ -130,7 +132,7 @@ class SymmetricTraining:
             while epochs < max_epochs and not (stage.finished and self.judged):
                 start = time.perf_counter()
                 self.judged = False
-                terms = stage.run_epoch(next_real)  # without a step where only judging is left
+                terms = stage.run_epoch(next_real)  # takes no step where only judging is left
                 losses = held_out.main_losses(stage.main, self.proxy)
                 value = held_out.mean(losses)
                 self.keep(value, losses)
@@ -153,13 +155,13 @@ class SymmetricTraining:
         return epochs
 
     def evaluate(self, held_out: HeldOut, before: Tensor | None) -> None:
-        """Evaluate the main that is kept, and the proxy once more with it as the proposal.
+        """Evaluate the main that is kept, and once more the proxy, with this main as the proposal.
 
         Both estimates of the proxy's losses tend to be too low, so the larger one counts.
 
         Args:
             held_out: Held-out pairs.
-            before: The proxy's losses as they were read before the stage, `(M,)`.
+            before: The proxy's losses as estimated before the stage, `(M,)`.
         """
         after, _ = held_out.proxy_losses(self.proxy, self.stage.main)
         self.proxy_losses = after if before is None else torch.maximum(before, after)
@@ -178,7 +180,7 @@ class SymmetricTraining:
 
         Args:
             value: Held-out value of the main as it is now.
-            losses: The losses that it is the mean of, `(M,)`.
+            losses: The losses of which `value` is the mean, `(M,)`.
         """
         stage = self.stage
         # mutant: lucky-epochs-kept
@@ -204,10 +206,11 @@ class SymmetricTraining:
         return not held_out.mean(excess) <= margin  # also where either is NaN
 
     def _restart(self) -> bool:
-        """Go back to the best weights at half the step size; False once that was done twice.
+        """Go back to the best weights at half the step size; False if the stage has to stop.
 
-        While plain NPE's are the best ones, to those that the stage started from: plain NPE's own
-        lack what the stage had got from the proxy.
+        The stage stops if it is finished or was restarted twice. While plain NPE's weights are the
+        best, the stage goes back to those that it started from, because plain NPE's weights lack
+        the changes of `begin_stage`.
         """
         if self.stage.finished or self.restarts >= _MAX_RESTARTS:
             self.status = StageStatus.STOPPED
@@ -254,7 +257,7 @@ class SymmetricTraining:
         return dict(zip(TRACES, values))
 
     def _error(self, losses: Tensor) -> float:
-        """Standard error of the mean of `(M,)` losses; 0 where there is one alone."""
+        """Standard error of the mean of losses `(M,)`; 0 where only one of them counts."""
         alone = len(losses) == 1 or (
             self.weights is not None and int((self.weights > 0).sum()) == 1
         )

@@ -1,26 +1,27 @@
 r"""Temperature of a proxy: the scale of its log factor that held-out pairs support.
 
-A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. One that
-takes many outputs for independent, and errs in their common mean, is too narrow. One number
-corrects most of either (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
+A proxy that was fitted too briefly is too wide, and so is the main that is pulled to it. A proxy
+that takes many outputs for independent, and errs in their common mean, is too narrow. One number
+corrects most of either fault (temperature scaling; Guo et al. 2017, arXiv 1706.04599):
 
     q_{ψ,γ}(θ|x) ∝ p(θ) e^{γ f_ψ(θ,x)},      γ > 0.
 
-γ has a posterior of its own, given held-out pairs: their ranking likelihood, in which the partition
-function cancels, so that it needs no estimate (which would be the worse the sharper q is), under
-log γ ∼ N(0, 0.15²). A proxy is sharpened to one standard deviation below the mean of log γ,
-because the same pairs stopped the proxy's fit and weighed its members, which makes them optimistic
-evidence. It is widened to the mean where that is more than two standard deviations below 0. An
-energy is left alone: it was fitted by these very losses, its scale included.
+γ has a posterior of its own, given held-out pairs: the product of their ranking likelihood and the
+prior log γ ∼ N(0, 0.15²). The partition function cancels in that likelihood, so that it need not be
+estimated; the estimate would be the worse the sharper q is. A proxy is sharpened to one standard
+deviation below the mean of log γ, because the same pairs stopped the proxy's fit and weighed its
+members, which makes them optimistic evidence. It is widened to the mean where the mean is more than
+two standard deviations below 0. An energy is left alone: its scale was fitted by the same losses.
 
-Better evidence are training pairs under fits that have not seen them (`proxies.cross_fitting`): γ
-is the mean of its posterior then, in both directions. With few simulations the proxy is a mixture
-of such fits to folds. (It is wider than each, so that this γ is rather too low than too high.) With
-up to 3,000, such fits are made for the purpose where inexpensive experts have most of the weight.
-They widen the proxy, and leave it to the held-out pairs to sharpen it.
+Training pairs are better evidence, under fits that have not seen them (`proxies.cross_fitting`). γ
+is then the mean of its posterior, whether it widens or sharpens the proxy. With few simulations the
+proxy is a mixture of such fits to folds. (The mixture is wider than each of them, so this γ is
+rather too low than too high.) With up to 3,000 training pairs, such fits are made only to judge the
+proxy, where inexpensive experts have most of the weight. They may widen the proxy; whether it is
+sharpened is left to the held-out pairs.
 
-The ranks of one pair in a hundred are taken to be chance, as in a contaminated likelihood: of a
-proxy with Gaussian tails, a single pair far out would otherwise set γ.
+The ranks of one pair in a hundred are taken to be chance, as in a contaminated likelihood: in the
+Gaussian tails of a proxy, a single pair far out would otherwise set γ.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = ["Evidence", "as_evidence", "inverse_temperature"]
 _PRIOR_SCALE = 0.15  # mutant: temperature-of-a-few-pairs
 _CLEARLY = 2.0  # standard deviations of log γ below 0 from which on the proxy is widened
 _OUTLIERS = 0.01  # share of pairs whose rank is left to chance: a single one must not decide
-_STEP, _NUM_STEPS = 0.025, 28  # of log γ to either side of 0: from a half to two
+_STEP, _NUM_STEPS = 0.025, 28  # steps of log γ on either side of 0: γ from a half to two
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Evidence:
             `(1 + K, M)`; −∞ for a contrast outside the prior. Zeros where the contrasts follow the
             same proposal as the pairs.
         log_factor: f_ψ of the same, `(1 + K, M)`.
-        weights: Of the pairs, `(M,)`.
+        weights: Weights of the pairs, `(M,)`.
     """
 
     offset: Tensor
@@ -60,7 +61,7 @@ class Evidence:
 
 
 def as_evidence(weights: Tensor) -> Tensor:
-    """Kernel weights `(M,)`, in sum the effective number of pairs: so many that are worth one."""
+    """Kernel weights `(M,)`, scaled so that their sum is the effective number of pairs."""
     effective = weights.sum() ** 2 / (weights**2).sum()
     return weights * effective / weights.sum()  # mutant: excluded-pairs-are-evidence
 
@@ -69,8 +70,8 @@ def inverse_temperature(evidence: Sequence[Evidence], optimistic: bool = False) 
     """The inverse temperature at which true θ of unseen pairs stand out among contrasts.
 
     With v = γ f_ψ(θ, x) + log p(θ) − log m(θ|x), the posterior of log γ is
-    ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), losses as of `ranking_nce_losses`. The
-    module's docstring explains which value is taken from it.
+    ∝ exp(−Σ ranking losses − (log γ)² / (2 · 0.15²)), with the losses of `ranking_nce_losses`. The
+    module's docstring explains which value is taken from this posterior.
 
     Args:
         evidence: Pairs, in one group or several.

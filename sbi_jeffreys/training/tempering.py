@@ -1,4 +1,4 @@
-"""Setting a proxy's temperature: the evidence for it, and how far a pool can follow."""
+"""Setting a proxy's temperature: the evidence for it, and how far a pool can be weighted by it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from sbi_jeffreys.training.temperature import (
 __all__ = ["evidence_of", "set_temperature", "temper"]
 
 _PROBE, _LEAST_SHARE = 2_000, 0.5  # pairs at which a temperature is tried, effective share to keep
-_NEXT_TO_ONE = 0.02  # of γ − 1, which is as good as 0
-# The same of a mixture of fits: weighting its pool takes up to a fifth of training.
+_NEXT_TO_ONE = 0.02  # |γ − 1| that is as good as 0
+# The same for a γ of cross-fitted pairs: weighting the pool of a mixture of fits takes up to a
+# fifth of training.
 _NOT_WORTH_IT = 0.05
 _AT_ONCE = 50_000  # θ of all pairs per call: bounds memory
-_PAIRS = 200  # that are evidence, of all folds together
-# Contrasts of each, and rounds in which their proposal is adapted: fewer than at the held-out
-# pairs, since all contrasts are evidence.
+_PAIRS = 200  # training pairs that are evidence, of all folds together
+# Contrasts of each pair, and rounds in which their proposal is adapted: fewer than at the held-out
+# pairs, whose draws also have to estimate log Z.
 _CONTRASTS, _ROUNDS = 64, 4
 _OF_PRIOR = 2_000  # contrasts that are tried where adapted ones are not enough
 _ENOUGH = 16.0  # effective contrasts, in the median over pairs
@@ -53,7 +54,7 @@ def set_temperature(
         main: The main after stage 0.
         simulations: Those that the proxy was fitted to.
         held_out: The held-out pairs.
-        draws: At these, if there are some already.
+        draws: Draws at the held-out pairs, if there are some already.
         kernel: Calibration kernel, which weighs the pairs.
         max_epochs: Bound on the epochs of fits that are made to judge the proxy.
         patience: Epochs without improvement before such a fit stops.
@@ -90,7 +91,7 @@ def evidence_of(
     """
     evidence = []
     for unseen, proxy in folds:
-        unseen = unseen[: math.ceil(_PAIRS / len(folds))]  # in random order
+        unseen = unseen[: math.ceil(_PAIRS / len(folds))]  # a fold is in random order
         theta, x = simulations.theta[unseen], simulations.x[unseen]
         weights = kernel(x)
         if bool((weights > 0).any()):
@@ -104,8 +105,8 @@ def _contrasts(
 ) -> tuple[Tensor, Tensor]:
     """log p(θ) − log m(θ|x) and f_ψ of the pairs' own θ and of contrasts, `(1 + K, M)` each.
 
-    From contrasts that all lie far from the posterior a proxy learns only how it falls off there,
-    which says little about its width: the more contrasts are effective, the better.
+    Contrasts that all lie far from the posterior show only how the proxy falls off there, which
+    says little about its width: the more contrasts are effective, the better.
     """
     draws = adapted_draws(proxy, main, theta, x, _CONTRASTS, max_rounds=_ROUNDS)
     adapted = effective_sample_size(draws.log_weights(1.0)[1:]).median()
@@ -136,10 +137,11 @@ def temper(
         proxy: A fitted proxy.
         main: The main after stage 0.
         held_out: The held-out pairs.
-        draws: At these, if there are some already.
+        draws: Draws at the held-out pairs, if there are some already.
         cross_fitted: Further pairs, under fits that have not seen them.
-        made_to_judge: Whether these fits were made for this alone, and are not the proxy itself.
-            Fitted to fewer pairs, they count only where they say that the proxy is too narrow.
+        made_to_judge: Whether these fits were made only to judge the proxy, and are not its own.
+            Since such fits had fewer pairs, they count only where they say that the proxy is too
+            narrow.
     """
     if not proxy.can_be_tempered:  # mutant: given-likelihood-tempered
         return

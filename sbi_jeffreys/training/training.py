@@ -40,13 +40,13 @@ class Training:
     Attributes:
         prepared: The proxy and what was found out about it; None before it was fitted.
         symmetric: The symmetric stage, where there is one.
-        report: The outcome of the last call of `train`; None from the beginning of a training on.
-        starting_round: Of the simulations in use, as sbi asked its data loaders for them.
-        available: How many simulations there were when the training began; None before it.
+        report: The outcome of the last call of `train`; None until a training has ended.
+        starting_round: First round of the simulations in use, as passed to `get_dataloaders`.
+        available: How many simulations there were when the training began; None before that.
         lasting: Arguments of `train` that must be the same on resuming.
         plain_steps: Gradient steps that plain NPE took.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
-        arguments: Of the call of `train` under way, None between calls.
+        arguments: Arguments of the call of `train` under way; None between calls.
         unfinished: Plain NPE, where `max_num_epochs` stopped it before the symmetric stage.
         set_aside: The main in the prior's space, while one in θ's own space is the trainer's.
         written: When the last checkpoint was written, by the monotonic clock.
@@ -103,14 +103,14 @@ class Training:
             )
 
     def check_trainable(self, trainer: NPE, starting_round: int) -> None:
-        """Check the simulations that a call of `train` is about to use; else nothing."""
+        """Check the simulations that a call of `train` is about to use; nothing between calls."""
         if self.arguments is not None:
             self.arguments.check_trainable(*trainer.get_simulations(starting_round)[:2])
 
     def put_back(self, trainer: NPE) -> None:
         """Before training goes on, give the trainer back the main that was set aside, if one was.
 
-        It belongs to sbi's optimiser, and it is the one from which no mass leaks in later rounds.
+        sbi's optimiser has the parameters of that main, from which no mass leaks in later rounds.
         """
         if self.arguments is not None and self.set_aside is not None:
             _sbi.set_network(trainer, self.set_aside)  # mutant: own-space-trained-further
@@ -126,14 +126,14 @@ class Training:
         builder: Any,
         show_progress_bars: bool,
     ) -> ConditionalDensityEstimator:
-        """Train on an own random stream; however training ends, the best weights are left.
+        """Train on a random stream of its own; however training ends, the best weights are left.
 
         Args:
             trainer: The trainer, with its simulations.
             train_plain: sbi's `train`.
-            options: Of the symmetric objective.
-            arguments: Of `train`.
-            builder: Of the main.
+            options: Options of the symmetric objective.
+            arguments: Arguments of `train`.
+            builder: Builder of the main.
             show_progress_bars: Whether to show progress and to print the report.
         """
         gradients, epochs = torch.is_grad_enabled(), 0
@@ -184,10 +184,10 @@ class Training:
         before: Before,
         show_progress_bars: bool,
     ) -> None:
-        """Stage 0. An exception leaves the best weights so far in the network.
+        """Train plain NPE. An exception leaves the best weights so far in the network.
 
-        One before the first epoch, as of a call that sbi or a check of ours refuses, leaves
-        everything as it was: an earlier training can still be resumed.
+        An exception before the first epoch, as where sbi or a check of this package refuses the
+        call, leaves everything as it was: an earlier training can still be resumed.
         """
         if not arguments.resume_training:
             self._forget()
@@ -217,10 +217,10 @@ class Training:
         arguments: TrainArguments,
         show_progress_bars: bool,
     ) -> int:
-        """Fit the proxy if there is none yet, and run the rest of the stage; epochs run."""
+        """Fit the proxy if there is none yet, run the rest of the stage, and return its epochs."""
         # mutant: refused-call-swaps-the-main
         held_out = data.held_out_pairs(trainer, self.starting_round, arguments)
-        # After the checks of `get_dataloaders`, which also gives back the main that was set aside.
+        # This calls `get_dataloaders`, which also gives back the main that was set aside.
         batches = data.real_batches(
             trainer, self.starting_round, arguments, held_out.atomic, self.position
         )
@@ -299,8 +299,8 @@ class Training:
     ) -> KeptPlain | None:
         """Where plain NPE is the result, keep it with θ in the space that suits it better.
 
-        It draws from a random stream of its own, so that a training that is resumed goes on as if
-        there had been no pause.
+        The second training draws from a random stream of its own, so that a training that is
+        resumed goes on as if there had been no pause.
         """
         if self.symmetric is not None and not self.symmetric.ended_with_plain:
             return None

@@ -1,4 +1,4 @@
-"""Plain NPE that `max_num_epochs` stopped before it had converged, for a later call to go on."""
+"""Plain NPE that `max_num_epochs` stopped before it converged, kept for a later call to go on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["UnfinishedPlain", "goes_on"]
 
 @dataclass
 class UnfinishedPlain:
-    """The network and sbi's optimiser of it, from before the symmetric stage changed the network.
+    """A plain NPE and its optimiser, from before the symmetric stage changed the network.
 
     Attributes:
         network: Plain NPE.
-        optimizer: Of the parameters of this network.
-        random_state: Of the training's stream.
+        optimizer: sbi's optimiser of the parameters of this network.
+        random_state: State of the training's random stream.
     """
 
     network: ConditionalDensityEstimator
@@ -45,7 +45,7 @@ class UnfinishedPlain:
         return cls(network, optimizer, torch.get_rng_state())  # type: ignore[arg-type]
 
     def put_back(self, trainer: NPE) -> None:
-        """Make these the trainer's, whose training sbi then resumes."""
+        """Give the trainer this network and optimiser, whose training sbi then resumes."""
         _sbi.set_network(trainer, self.network)
         trainer.optimizer = self.optimizer  # type: ignore[assignment]
 
@@ -56,13 +56,13 @@ def goes_on(
     symmetric: SymmetricTraining | None,
     arguments: TrainArguments,
 ) -> UnfinishedPlain | None:
-    """The plain NPE that a resumed training goes on with, made the trainer's; None if it does not.
+    """The plain NPE that a resumed training continues, put back into the trainer; or None.
 
-    It is where a smaller `max_num_epochs` stopped it and the symmetric stage that began from there
-    is over.
+    It is continued where `max_num_epochs` stopped it in an earlier call and is larger now, and the
+    symmetric stage that began from it is over.
 
     Warns:
-        JeffreysWarning: If that stage is not over, and goes on first.
+        JeffreysWarning: If that stage is not over: it goes on first.
     """
     if unfinished is None or symmetric is None or not arguments.resume_training:
         return None

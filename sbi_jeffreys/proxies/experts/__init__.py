@@ -31,7 +31,7 @@ EXPERT_KINDS: list[type[Expert]] = [
     FlowExpert,
 ]
 
-#: Those that are fitted in a second or two.
+#: Experts that are fitted in a second or two.
 REGRESSIONS: tuple[Expert, ...] = (
     RegressionExpert(1),
     RegressionExpert(2),
@@ -46,10 +46,10 @@ REGRESSIONS: tuple[Expert, ...] = (
     NeuralRegressionExpert(),
 )
 
-# They differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay sharp
-# ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural regression
-# counts, signals and means that are not smooth enough for kernels, and a flow around a regression a
-# smooth mean with noise that is not constant.
+# The experts differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay
+# sharp ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural
+# regression counts, signals and means that are not smooth enough for kernels, and a flow around a
+# regression a smooth mean with noise that is not constant.
 DEFAULT_EXPERTS: tuple[Expert, ...] = (
     *REGRESSIONS,
     NeuralRegressionExpert(num_layers=0),
@@ -61,7 +61,7 @@ DEFAULT_EXPERTS: tuple[Expert, ...] = (
     FlowExpert("nsf", weight_decay=0.3, learning_rate=2e-3, num_transforms=3),
 )
 
-#: Those whose cost grows slowly with the number of outputs.
+#: Experts whose cost grows slowly with the number of outputs.
 WIDE_EXPERTS: tuple[Expert, ...] = (
     RegressionExpert(1),
     RegressionExpert(2),

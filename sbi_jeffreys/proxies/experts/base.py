@@ -30,8 +30,8 @@ __all__ = [
 
 OnEpoch = Callable[[int, float], object] | None
 
-FEW_VALUES = 10  # an integer column that spans fewer is clamped to what was observed
-NARROW = 10  # columns of x up to which each one has to be inside the box
+FEW_VALUES = 10  # draws of an integer column that spans less are clamped to its observed range
+NARROW = 10  # most columns of x of which every one has to be inside the box of `set_bounds`
 
 
 def scales_of(x: Tensor) -> tuple[MarginalTransform, MarginalTransform]:
@@ -74,9 +74,9 @@ class FittedExpert(nn.Module):
         return self.net.log_prob(self.transform(x).unsqueeze(0), z)[0] + self.transform.log_det(x)
 
     def log_probability(self, x: Tensor, z: Tensor, num_draws: int = 16) -> Tensor:
-        """As `log_prob`, but of the cells of integers and atoms, by which experts can be compared.
+        """As `log_prob`, but averaged over the cells of integers and atoms, to compare experts.
 
-        The density at the middle of a cell overrates a net that is peaked there.
+        The density at the middle of a cell alone overrates a net that is peaked there.
         """
         # mutant: cells-by-their-middle
         if not bool(self.transform.has_cells.any()) or getattr(self.net, "knows_cells", False):
@@ -88,10 +88,10 @@ class FittedExpert(nn.Module):
         return torch.logsumexp(torch.stack(draws), dim=0) - math.log(num_draws)
 
     def set_bounds(self, x: Tensor) -> None:
-        """Take the support of draws from simulations x `(N, dim_x)`.
+        """Take the support of draws from simulations x `(N, dim_x)`; see `sample`.
 
-        The box of T(x), widened by a tenth, and by its own width; and the observed range of integer
-        columns with few values.
+        The support is the box of T(x), once widened by a tenth and once by its own width, and, for
+        integer columns with few values, their observed range.
         """
         low, high = self.transform.bounds(x)
         margins = (high - low) * torch.tensor([[0.1], [1.0]]).to(low)
@@ -108,7 +108,7 @@ class FittedExpert(nn.Module):
 
         An estimator extrapolates outside the simulations, and the main would be trained on draws
         that resemble no simulation. Integer columns with few observed values, such as binary ones,
-        are clamped to these, however certain a value is. A draw is plausible if every other column
+        are clamped to their observed range. A draw is plausible if every other column
         is inside the box widened by a tenth; of more than ten columns, a tenth may be outside that
         box, because simulations themselves often are in one column. No other column may be outside
         the box widened by its own width, and none may be NaN.
@@ -121,8 +121,8 @@ class FittedExpert(nn.Module):
         columns = self.transform.keep[self.few]
         # mutant: binary-draws-not-clamped
         x[:, columns] = torch.minimum(torch.maximum(x[:, columns], self.values[0]), self.values[1])
-        # A value below the smallest count, or an atom at a limit, counts as that value, however far
-        # below it is: its cell decides. So does that of a clamped value.
+        # A y beyond the smallest count, or beyond an atom at a limit, counts as that value, however
+        # far out y is: what is judged is the value's own T. The same holds for a clamped value.
         # mutant: latent-counts-dropped
         y = torch.where(self.transform.in_cell(x[:, self.transform.keep]), self.transform(x), y)
         allowed = y.shape[1] // NARROW if y.shape[1] > NARROW else 0  # mutant: wide-draws-dropped
@@ -160,7 +160,7 @@ class ExpertData:
         transform: MarginalTransform,
         result: FitResult | None = None,
     ) -> FittedExpert:
-        """A net after its fit, evaluated on the held-out pairs; without epochs, no result."""
+        """A net after its fit, evaluated on held-out pairs; a closed form has no `result`."""
         expert = FittedExpert(net, transform, FitResult(0.0, 0), self.z.new_zeros(0), spec)
         with torch.no_grad():
             expert.held_out = expert.log_probability(self.x[self.val], self.z[self.val])
@@ -174,29 +174,29 @@ class Expert(ABC):
     A new kind is a subclass in a file of its own, and one line in `experts.EXPERT_KINDS`.
     """
 
-    #: Whether it is fitted in closed form. Such experts are fitted first.
+    #: Whether the expert is fitted in closed form. Such experts are fitted first.
     closed_form: ClassVar[bool] = False
-    #: Whether draws take as many passes as there are outputs, or the cost grows as their square.
-    #: Such experts come last and may be skipped.
+    #: Whether draws take as many passes as there are outputs, or the cost grows as the square of
+    #: their number. Such experts come last and may be skipped.
     expensive: ClassVar[bool] = False
-    #: Whether its density can be as steep as at the edges of an atom's cell.
+    #: Whether the density can be as steep as the edges of an atom's cell require.
     suits_atoms: bool = False
-    #: Whether it models the residuals of an expert in closed form, in place of x itself.
+    #: Whether the expert models the residuals of one in closed form, in place of x itself.
     around_regression: bool = False
 
     @property
     def name(self) -> str:
-        """Its name in reports."""
+        """The expert's name in reports."""
         return type(self).__name__.removesuffix("Expert").lower()
 
     @property
     def averaged(self) -> bool:
-        """Whether fits to folds are averaged; else one more is made to all training pairs."""
+        """Whether fits to folds are averaged; if not, one more fit is to all training pairs."""
         return not self.closed_form
 
     @property
     def architecture(self) -> Hashable:
-        """Networks whose values are equal, and not None, can be fitted together."""
+        """A key: networks whose keys are equal, and not None, can be fitted together."""
         return None
 
     @abstractmethod
@@ -212,11 +212,11 @@ class Expert(ABC):
         """
 
     def suits(self, data: ExpertData) -> bool:
-        """Whether the training pairs suffice for it, and x is of its kind."""
+        """Whether the training pairs suffice for the expert, and it can model this kind of x."""
         return True
 
     def on_one_scale(self) -> Expert:
-        """The same settings where the chosen scale of x is its own; equal ones are fitted once."""
+        """The settings where x keeps its own scale; experts that are then equal are fitted once."""
         return self
 
 
@@ -253,7 +253,7 @@ class NetworkExpert(Expert):
 def fit_networks(
     prepared: Sequence[Prepared], on_epoch: OnEpoch = None, together: bool = True
 ) -> list[FittedExpert]:
-    """Fit networks, of one architecture if `together`, and make experts of them."""
+    """Fit networks, which have one architecture if `together`, and make experts of them."""
     tasks = [one.task for one in prepared]
     # mutant: one-network-after-another
     results = fit_together(tasks, on_epoch) if together else [t.fit(on_epoch) for t in tasks]

@@ -4,10 +4,10 @@ Experts in closed form come first, then other inexpensive ones, then flows: one 
 a regression's residuals, then the rest of their architecture, then others. Flows of one
 architecture are fitted together, to all folds at once. The flows that are left are not fitted where
 an inexpensive expert predicts held-out x clearly better than the flows of x do, and a flow around a
-regression does not improve on it: they would cost time and get no weight. A flow that is fitted
-alone is abandoned where it falls far behind an earlier one of the same kind. Where outputs have
-atoms, such as exact zeros, spline flows come before smooth ones, whose failure there says nothing
-about splines.
+regression does not improve on that expert: more flows would cost time and get no weight. A flow
+that is fitted alone is abandoned where it falls far behind an earlier one of the same kind. Where
+outputs have atoms, such as exact zeros, spline flows come before smooth ones, whose failure there
+says nothing about splines.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def fit_to_folds(specs: Sequence[Expert], folds: Sequence[ExpertData]) -> list[F
 
 
 def _distinct(fits: list[Fits]) -> list[Fits]:
-    """The experts without those whose nets are another one's: a mixture noise of one component."""
+    """The experts without those whose nets are those of an earlier one: mixtures of one part."""
     nets: dict[tuple[int, ...], Expert] = {}
     for spec in fits[0]:
         nets.setdefault(tuple(id(fitted[spec].net) for fitted in fits), spec)
@@ -139,7 +139,8 @@ def _fit(specs: Sequence[Expert], folds: Sequence[ExpertData], fits: Sequence[Fi
 def _threshold(spec: Expert, fitted: Fits, together: bool) -> float:
     """The loss after twenty epochs above which a fit is abandoned, by its best rival so far.
 
-    A fit that costs little beside others goes on, since strong weight decay learns late.
+    A network that is fitted together with others is not abandoned: it costs little more, and with
+    strong weight decay it learns late.
     """
     if together:  # mutant: late-learners-abandoned
         return math.inf
@@ -154,7 +155,7 @@ def _threshold(spec: Expert, fitted: Fits, together: bool) -> float:
 
 
 def _pooled(fits: Sequence[Fits]) -> list[tuple[Expert, Tensor]]:
-    """Every expert's log densities of all held-out pairs, those of all folds."""
+    """Every expert's log densities of the held-out pairs of all folds."""
     specs = list(fits[0])
     return [(spec, torch.cat([fitted[spec].held_out for fitted in fits])) for spec in specs]
 
@@ -168,7 +169,7 @@ def inexpensive_won(scores: Sequence[tuple[Expert, Tensor]]) -> bool:
     Args:
         scores: Experts and their log densities of held-out pairs, `(M,)`.
     """
-    flows: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether around a regression
+    flows: dict[bool, list[Tensor]] = {True: [], False: []}  # keys: whether around a regression
     for spec, score in scores:
         if spec.expensive:
             flows[spec.around_regression].append(score)

@@ -30,7 +30,7 @@ __all__ = ["FlowExpert"]
 _MODELS = sorted(set(model_builders) - {"mnle", "mnpe", "tabpfn"})
 # Those of them that are no flow: sbi after 0.27 refuses a number of transforms for them.
 _NO_FLOWS = ("made", "mdn")
-# Those that `torch.func.vmap` can evaluate: without steps that depend on values.
+# Those that `torch.func.vmap` can evaluate, because none of their steps depends on values.
 _TOGETHER = ("maf",)
 
 
@@ -40,13 +40,14 @@ class FlowExpert(NetworkExpert):
 
     Attributes:
         model: A model name of sbi's `likelihood_nn` (maf, nsf, maf_rqs, mdn, `zuko_maf`, …).
-        weight_decay: Decoupled weight decay of its fit; None: that of the `FitConfig`.
-        learning_rate: Its step size; None: that of the `FitConfig`.
+        weight_decay: Decoupled weight decay of the fit; None: that of the `FitConfig`.
+        learning_rate: Step size of the fit; None: that of the `FitConfig`.
         num_transforms: Transforms of a flow; mdn and made have none.
-        marginal_transform: Whether it models T(x), or x on its own scale. Where T is the identity
-            anyway, experts that differ in this alone are fitted once.
-        around_regression: Whether it models the whitened residuals of a regression on θ in place of
-            x itself: of the simplest regression that no other one clearly beats in leave-one-out.
+        marginal_transform: Whether the net models T(x), or x on its own scale. Where T is the
+            identity anyway, experts that differ in this alone are fitted once.
+        around_regression: Whether the net models the whitened residuals of a regression on θ in
+            place of x itself. The regression is the simplest one that no other clearly beats by its
+            leave-one-out density.
 
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
@@ -68,7 +69,7 @@ class FlowExpert(NetworkExpert):
 
     @property
     def suits_atoms(self) -> bool:  # type: ignore[override]
-        """Whether it is a spline flow, whose slope may change from one bin to the next."""
+        """Whether the model is a spline flow, whose slope may change from one bin to the next."""
         return "nsf" in self.model or "rqs" in self.model
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class FlowExpert(NetworkExpert):
         check_bool("around_regression", self.around_regression)
 
     def on_one_scale(self) -> FlowExpert:
-        """With `marginal_transform`, whose value does not matter there."""
+        """The settings with `marginal_transform=True`, whose value makes no difference then."""
         return replace(self, marginal_transform=True)
 
     @property
@@ -110,7 +111,7 @@ class FlowExpert(NetworkExpert):
         size: dict[str, Any] = {} if no_flow else {"num_transforms": self.num_transforms}
         builder = likelihood_nn(self.model, **size)
         with warnings.catch_warnings():
-            # Of x with one output, where it is one expert of several; it reads as if it were of θ.
+            # sbi warns of flows of one output, as if of one θ; here they are experts beside others.
             warnings.filterwarnings("ignore", message="In one-dimensional output space")
             built = builder(z[train].cpu(), target.cpu())
         net: nn.Module = with_fast_splines(built).to(x.device)
@@ -119,7 +120,7 @@ class FlowExpert(NetworkExpert):
         if regression is not None:
             # mutant: held-out-without-whitening
             log_det = log_det + regression.log_det(z[data.val]).mean()
-        noisy = bool(transform.has_cells.any())  # if not, each step would transform to the same y
+        noisy = bool(transform.has_cells.any())  # otherwise y is the same at every step
 
         def batch(indices: Tensor, training: bool) -> tuple[Tensor, ...]:
             own = transform.dequantise(x[indices]) if noisy and training else y[indices]

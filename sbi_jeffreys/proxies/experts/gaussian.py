@@ -1,8 +1,8 @@
 r"""Likelihoods in closed form: y = m(θ) + e, m a ridge polynomial and e Gaussian.
 
 The oldest synthetic likelihood (Wood 2010) is the right one for many simulators with additive
-noise, and its fit takes milliseconds. A network may model its whitened residuals in place of y: the
-network then learns how the simulator *differs* from the regression.
+noise, and its fit takes milliseconds. A network may model the whitened residuals in place of y; it
+then learns how the simulator *differs* from the regression.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def num_features(dim: int, degree: int) -> int:
 def shrunk_covariance(residuals: Tensor) -> Tensor:
     """Covariance of residuals `(N, D)` shrunk towards its diagonal; positive definite.
 
-    Oracle-approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, eq. 23) of the correlations.
+    Correlations are shrunk by oracle approximation (Chen et al. 2010, arXiv 0907.4698, eq. 23).
     """
     num, dim = residuals.shape
     std = residuals.pow(2).mean(dim=0).sqrt().clamp_min(1e-12)
@@ -51,8 +51,8 @@ def standardised(y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Ten
     """Targets `(N, D)` of zero mean and unit variance, times the roots of the weights.
 
     Returns:
-        Those, the mean and the standard deviation taken from y, and the roots `(N, 1)` of the
-        weights, whose mean is made 1.
+        The targets, the mean and the standard deviation of y, and the roots `(N, 1)` of the
+        weights, which are scaled to mean 1.
     """
     y = y.double()
     # mutant: weights-off
@@ -96,11 +96,11 @@ class GaussianRegression(nn.Module):
         self.register_buffer("cholesky", torch.eye(dim_y))
 
     def unfitted(self) -> GaussianRegression:
-        """Another of the same kind."""
+        """A regression of the same kind that is not fitted."""
         return type(self)(len(self.centre), len(self.cholesky), self.degree).to(self.scale)
 
     def fit(self, z: Tensor, y: Tensor, weights: Tensor | None = None) -> GaussianRegression:
-        """Fit to pairs z `(N, dim_z)`, y `(N, dim_y)`; by least squares, whatever N is.
+        """Fit to any number of pairs z `(N, dim_z)`, y `(N, dim_y)`.
 
         With weights `(N,)`, the noise of a pair has the covariance Σ / weight.
         """
@@ -163,11 +163,11 @@ class GaussianRegression(nn.Module):
         return -self.cholesky.diagonal().log().sum().expand(z.shape[:-1])
 
     def whitened(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals as of `whiten`, and `log_det`, at the cost of one of them."""
+        """What `whiten` and `log_det` return, at the cost of one of them."""
         return self.whiten(y, z, mean), self.log_det(z)
 
     def log_prob(self, y: Tensor, z: Tensor, mean: Tensor | None = None) -> Tensor:
-        """log ℓ(y|z), shape `(*B,)`; as sbi's estimators, y may have a leading sample dimension.
+        """log ℓ(y|z), `(*B,)`; y may have a leading sample dimension, as for sbi's estimators.
 
         `mean` as in `whiten`.
         """
@@ -194,7 +194,7 @@ class AroundRegression(nn.Module):
 
     Args:
         net: One of sbi's conditional density estimators, of residuals given z.
-        regression: Fitted; stays as it is.
+        regression: A fitted regression, which stays as it is.
     """
 
     def __init__(self, net: nn.Module, regression: GaussianRegression) -> None:

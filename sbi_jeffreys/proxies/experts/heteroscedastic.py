@@ -30,12 +30,12 @@ from sbi_jeffreys.proxies.experts.sparse import cross_validated, extended_bic, s
 
 __all__ = ["HeteroscedasticRegression", "select_scale"]
 
-_ROUNDS = 2  # of fits of mean and scale in turn
-_MOST, _PATIENCE = 8, 2  # features of one scale; steps without a lower criterion
-_STEPS, _LONGEST = 10, 2.0  # of Fisher scoring: how many, and the longest of a coefficient
+_ROUNDS = 2  # rounds in which scale and mean are fitted in turn
+_MOST, _PATIENCE = 8, 2  # most features of one scale; steps without a lower criterion
+_STEPS, _LONGEST = 10, 2.0  # steps of Fisher scoring; the largest change of a coefficient in one
 # mutant: outliers-choose-scales
-_OUTLIER = 9.0  # at most this counts of a squared residual, in units of its variance
-_SMALLEST = 1e-4  # at least this, in units of the output's mean squared residual
+_OUTLIER = 9.0  # larger squared residuals count as this, in units of their variance
+_SMALLEST = 1e-4  # smaller ones count as this, in units of the output's mean squared residual
 _NEAR_ZERO = 1e-2  # added to |z| / scale in the logarithm
 
 
@@ -46,10 +46,10 @@ class _Parts:
     Attributes:
         used: Which features, `(U,)`.
         mean: Coefficients of m, `(U, D)`.
-        scale: Of log σ², `(U, D)`.
-        rest: Of log τ², `(U, D)`.
-        terms: Index i of an earlier output, and index of 1 or of a parameter, by which it is
-            multiplied, of each term of a_ji e_i, `(2, T)`.
+        scale: Coefficients of log σ², `(U, D)`.
+        rest: Coefficients of log τ², `(U, D)`.
+        terms: For each term of a_ji e_i, the index i of the earlier output and the index of the
+            factor of e_i, which is 1 or a parameter, `(2, T)`.
         dependence: Coefficients of the terms in e_j, `(T, D)`.
         limits: Lowest and highest log σ² of the pairs of the fit, and of log τ², `(4, D)`.
     """
@@ -106,7 +106,7 @@ class HeteroscedasticRegression(GaussianRegression):
     """
 
     shift: Tensor
-    spread: Tensor  # of the outputs, whose standardised values the parts are for
+    spread: Tensor  # of the outputs; the parts are those of standardised outputs
     factors: Tensor  # each feature is a product of two columns of (1, z, log |z|), (2, features)
 
     def __init__(self, dim_z: int, dim_y: int, degree: int) -> None:
@@ -152,7 +152,7 @@ class HeteroscedasticRegression(GaussianRegression):
         return self
 
     def _inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of z `(*B, dim_z)`, those that are used after the fit, and 1 and z."""
+        """Features of z `(*B, dim_z)`, after the fit only those used; and 1 with standardised z."""
         simple = torch.cat([torch.ones_like(z[..., :1]), (z - self.centre) / self.scale], dim=-1)
         logs = ((z / self.scale).abs() + _NEAR_ZERO).log()
         columns = torch.cat([simple, logs], dim=-1)
@@ -195,7 +195,7 @@ class HeteroscedasticRegression(GaussianRegression):
 
 
 def _fit_parts(features: Tensor, simple: Tensor, target: Tensor) -> _Parts:
-    """Fit to features `(N, F)`, 1 and z `(N, 1 + dim_z)`, and targets `(N, D)`."""
+    """Fit targets `(N, D)` to features `(N, F)` and to 1 with z, `(N, 1 + dim_z)`."""
     mean = select_features(features, target)
     for _ in range(_ROUNDS):
         scale, fitted = _scales(features, target - features @ mean)
@@ -229,7 +229,7 @@ def _dependence(e: Tensor, simple: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scales(features: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients `(F, D)` of log variances of residuals `(N, D)`, and these, `(N, D)`."""
+    """Coefficients `(F, D)` of the log variances of residuals, and the log variances `(N, D)`."""
     squares = residuals**2
     squares = torch.maximum(squares, _SMALLEST * squares.mean(dim=0).clamp_min(1e-12))
     found = torch.stack([select_scale(features, own) for own in squares.T], dim=1)

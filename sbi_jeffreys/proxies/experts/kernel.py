@@ -21,9 +21,9 @@ from sbi_jeffreys.proxies.experts.gaussian import (
 __all__ = ["KernelRegression"]
 
 _KERNEL_RIDGES = torch.logspace(-6, 2, 17, dtype=torch.float64)
-_LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations of θ, per root of its dimensions
+_LENGTHS = (0.5, 1.0, 2.0, 4.0)  # lengths ℓ tried, in standard deviations of z times √D
 _LINEAR = 10.0  # prior variance of the kernel's linear part, beside 1 of the smooth part
-_ROWS = 500  # of the kernel matrix at once, for prediction: bounds memory
+_ROWS = 500  # rows of the kernel matrix at once, for prediction: bounds memory
 _MOST = 2000  # pairs that a kernel regression is fitted to: the cost is cubic in their number
 
 
@@ -31,14 +31,14 @@ class KernelRegression(GaussianRegression):
     """ℓ(y|z) = N(y; m(z), Σ), m a kernel ridge regression: a straight line plus something smooth.
 
     The kernel is k(z, z') = 10 φ(z)'φ(z') + exp(−|z − z'|² / 2ℓ²D), φ(z) = (1, z), of standardised
-    z. ℓ maximises the leave-one-out likelihood, and each output has a ridge of its own, by its
-    leave-one-out error; in closed form, from one eigendecomposition per ℓ. Fitted to at most 2,000
-    pairs.
+    z. The length ℓ maximises the leave-one-out likelihood, and each output has the ridge of least
+    leave-one-out error. One eigendecomposition per length gives them in closed form. At most 2,000
+    pairs are used.
 
     Args:
         dim_z: Dimensions of the condition.
         dim_y: Dimensions of y.
-        lengths: Of ℓ, tried.
+        lengths: Values of the length ℓ that are tried.
     """
 
     points: Tensor
@@ -53,7 +53,7 @@ class KernelRegression(GaussianRegression):
         self.register_buffer("shift", torch.zeros(dim_y, dtype=torch.float64))
 
     def unfitted(self) -> KernelRegression:
-        """Another with the ℓ found."""
+        """A regression that is not fitted, with the length ℓ that was found here."""
         dims = len(self.centre), len(self.cholesky)
         return KernelRegression(*dims, (float(self.length),)).to(self.scale.device)
 

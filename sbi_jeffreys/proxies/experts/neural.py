@@ -2,12 +2,13 @@ r"""Neural regression: outputs that are independent given θ, about means that a
 
     ℓ(y|z) = Π_j N(y_j; m_j(z), e^{2 s_j(z)}),    m = MLP(z),  s_j(z) = a_j + b(z).
 
-The right likelihood for a curve or a spectrum, a smooth signal in white noise: all outputs of a
-simulation teach the same network, and the cost grows linearly with their number. An integer output
-has the probability of its cell, the normal integrated from T(n) to T(n + 1). Where few values were
-observed, the smallest is open below and the largest open above: an ordered probit, which for binary
-outputs is probit regression. A smallest value of zero is always open below. An atom has a
-probability, too, and its cell is open at a limit of x: a tobit model (Tobin 1958).
+This is the right likelihood for a curve or a spectrum, a smooth signal in white noise: all outputs
+of a simulation teach the same network, and the cost grows linearly with their number. An integer
+output has the probability of its cell, the normal integrated from T(n) to T(n + 1). Where few
+values were observed, the cell of the smallest is open below and that of the largest is open above:
+this is an ordered probit, and for binary outputs probit regression. The cell of a smallest value of
+zero is always open below. An atom has a probability, too, and its cell is open at a limit of x, as
+in a tobit model (Tobin 1958).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class NeuralRegression(nn.Module):
         x: Training simulations `(N, dim_x)`.
         transform: T.
         hidden_features: Width of the hidden layers.
-        num_layers: Their number; 0: the means are linear in z.
+        num_layers: Number of hidden layers; with 0, the means are linear in z.
     """
 
     #: `log_prob` is that of the cell for integers and atoms, spread evenly over it.
@@ -92,7 +93,8 @@ class NeuralRegression(nn.Module):
         self.shared_log_scale = shared if num_layers else None
         kept = x[:, transform.keep]
         low, high = kept.amin(dim=0), kept.amax(dim=0)
-        # Integers of few values, and zero, are limits: beyond the others, too, there are counts.
+        # With few values, both extremes are limits, and a smallest zero always is one. Beyond the
+        # extremes of other counts, there may be further counts.
         few = high - low < FEW_VALUES
         # mutant: lowest-count-open
         self.register_buffer("low", torch.where(few | (low == 0), low, -torch.inf))
@@ -108,14 +110,14 @@ class NeuralRegression(nn.Module):
         return self.centre_y + self.scale_y * self.mean(scaled), log_scale.exp() * self.scale_y
 
     def cells(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """T of both ends of the cells that y is the middle of, and their log width in x over y.
+        """T at both ends of the cells that y is the middle of, and the log slope of T there.
 
         Args:
             y: T(x) at the middle of cells, `(*B, dim_y)`.
 
         Returns:
-            Lower and upper ends, log |∂T/∂x| there, and where y is in a cell at all, of the outputs
-            that have cells, `(*B, outputs)`.
+            Lower and upper ends, log |∂T/∂x|, and whether y is in a cell at all, for the outputs
+            that can have cells, `(*B, outputs)` each.
         """
         has = self.transform.has_cells
         values = self.transform.inverse(y)[..., self.transform.keep]
@@ -129,7 +131,7 @@ class NeuralRegression(nn.Module):
     def log_prob(
         self, y: Tensor, z: Tensor, cells: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
-        """log ℓ(y|z) as a density of y for `(*B, dim_y)`, `(B, D)`; shape `(*B,)`."""
+        """log ℓ(y|z) as a density of y, `(*B,)`, for y `(*B, dim_y)` and z `(B, dim_z)`."""
         mean, deviation = self.moments(z)
         has = self.transform.has_cells
         e = (y - mean) / deviation
@@ -166,8 +168,8 @@ class NeuralRegressionExpert(NetworkExpert):
 
     Attributes:
         hidden_features: Width of the network's hidden layers.
-        num_layers: Their number; 0: means that are linear in θ.
-        weight_decay: Decoupled weight decay of its fit.
+        num_layers: Number of hidden layers; with 0, the means are linear in θ.
+        weight_decay: Decoupled weight decay of the fit.
 
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
@@ -179,7 +181,7 @@ class NeuralRegressionExpert(NetworkExpert):
 
     @property
     def name(self) -> str:
-        """Its mean."""
+        """The expert's name in reports, which says what its mean is."""
         return "neural regression" if self.num_layers else "linear with independent noise"
 
     def __post_init__(self) -> None:
@@ -188,18 +190,18 @@ class NeuralRegressionExpert(NetworkExpert):
         check_float("weight_decay", self.weight_decay, 0.0)
 
     def suits(self, data: ExpertData) -> bool:
-        """Without hidden layers: only where x has cells; a regression does the same elsewhere."""
+        """Without hidden layers only where x has cells: elsewhere a regression does the same."""
         return self.num_layers > 0 or bool(data.scales[0].has_cells.any())
 
     @property
     def architecture(self) -> Hashable:
-        """The same network is fitted to several parts of the data together."""
+        """Networks of one size are fitted to several parts of the data together."""
         return self.hidden_features, self.num_layers
 
     def prepare(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
     ) -> Prepared:
-        """Build the network and its targets; see `NetworkExpert.prepare`. It is never abandoned."""
+        """Build the network and its targets; see `NetworkExpert.prepare`. No fit is abandoned."""
         transform = data.scales[0]
         z, train = data.z, data.train
         net = NeuralRegression(

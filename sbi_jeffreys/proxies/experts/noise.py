@@ -2,8 +2,8 @@ r"""Noise that is not Gaussian: the residuals of a regression as a mixture of Ga
 
 ℓ(y|z) = Σ_c π_c N(e; μ_c, Σ_c) |∂e/∂y|,  e = L⁻¹(y − m(z)).
 
-The right model for outliers, two noise levels, or a skewed or curved cloud about the mean, where
-the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size:
+This is the right model for outliers, two noise levels, or a skewed or curved cloud about the mean,
+where the noise has the same law for every θ. The mixture is sklearn's, and BIC chooses its size:
 sizes are tried from small to large while BIC falls, since with many outputs the large ones take
 long. The mean is then fitted again, with each pair weighted by the precision of its noise under the
 mixture, so that outliers hardly influence it (expectation–conditional maximisation; Meng & Rubin
@@ -27,7 +27,7 @@ from sbi_jeffreys.proxies.experts.heteroscedastic import HeteroscedasticRegressi
 __all__ = ["NoiseMixture", "fit_noise"]
 
 _SIZES = (2, 4, 8)  # components tried, beside one
-_REFITS = 2  # of the mean, at most
+_REFITS = 2  # most refits of the mean
 _PARTS = "log_weights", "means", "precision_factors"
 _FLOOR = 1e-4  # added to each component's variances; those of e are about 1
 
@@ -50,12 +50,12 @@ class NoiseMixture(nn.Module):
         dim, values = residuals.shape[1], residuals.double()
         for name, part in zip(_PARTS, (torch.zeros(1), torch.zeros(1, dim), torch.eye(dim)[None])):
             self.register_buffer(name, part.to(values))
-        # Those of the whitening: a mean and a covariance, which the mixtures have in addition.
+        # A single Gaussian has the mean and covariance of the whitening; BIC counts these.
         parameters = dim + dim * (dim + 1) // 2
         best = 2 * float(self.loss(values, values).sum()) + parameters * math.log(len(values))
         for fit in _mixtures(values):
             score = float(fit.bic(values.cpu().numpy()))
-            # A score that is NaN ends it, too.
+            # A score that is NaN ends the search, too.
             if not score < best:  # mutant: mixture-of-one, hopeless-mixtures-fitted
                 break
             best = score
@@ -137,7 +137,7 @@ def fit_noise(
     Residuals are those of leave-one-out fits, so that an overfitted mean widens the noise.
 
     Args:
-        regression: Fitted to these pairs; stays as it is.
+        regression: A regression fitted to these pairs, which stays as it is.
         z: Shape `(N, dim_z)`.
         y: Shape `(N, dim_y)`.
 
@@ -148,7 +148,7 @@ def fit_noise(
     best, value, e = _with_noise(regression, z, y)
     if len(best.net.means) == 1:  # mutant: one-component-is-a-mixture
         return regression
-    if isinstance(regression, HeteroscedasticRegression):  # it has weights of its own
+    if isinstance(regression, HeteroscedasticRegression):  # this model has weights of its own
         return best
     for _ in range(_REFITS):
         if len(best.net.means) == 1:  # the mean of a Gaussian is that of least squares
@@ -170,7 +170,8 @@ def _with_noise(
     """A regression with the mixture of its leave-one-out residuals.
 
     Returns:
-        Both, the mean leave-one-out log density, and the whitened residuals `(N, dim_y)`.
+        The regression with its mixture, the mean leave-one-out log density, and the whitened
+        residuals `(N, dim_y)`.
     """
     e = regression.whiten(y, z, regression.leave_one_out)
     net = NoiseMixture(e)

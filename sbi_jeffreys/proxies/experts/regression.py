@@ -25,8 +25,8 @@ from sbi_jeffreys.proxies.experts.sparse import SparseRegression
 __all__ = ["CLEARLY", "RegressionExpert", "best_regression", "paired_gain"]
 
 CLEARLY = 2.0  # standard errors of the paired difference
-_MOST_TERMS = 500  # of a polynomial that a few are chosen from
-_FEWEST_PAIRS = 10  # that they are chosen by, in fits to folds
+_MOST_TERMS = 500  # most terms of a polynomial from which a few are chosen
+_FEWEST_PAIRS = 10  # fewest training pairs by which they are chosen
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RegressionExpert(Expert):
     """A likelihood with additive noise about a smooth function of θ, fitted in closed form.
 
     Attributes:
-        degree: 1 (linear) or 2 (with squares and products). A quadratic with more features than
-            half of the training pairs is not fitted.
+        degree: 1 (linear) or 2 (with squares and products). A quadratic is not fitted if it has
+            more features than half the number of training pairs, unless `sparse`.
         kernel: Whether a kernel regression is added to the line (degree 1).
         sparse: Whether each output depends on few of the polynomial's terms, which the extended BIC
             chooses out of up to 500, whatever the number of pairs.
@@ -45,8 +45,8 @@ class RegressionExpert(Expert):
 
     Raises:
         TypeError: If `kernel`, `mixture`, `sparse` or `heteroscedastic` is no bool.
-        ValueError: If the degree is another, a kernel goes with degree 2 or `sparse`, or
-            `heteroscedastic` does not go with `sparse`.
+        ValueError: If the degree is neither 1 nor 2, if `kernel` is combined with degree 2 or with
+            `sparse`, or if `heteroscedastic` is set without `sparse`.
     """
 
     degree: int = 2
@@ -58,7 +58,7 @@ class RegressionExpert(Expert):
 
     @property
     def name(self) -> str:
-        """Its mean, and its noise where that is not Gaussian."""
+        """The expert's name in reports: its mean, and its noise where that is not Gaussian."""
         mean = "kernel" if self.kernel else ("linear", "quadratic")[self.degree - 1]
         if self.sparse:
             mean = f"{'heteroscedastic' if self.heteroscedastic else 'sparse'} {mean}"
@@ -66,7 +66,7 @@ class RegressionExpert(Expert):
 
     @property
     def averaged(self) -> bool:
-        """Only with a choice of features, which differs from one part of the data to another."""
+        """Only where features are chosen, since the choice differs between parts of the data."""
         return self.sparse  # mutant: chosen-features-of-one-fit
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ def _max_degree(z: Tensor) -> int:
 def paired_gain(ours: Tensor, theirs: Tensor) -> float:
     """Mean of `ours − theirs`, `(M,)` each, in its standard errors; NaN where a fit failed.
 
-    Of one pair alone nothing is known, which is NaN, too.
+    A single pair has no standard error, and the result is NaN, too.
     """
     gain = ours - theirs
     if len(gain) < 2:
@@ -132,7 +132,7 @@ def paired_gain(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _complexity(net: GaussianRegression) -> tuple[int, int, bool]:
-    """Sorts regressions, the simplest first; a sparse one comes before a dense one."""
+    """A sort key: the simplest regression is first, and a sparse one before a dense one."""
     rank = (KernelRegression, HeteroscedasticRegression, GaussianRegression)
     kind = next(k for k, known in enumerate(rank) if isinstance(net, known))
     return -kind, net.degree, not isinstance(net, SparseRegression)
@@ -143,8 +143,9 @@ def best_regression(
 ) -> GaussianRegression:
     """The simplest regression of T(x) on z that no other one clearly beats in leave-one-out.
 
-    Of the experts fitted so far; where none is of T(x), of two fitted for the purpose. The simplest
-    one, because the residuals inherit what a mean has overfitted.
+    Candidates are the regressions among the experts fitted so far; where none of them is of T(x),
+    two are fitted for the purpose. The simplest is taken because residuals inherit what the mean
+    has overfitted.
     """
     own = [expert.net for expert in fitted if expert.transform is transform]
     regressions = [net for net in own if isinstance(net, GaussianRegression)]

@@ -1,7 +1,7 @@
 r"""Likelihoods in closed form with sparse means: each output depends on few features of θ.
 
-With few simulations a regression on all parameters spends most of them on coefficients that are
-zero. Here each output has features of its own, chosen by orthogonal least squares (forward
+With few simulations, a regression on all parameters spends most of its data on coefficients that
+are zero. Here each output has features of its own, chosen by orthogonal least squares (forward
 selection; Chen, Billings & Luo 1989) and the extended Bayesian information criterion (Chen & Chen
 2008), which takes into account among how many features the choice was made:
 
@@ -28,7 +28,7 @@ __all__ = ["SparseRegression", "cross_validated", "extended_bic", "select_featur
 _FOLDS = 5
 _MOST = 30  # features of one output
 _PATIENCE = 3  # steps without a lower criterion at any output, after which no more are tried
-_DEPENDENT = 1e-6  # share of a feature's variance that the chosen ones have to leave
+_DEPENDENT = 1e-6  # least share of a feature's variance that the chosen ones must leave
 
 
 class SparseRegression(GaussianRegression):
@@ -70,7 +70,8 @@ def cross_validated(predict: Callable[[Tensor, Tensor], Tensor], num: int) -> Te
     """Predictions for every pair by a fit without its fold.
 
     Args:
-        predict: Fits to pairs of given indices, and returns its predictions `(M, *)` for others.
+        predict: `predict(rest, unseen)` fits to the pairs at `rest`, and returns predictions
+            `(M, *)` for those at `unseen`.
         num: Number of pairs, at least 5.
 
     Returns:
@@ -114,7 +115,7 @@ def select_features(features: Tensor, target: Tensor) -> Tensor:
         direction = features.T[best]
         if basis:
             others = torch.stack(basis)
-            for _ in range(2):  # twice, for the sake of rounding
+            for _ in range(2):  # twice, because of rounding errors
                 along = (direction * others).sum(dim=2, keepdim=True)
                 direction = direction - (along * others).sum(dim=0)
         direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-300)
