@@ -107,25 +107,26 @@ def proxy_fit(log_q: Tensor, log_z: Tensor) -> Tensor:
 
 
 def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Tensor:
-    """Log ratio f = log p_φ − log q̃_ψ, capped at `barrier` above its typical value per x.
+    """Log ratio f = log p_φ − log q̃_ψ, kept within `barrier` of its typical value per x.
 
-    Outside the prior log q̃ = −∞, and one such sample (or one far in a tail of q̃) would decide
-    the whole batch. Such samples are assigned the *value* f̄(x) + barrier, f̄(x) being the median
-    over the K samples with finite ratio, while the *gradient* of log p_φ still flows: they push
-    mass back inside with a bounded force. Where no sample of an x is inside, f̄ is the batch's
-    median, so that leakage is still penalised.
+    Outside the prior log q̃ = −∞, and one such sample (or one far in a tail of q̃) would decide the
+    whole batch. So would one sample that lies where q̃ has mass while the others of its x are far
+    from there. Such samples are assigned the *value* f̄(x) ± barrier, f̄(x) being the median over
+    the K samples with finite ratio, while the *gradient* of log p_φ still flows: they move mass
+    with a bounded force. Where no sample of an x is inside, f̄ is the batch's median, so that
+    leakage is still penalised.
 
     Args:
         log_p: log p_φ(θ_k|x), shape `(K, B)`.
         log_q: log q̃_ψ(θ_k, x), shape `(K, B)`; −∞ or NaN where the proxy has no mass.
-        barrier: Height of the cap in nats, positive.
+        barrier: Largest distance from the typical log ratio in nats, positive.
 
     Returns:
-        The capped log ratio, shape `(K, B)`, finite wherever `log_p` is.
+        The bounded log ratio, shape `(K, B)`, finite wherever `log_p` is.
     """
     if barrier <= 0:
         raise ValueError(
-            f"barrier must be positive (nats above the typical log ratio), got {barrier}."
+            f"barrier must be positive (nats from the typical log ratio), got {barrier}."
         )
     with torch.no_grad():
         ratio = log_p - log_q
@@ -133,9 +134,12 @@ def robust_log_ratio(log_p: Tensor, log_q: Tensor, barrier: float = 10.0) -> Ten
         ratio = torch.where(finite, ratio, torch.nan)
         centre = ratio.nanmedian(dim=0).values
         overall = ratio.nanmedian().nan_to_num(0.0)
-        cap = torch.where(torch.isfinite(centre), centre, overall) + barrier
-        log_q_floor = log_p - cap
-    log_q = torch.where(finite & (log_q > log_q_floor), log_q, log_q_floor)  # mutant: barrier-off
+        centre = torch.where(torch.isfinite(centre), centre, overall)
+        ratio = torch.where(finite, ratio, torch.inf)
+        lowest = centre - barrier  # mutant: barrier-one-sided
+        bounded = torch.minimum(torch.maximum(ratio, lowest), centre + barrier)
+        bounded_log_q = log_p - bounded
+    log_q = torch.where(bounded == ratio, log_q, bounded_log_q)  # mutant: barrier-off
     return log_p - log_q
 
 

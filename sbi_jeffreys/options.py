@@ -63,8 +63,8 @@ class JeffreysOptions:
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.
-        reverse_barrier: Nats above the typical log ratio at which samples outside the prior, or in
-            a far tail, are capped.
+        reverse_barrier: Nats from the typical log ratio at which the ratios of samples outside the
+            prior, in a far tail, or alone in the proxy's mass are bounded.
         adaptive: Whether multipliers, slack, trust and temperature adapt. If False, λ stays at
             `initial_multiplier`, and trust and temperature are 1: a penalty of fixed weight.
         initial_multiplier: λ of the forward constraint at the start. None: 0.3 if λ adapts, since

@@ -484,8 +484,11 @@ MUTANTS = (
     ),
     Mutant("vargrad-without-proxy", "ratio = log_p", "tests/test_objective.py"),
     Mutant(
-        "barrier-off", "log_q = torch.where(finite, log_q, log_q_floor)", "tests/test_objective.py"
+        "barrier-off",
+        "log_q = torch.where(finite, log_q, bounded_log_q)",
+        "tests/test_objective.py",
     ),
+    Mutant("barrier-one-sided", "lowest = ratio", "tests/test_objective.py -k proxys_mass"),
     Mutant("p-not-normalised", "return -log_q.mean()", "tests/test_objective.py"),
     Mutant(
         "weights-not-truncated",

@@ -93,6 +93,18 @@ def test_barrier_caps_value_but_keeps_gradient():
     assert bool((torch.autograd.grad(ratio.sum(), log_p)[0] == 1).all())
 
 
+def test_one_sample_in_the_proxys_mass_does_not_decide_a_step():
+    log_p = torch.zeros(4, 1, requires_grad=True)
+    log_q = torch.tensor([[-1000.0], [-1003.0], [-1001.0], [-2.0]])
+    ratio = objective.robust_log_ratio(log_p, log_q, barrier=5.0)
+    expected = torch.tensor([[1000.0], [1003.0], [1001.0], [995.0]])
+    torch.testing.assert_close(ratio.detach(), expected)
+    loss = objective.reverse_vargrad_loss(log_p, log_q, barrier=5.0)
+    gradient = torch.autograd.grad(loss, log_p)[0][:, 0]
+    assert float(gradient[3]) < 0  # descent raises log p there
+    assert float(gradient.abs().max()) < 5
+
+
 def test_barrier_prices_an_observation_with_every_sample_outside():
     log_p = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     log_q = torch.tensor([[2.0, -torch.inf], [2.0, -torch.inf]])

@@ -28,6 +28,8 @@ from sbi_jeffreys.training.multipliers import ResilientMultipliers
 __all__ = ["APART", "SymmetricStage"]
 
 _FACTOR, _FACTOR_WITHOUT_PAIRS = 30.0, 20.0  # peak learning rate in units of plain NPE's
+# Of a restart: a half would need three restarts where steps are ten times too large.
+_SLOWER = 1 / 3
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 # Half the variance of log p − log q shortly before half of the stage: above the first value, mains
 # were still 0.3 to 1.6 nats behind their proxies at the stage's end; below the second, hardly 0.1.
@@ -185,7 +187,7 @@ class SymmetricStage:
             self.num_steps -= self.num_steps // 4  # mutant: stage-never-shorter
 
     def restart_slower(self, weights: dict[str, Tensor]) -> None:
-        """Go on from these weights of the main at half the step size, with a new optimiser."""
+        """Go on from these weights at a third of the step size, with a new optimiser."""
         self.main.load_state_dict(weights)
-        self.peak_learning_rate *= 0.5
+        self.peak_learning_rate *= _SLOWER
         self.optimizer = self._new_optimizer()

@@ -41,7 +41,7 @@ def test_one_divergence_goes_back_to_the_best_weights_at_half_the_step(monkeypat
     report, stage = inference.training_report, inference._training.stage
     assert report.restarts == 1
     assert report.stage_status is StageStatus.FINISHED
-    assert stage.peak_learning_rate == pytest.approx(0.5 * 30 * 5e-4)
+    assert stage.peak_learning_rate == pytest.approx(30 * 5e-4 / 3)
     assert Problem.STAGE_STOPPED not in report.problems
 
 
