@@ -250,14 +250,14 @@ def _check_pairs(theta: Tensor, x: Tensor) -> None:
     check_tensor("x", x)
     if x.ndim < 2 or len(theta) != len(x):
         raise ValueError(
-            "theta and x must have as many simulations as parameters, got shapes "
+            "theta and x must have the same number of rows, got shapes "
             f"{tuple(theta.shape)} and {tuple(x.shape)}; pass row i of x `(N, ...)` as the "
             "simulation of row i of theta."
         )
     if len(theta) < _MIN_PAIRS:
         raise ValueError(
-            f"theta and x must be at least {_MIN_PAIRS} held-out pairs, got {len(theta)}, which "
-            "show next to nothing; simulate more, or hold out more of the simulations you have."
+            f"theta and x must be at least {_MIN_PAIRS} held-out pairs, got {len(theta)}, too "
+            "few to show a fault; simulate more, or hold out more of the simulations you have."
         )
     # Missing trials are encoded as NaN; a row of nothing else is a failed simulation.
     flat = x.flatten(1)

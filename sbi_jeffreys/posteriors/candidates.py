@@ -161,9 +161,10 @@ def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates
         f"Main and proxy disagree at this observation: {quality.num_candidates:,} draws of the "
         f"main are worth {quality.effective_draws:.0f} of the corrected posterior (Pareto k̂ "
         f"{quality.pareto_k:.2f}). They were replaced by draws of a proposal that was adapted to "
-        f"the proxy, worth {adapted.quality[0].effective_draws:.0f}. Which of both is right, "
-        "held-out simulations like this observation would tell: see training_report, simulate "
-        "further rounds here, or ask misspecification_test() whether x is like the simulations.",
+        f"the proxy, worth {adapted.quality[0].effective_draws:.0f}. Held-out "
+        "simulations like this observation would show which of the two is right: see "
+        "training_report, simulate further rounds here, or ask misspecification_test() whether "
+        "x is like the simulations.",
         JeffreysWarning,
         stacklevel=4,  # the line that calls the posterior's method
     )

@@ -122,7 +122,8 @@ class Proxy(nn.Module, ABC):
         if bool(wrong.any()):
             raise ValueError(
                 f"prior.log_prob must be finite, or -inf outside the support, got NaN or inf at "
-                f"{int(wrong.sum())} of {len(log_prob)} simulated theta; mend the prior's log_prob."
+                f"{int(wrong.sum())} of {len(log_prob)} simulated theta; correct the "
+                "prior's log_prob."
             )
 
     def log_potential(self, theta: Tensor, x: Tensor) -> Tensor:

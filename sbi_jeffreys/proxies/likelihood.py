@@ -226,7 +226,7 @@ class LikelihoodProxy(Proxy):
             parts.append(f"{len(self.columns)} of {self.rest.shape[1]} outputs depend on theta")
         if self.compression is not None:
             num = self.compression.summaries.directions.shape[1]
-            parts.append(f"of {num} linear summaries and the size of the rest")
+            parts.append(f"a density of {num} linear summaries and the size of the rest of x")
         return "; ".join(parts)
 
     def mixture(self) -> list[FittedExpert]:

@@ -32,8 +32,8 @@ def stacking_weights(log_likelihoods: Tensor, num_iterations: int = 200) -> Tens
     usable = torch.isfinite(log_likelihoods).all(dim=1)
     if not bool(usable.any()):
         raise RuntimeError(
-            "No likelihood net of the proxy gave finite held-out likelihoods. Look for outliers or "
-            "near-constant dimensions in x, or lower the proxy's learning rate."
+            "No expert of the likelihood proxy has a finite held-out likelihood. Look for "
+            "outliers or near-constant dimensions in x, or lower the proxy's learning rate."
         )
     log_lik = log_likelihoods[usable].double()
     num_experts, num = log_lik.shape

@@ -31,7 +31,7 @@ def describe(trainer: NPE, training: Training, builder: Any) -> str:
     if main is None:
         return f"{head}, not trained"
     if report is None:
-        return f"{head}, with a main that was loaded or is not trained to the end"
+        return f"{head}, with a main that was loaded, or whose training has not ended"
     newer = num - (training.available or num)
     state = f"trained before the last {newer:,} were appended" if newer > 0 else "trained"
     return "\n".join([f"{head}, {state}", *_outcome(report)])

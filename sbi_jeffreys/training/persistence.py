@@ -135,12 +135,13 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
     except Exception as error:  # unpickling raises whatever the classes' changed code raises
         raise ValueError(
             f"{path} cannot be read: {type(error).__name__}: {error}. It was saved with "
-            f"{_listed(header.get('packages'))}; here are {_listed(_versions())}. Install what it "
+            f"{_listed(header.get('packages'))}; this environment has "
+            f"{_listed(_versions())}. Install what it "
             "was saved with, or, if it came from a CUDA machine, pass device='cpu'."
         ) from error
     if header.get("packages") != _versions():
         warnings.warn(
-            f"{path} was saved with {_listed(header.get('packages'))}; here are "
+            f"{path} was saved with {_listed(header.get('packages'))}; this environment has "
             f"{_listed(_versions())}. Check a posterior against a known result, or install what it "
             "was saved with.",
             JeffreysWarning,

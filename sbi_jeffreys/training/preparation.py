@@ -172,7 +172,7 @@ def _choose(
         return None, "theta has discrete parameters, which have no density: use sbi's MNPE"
     fixed = (~varying(simulations.theta[simulations.train])).nonzero().flatten().tolist()
     if fixed:  # mutant: constant-parameters-modelled
-        note = f"theta is constant in dimensions {fixed}: leave out what is not to be inferred"
+        note = f"theta is constant in dimensions {fixed}: leave these dimensions out"
         return None, note
     proxy, note = build_proxy(prior, main, simulations.x, options)
     if proxy is None:

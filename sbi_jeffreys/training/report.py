@@ -36,7 +36,7 @@ class ProxyStatus(Enum):
     USED = "used"
     UNTRUSTED = "refused, because its held-out loss is much higher than plain NPE's"
     IMPLAUSIBLE = "refused, because its draws do not look like simulations"
-    UNSAMPLED = "refused, because no draw could hit its posterior at any of the simulations"
+    UNSAMPLED = "refused, because no draw of theta had mass under its posterior at any simulation"
     NO_KERNEL_WEIGHT = (
         "refused, because the calibration kernel is zero at every draw or held-out simulation"
     )
@@ -69,7 +69,7 @@ class Space(Enum):
 class Problem(Enum):
     """What keeps a result from being what the method promises; the value says what to do."""
 
-    NO_PROXY = "plain NPE was kept; what to change stands in brackets"
+    NO_PROXY = "plain NPE was kept; the brackets say what to change"
     PROXY_REFUSED = (
         "plain NPE was kept; run more simulations, or pass a proxy that suits x "
         "(JeffreysOptions(proxy='energy') or a GivenProxy)"
@@ -77,8 +77,8 @@ class Problem(Enum):
     KERNEL = "plain NPE was kept; widen calibration_kernel"
     STAGE_PAUSED = "continue with train(resume_training=True)"
     STAGE_STOPPED = (
-        "the best weights before it were kept; lower JeffreysOptions.learning_rate_factor, or run "
-        "more simulations"
+        "the best weights from before it were kept; lower JeffreysOptions.learning_rate_factor, or "
+        "run more simulations"
     )
     MULTIPLIER_AT_BOUND = (
         "the main could not reach its proxy's held-out loss; pass options='thorough' or a larger "

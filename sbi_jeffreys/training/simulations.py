@@ -42,8 +42,8 @@ def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) 
             )
     if len(theta) != len(x):
         raise ValueError(
-            f"theta and x must have as many rows, got {len(theta)} and {len(x)}; row i of x is the "
-            "simulation of row i of theta."
+            f"theta and x must have the same number of rows, got {len(theta)} and {len(x)}; row i "
+            "of x is the simulation of row i of theta."
         )
     if not bool(torch.isfinite(theta).all()):
         bad = int((~torch.isfinite(theta.reshape(len(theta), -1))).any(dim=1).sum())

@@ -444,7 +444,7 @@ def test_weights_load_without_running_code(inference, tmp_path, monkeypatch):
 def test_other_package_versions_are_warned_of(inference, tmp_path, monkeypatch):
     inference.save(tmp_path / "a")
     monkeypatch.setattr(persistence, "_versions", lambda: {"sbi": "0.99"})
-    with pytest.warns(JeffreysWarning, match=r"saved with .*here are sbi 0\.99"):
+    with pytest.warns(JeffreysWarning, match=r"saved with .*this environment has sbi 0\.99"):
         NPE_Jeffreys.load(tmp_path / "a")
 
 

@@ -311,7 +311,7 @@ def test_an_inference_brings_its_proxy_along():
     ("theta", "x", "message"),
     [
         (torch.zeros(49, 2), torch.zeros(49, 2), "at least 50"),
-        (torch.zeros(60, 2), torch.zeros(61, 2), "as many simulations"),
+        (torch.zeros(60, 2), torch.zeros(61, 2), "the same number of rows"),
         (torch.zeros(60), torch.zeros(60, 2), "reshape"),
         (
             torch.zeros(60, 3),

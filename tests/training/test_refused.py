@@ -137,7 +137,7 @@ def test_an_interrupted_training_has_no_report_of_the_one_before(monkeypatch):
         train(inference, force_first_round_loss=True)
     assert inference.training_report is None
     assert inference.proxy is None
-    assert "not trained to the end" in repr(inference)
+    assert "whose training has not ended" in repr(inference)
 
 
 def test_an_interrupt_in_the_first_epoch_is_no_refusal(monkeypatch):
