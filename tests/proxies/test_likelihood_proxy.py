@@ -135,7 +135,7 @@ def test_stacking_mixes_experts_that_complement_each_other():
 
 
 def test_stacking_without_any_finite_expert_says_so():
-    with pytest.raises(RuntimeError, match="No likelihood net"):
+    with pytest.raises(RuntimeError, match="No expert of the likelihood proxy"):
         stacking_weights(torch.full((2, 10), torch.inf))
 
 
