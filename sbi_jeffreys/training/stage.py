@@ -33,7 +33,7 @@ _SLOWER = 1 / 3
 _WARM_UP = 0.1  # fraction of steps over which the learning rate rises
 # Half the variance of log p − log q shortly before half of the stage: above the first value, mains
 # were still 0.3 to 1.6 nats behind their proxies at the stage's end; below the second, hardly 0.1.
-APART, _CLOSE = 2.0, 0.35
+APART, _CLOSE = 1.75, 0.35
 # Share of its steps after which a stage keeps its length: the learning rate has fallen far, and the
 # steps up to three quarters, where a shortened stage ends, are too few to anneal the rest.
 _TOO_LATE = 0.625
