@@ -169,11 +169,18 @@ def read_results(
     folder: Path, check: Check = cell_problem
 ) -> Iterator[dict[str, Any] | CorruptResultError]:
     """Every result of a folder, or what is wrong with it, in the order of file names."""
+    return (found for _, found in read_files(folder, check))
+
+
+def read_files(
+    folder: Path, check: Check = cell_problem
+) -> Iterator[tuple[Path, dict[str, Any] | CorruptResultError]]:
+    """The same with the path of each result."""
     for path in sorted(folder.glob("*.json")):
         try:
-            yield read_record(path, check)
+            yield path, read_record(path, check)
         except CorruptResultError as error:
-            yield error
+            yield path, error
 
 
 def read_valid(

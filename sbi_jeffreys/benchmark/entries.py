@@ -98,7 +98,7 @@ def run_entries(
             (outcome.failed_before if kept == "failed" else outcome.present).append(entry.file_name)
     if pending:
         cells.check_folder(folder)
-        _check_others(folder, check, settings)
+        _check_others(folder, {entry.file_name for entry in entries}, check, settings)
     groups = [list(group) for _, group in groupby(pending, key=lambda entry: entry.training)]
     # The folder is absolute, because workers may have another working directory.
     common = (settings, folder.resolve(), provenance.command(), keep_failures)
@@ -133,16 +133,22 @@ def _find(path: Path, check: Check, settings: dict[str, Any], retry_failed: bool
     return "done"
 
 
-def _check_others(folder: Path, check: Check, settings: dict[str, Any]) -> None:
+def _check_others(folder: Path, own: set[str], check: Check, settings: dict[str, Any]) -> None:
     """Refuse a folder with results of other settings: a report would average over both.
+
+    Args:
+        folder: Where results go.
+        own: Names of the files of this run, which `_find` has checked.
+        check: See `run_entries`.
+        settings: See `run_entries`.
 
     Raises:
         CommandError: Naming one of them, and the settings in which it differs.
     """
-    for path in sorted(folder.glob("*.json")):
-        with suppress(CorruptResultError):
-            found = cells.read_record(path, check).get("settings", {})
-            cells.check_settings(found, settings, path)  # mutant: settings-mixed-in-a-folder
+    for path, found in cells.read_files(folder, check):
+        if path.name not in own and isinstance(found, dict):
+            # mutant: settings-mixed-in-a-folder
+            cells.check_settings(found.get("settings", {}), settings, path)
 
 
 def _run_group(

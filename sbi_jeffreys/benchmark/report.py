@@ -171,7 +171,7 @@ def _overall(table: Table, labels: Mapping[str, str]) -> str:
 
 def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
     """Counts over tasks and budgets; a win or loss is an interval that excludes zero."""
-    rows = [["method", *SCORES.values()]]
+    rows, decided = [["method", *SCORES.values()]], False
     for name in (n for n in labels if n != BASELINE):
         row = [labels[name]]
         found = _differences(table, name, BASELINE)
@@ -179,8 +179,9 @@ def _verdicts(table: Table, labels: Mapping[str, str]) -> str:
             counts = Counter(d.verdict for (_, m), d in found.items() if m == metric)
             known = [counts[verdict] for verdict in ("win", "tie", "loss")]
             row.append(" / ".join(map(str, known)) if any(known) else "–")
+            decided |= any(known)
         rows.append(row)
-    if all(cell == "–" for row in rows[1:] for cell in row[1:]):
+    if not decided:
         return ""
     note = "Wins / ties / losses over tasks and budgets: the paired 95 % interval decides. "
     return note + "Comparisons of one seed have none and are left out.\n\n" + markdown(rows)
@@ -222,7 +223,7 @@ def _losses(table: Table, labels: Mapping[str, str]) -> str:
 
 def _costs(table: Table, labels: Mapping[str, str]) -> str:
     """Training time and memory relative to NPE, by budget."""
-    rows = [["method", "simulations", *_COSTS.values()]]
+    rows, measured = [["method", "simulations", *_COSTS.values()]], False
     for name in (n for n in labels if n != BASELINE):
         for budget in sorted({budget for _, budget in table}):
             row = [labels[name], f"{budget:,}"]
@@ -234,8 +235,9 @@ def _costs(table: Table, labels: Mapping[str, str]) -> str:
                 ]
                 known = [r for r in ratios if r is not None]
                 row.append(f"{geometric_mean(known):.2f} ×" if known else "–")
+                measured |= bool(known)
             rows.append(row)
-    if all(cell == "–" for row in rows[1:] for cell in row[2:]):
+    if not measured:
         return ""
     note = (
         "Training, relative to NPE: geometric mean over tasks and seeds. Memory is the "

@@ -24,7 +24,7 @@ from sbi_jeffreys.networks.configs import check_trainable, is_config, own_settin
 from sbi_jeffreys.networks.prior_space import PriorTransform, hides_bounds, is_bounded
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
-from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
+from sbi_jeffreys.networks.transforms import TINY, MarginalTransform, scale_of
 
 __all__ = [
     "MainBuilder",
@@ -38,7 +38,6 @@ _MODELS = tuple(sorted(set(model_builders) - {"mnle", "tabpfn"}))
 # estimation looks for discrete columns of θ.
 # mutant: periodic-flows-unconstrained
 _THETA_AS_IT_IS = ("mdn", "zukoncsf", "mnpe")
-_TINY = 1e-6  # standard deviation of an output that sbi's z-scoring would hardly see
 _EDGE_SHARE = 1e-4  # share of parameters that rounding may put on the edge
 
 Build = Callable[[Tensor, Tensor], ConditionalDensityEstimator]
@@ -217,7 +216,7 @@ class MainBuilder:
                 transform = MarginalTransform.fit(x)
                 # Of wide x, outputs may be left out later. sbi's own z-scoring takes a standard
                 # deviation below 1e-7 for zero.
-                tiny = bool((scale_of(x) < _TINY).any())  # mutant: small-units-unseen
+                tiny = bool((scale_of(x) < TINY).any())  # mutant: small-units-unseen
                 if x.shape[1] > WIDE or tiny or not transform.is_identity:
                     embedding = StandardisedInput(transform, x)
         # Copies, so that a second network does not start from the first one's trained embedding.

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sbi_jeffreys._checks import check_tensor
 from sbi_jeffreys.networks.atoms import Atoms, find_atoms
 
-__all__ = ["MarginalTransform", "scale_of", "varying"]
+__all__ = ["TINY", "MarginalTransform", "scale_of", "varying"]
 
+TINY = 1e-6  # standard deviation that sbi's z-scoring would hardly see
 _MAX_SMALL_COUNT = 4.0  # counts up to this (binary data among them) keep their scale
 _MAX_OWN_SCALES = 20  # outputs up to which each has a transform of its own
 _RESOLVED = 2.0  # spread, in units of float32's spacing, from which an output counts as varying

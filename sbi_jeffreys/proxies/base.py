@@ -211,15 +211,16 @@ class EmpiricalPrior(Distribution):
     def __init__(self, theta: Tensor) -> None:
         num, dim = theta.shape
         # Each parameter on its own scale, because their units may differ by any factor.
-        scale = scale_of(theta) if num > 1 else torch.ones(dim).to(theta)
-        scaled = torch.cov((theta / scale).T).reshape(dim, dim) if num > 1 else torch.eye(dim)
+        scale, covariance = torch.ones(dim).to(theta), torch.eye(dim).to(theta)
+        if num > 1:
+            scale = scale_of(theta)
+            covariance = torch.cov((theta / scale).T).reshape(dim, dim)
         if num > _MAX_CENTRES:
             rows = torch.linspace(0, num - 1, _MAX_CENTRES, device=theta.device).long()
             theta, num = theta[rows], _MAX_CENTRES
-        jitter = 1e-6 * torch.eye(dim)
-        covariance = num ** (-2.0 / (dim + 4)) * scaled + jitter.to(scaled)
+        covariance = num ** (-2.0 / (dim + 4)) * covariance + 1e-6 * torch.eye(dim).to(theta)
         self.centres = theta
-        self.cholesky = scale.unsqueeze(1) * torch.linalg.cholesky(covariance).to(theta)
+        self.cholesky = scale.unsqueeze(1) * torch.linalg.cholesky(covariance)
         self._white = self._whitened(theta)
         super().__init__(event_shape=torch.Size((dim,)), validate_args=False)
 

@@ -13,12 +13,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "WeightedDraws"]
 
 _CENTRES = 32  # kernels per observation and round
 _WIDTHS = (1.0, 0.3, 0.1)  # widths of the kernels, relative to the spread of the weighted draws
 _DEGREES = 5.0  # degrees of freedom of the Student kernels
 _FAR = 1e15  # units: the square of a larger θ may not be finite in float32
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Weighted draws in units of their spread, and the moments that both kinds of kernels share.
+
+    Attributes:
+        theta: Draws in units of `unit`, `(B, K, D)`.
+        weights: Their weights, which sum to one, `(B, K)`.
+        mean: Weighted mean in the same units, `(B, 1, D)`.
+        covariance: Weighted covariance in the same units, `(B, D, D)`.
+        unit: Unit of each parameter at each observation, `(B, D)`.
+    """
+
+    theta: Tensor
+    weights: Tensor
+    mean: Tensor
+    covariance: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, theta: Tensor, log_weights: Tensor) -> WeightedDraws:
+        """From draws `(K, B, D)` and their log weights `(K, B)`."""
+        unit = _unit(theta)
+        weights, draws = _normalised(theta / unit, log_weights)
+        mean = (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
+        return cls(draws, weights, mean, _covariance(weights, draws, mean), unit)
 
 
 @dataclass(frozen=True)
@@ -38,26 +65,21 @@ class Kernels:
     unit: Tensor
 
     @classmethod
-    def moments(cls, theta: Tensor, log_weights: Tensor) -> Kernels:
-        """One component with the moments of draws `(K, B, D)` of log weights `(K, B)`."""
-        unit = _unit(theta)
-        weights, draws = _normalised(theta / unit, log_weights)
-        mean = (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
-        factor = _cholesky(_covariance(weights, draws))
-        return cls(mean, factor, torch.ones(1).to(draws), unit)
+    def moments(cls, draws: WeightedDraws) -> Kernels:
+        """One component with the moments of the draws."""
+        factor = _cholesky(draws.covariance)
+        return cls(draws.mean, factor, torch.ones(1).to(factor), draws.unit)
 
     @classmethod
-    def about(cls, theta: Tensor, log_weights: Tensor) -> Kernels:
+    def about(cls, draws: WeightedDraws) -> Kernels:
         """Kernels of three widths about resampled draws: they follow several narrow modes."""
-        unit = _unit(theta)
-        weights, draws = _normalised(theta / unit, log_weights)
-        dim = draws.shape[-1]
-        rows = torch.multinomial(weights, _CENTRES, replacement=True)
-        centres = draws.gather(1, rows.unsqueeze(-1).expand(-1, -1, dim))
+        dim = draws.theta.shape[-1]
+        rows = torch.multinomial(draws.weights, _CENTRES, replacement=True)
+        centres = draws.theta.gather(1, rows.unsqueeze(-1).expand(-1, -1, dim))
         bandwidth = (4.0 / (_CENTRES * (dim + 2))) ** (2.0 / (dim + 4))
-        factor = _cholesky(bandwidth * _covariance(weights, draws))
+        factor = _cholesky(bandwidth * draws.covariance)
         scales = torch.tensor(_WIDTHS).repeat(_CENTRES // len(_WIDTHS) + 1)[:_CENTRES]
-        return cls(centres, factor, scales.to(draws), unit)
+        return cls(centres, factor, scales.to(factor), draws.unit)
 
     def sample(self, num: int) -> Tensor:
         """Draws `(num, B, D)`."""
@@ -119,10 +141,10 @@ def _normalised(theta: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights.T, theta.transpose(0, 1)
 
 
-def _covariance(weights: Tensor, draws: Tensor) -> Tensor:
+def _covariance(weights: Tensor, draws: Tensor, mean: Tensor) -> Tensor:
     """Weighted covariance `(B, D, D)`, nearer its diagonal the fewer draws are effective."""
     dim = draws.shape[-1]
-    centred = draws - (weights.unsqueeze(-1) * draws).sum(dim=1, keepdim=True)
+    centred = draws - mean
     covariance = torch.einsum("bk,bkd,bke->bde", weights, centred, centred)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     # The covariance is at least as wide as the spacing of the draws, so that one heavy weight does

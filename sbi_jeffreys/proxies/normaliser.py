@@ -28,7 +28,7 @@ from torch import Tensor
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.objective import effective_sample_size, log_normaliser
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.kernels import Kernels
+from sbi_jeffreys.proxies.kernels import Kernels, WeightedDraws
 from sbi_jeffreys.proxies.partition import defensive_draws, defensive_log_density
 
 __all__ = ["AdaptedDraws", "Normaliser", "adapted_draws"]
@@ -171,8 +171,8 @@ def adapted_draws(
         if not bool(unsettled.any()):
             break
         rows, drawn = rows[unsettled], drawn[:, unsettled]
-        annealed = _annealed(log_w[1:, rows])
-        kernels = Kernels.moments(drawn[1:], annealed), Kernels.about(drawn[1:], annealed)
+        weighted = WeightedDraws.of(drawn[1:], _annealed(log_w[1:, rows]))
+        kernels = Kernels.moments(weighted), Kernels.about(weighted)
         drawn, *densities = _next_round(proxy, main, theta[rows], x[rows], num, kernels)
         draws.replace(rows, AdaptedDraws.of(proxy, drawn, x[rows], *densities))
         log_w[:, rows] = draws.log_weights(proxy.inverse_temperature)[:, rows]

@@ -10,14 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sbi_jeffreys.networks.transforms import scale_of, varying
+from sbi_jeffreys.networks.transforms import TINY, scale_of, varying
 from sbi_jeffreys.proxies.experts.base import FEW_VALUES
 
 __all__ = ["Units"]
 
 _ROWS = 4  # least rows per distinct value; with fewer rows, values may be few by chance
 _ON = 1e-3  # distance from a point of a lattice, in its spacings, that counts as rounding
-_TINY = 1e-6  # standard deviation below which values are scaled: sbi's z-scoring hardly sees them
 
 
 class Units(nn.Module):
@@ -29,6 +28,9 @@ class Units(nn.Module):
         origin: The smallest value of a lattice, else 0, `(D,)`.
         unit: The spacing of a lattice, the standard deviation of tiny values, else 1, `(D,)`.
         lattice: Which columns are counted, `(D,)`.
+
+    Attributes:
+        some: Whether any column is counted or scaled.
 
     Example:
         >>> units = Units.fit(torch.tensor([[-1.0], [1.0]]).repeat(10, 1))
@@ -45,12 +47,13 @@ class Units(nn.Module):
         self.register_buffer("origin", origin)
         self.register_buffer("unit", unit)
         self.register_buffer("lattice", lattice)
+        self.some = bool((lattice | (unit != 1)).any())
 
     @classmethod
     def fit(cls, values: Tensor, count: bool = True) -> Units:
         """Find the tiny columns of values `(N, D)` and, if asked to, those to be counted."""
-        scale = scale_of(values)
-        tiny = (scale < _TINY) & varying(values)
+        scale, varies = scale_of(values), varying(values)
+        tiny = (scale < TINY) & varies
         unit = torch.where(tiny, scale, 1.0)
         origin = torch.zeros_like(unit)
         lattice = torch.zeros_like(tiny)
@@ -58,7 +61,7 @@ class Units(nn.Module):
             return cls(origin, unit, lattice)
         ordered = values.detach().double().sort(dim=0).values
         few = (ordered.diff(dim=0) > 0).sum(dim=0) < min(FEW_VALUES, len(values) // _ROWS)
-        for d in torch.where(few & varying(values))[0].tolist():
+        for d in torch.where(few & varies)[0].tolist():
             distinct = ordered[:, d].unique_consecutive()
             spacing = distinct.diff().min()
             steps = (distinct - distinct[0]) / spacing
@@ -76,10 +79,12 @@ class Units(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Values `(*B, D)` in these units."""
+        if not self.some:  # as nearly always, and for every evaluation of a proxy
+            return values
         counted = (values - self.origin) / self.unit
         whole = counted.round()
         return torch.where(self.lattice & ((counted - whole).abs() < _ON), whole, counted)
 
     def inverse(self, counted: Tensor) -> Tensor:
         """The values `(*B, D)` that have been counted."""
-        return self.origin + self.unit * counted
+        return self.origin + self.unit * counted if self.some else counted

@@ -81,7 +81,6 @@ def test_a_posterior_that_cannot_be_drawn_is_left_out_of_the_figure(tmp_path, ca
     figures.mkdir()
     (figures / "posteriors.png").touch()  # of an earlier file
     monkeypatch.setattr(compare, "saved", lambda path, draw: path)
-    monkeypatch.setattr(compare, "held_out_report", None)
     trained = {"NPE": SimpleNamespace(report=None, inference=Undrawable())}
     data = read_simulations(write(tmp_path / "sims.npz", good()))
     written = compare.write_figures(data, trained, figures, 0)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, Normal
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.proxies import normaliser
 from sbi_jeffreys.proxies.base import Proxy
-from sbi_jeffreys.proxies.kernels import Kernels
+from sbi_jeffreys.proxies.kernels import Kernels, WeightedDraws
 from sbi_jeffreys.proxies.normaliser import Normaliser, adapted_draws
 from sbi_jeffreys.proxies.partition import defensive_log_density
 
@@ -199,7 +199,7 @@ def test_the_proposals_density_is_exact_far_from_zero():
     """θ may be a hundred thousand posterior widths away from 0, as masses in kilograms are."""
     torch.manual_seed(0)
     theta = 1000.0 + 0.01 * torch.randn(256, 1, 2)
-    own = Kernels.about(theta, torch.zeros(256, 1))
+    own = Kernels.about(WeightedDraws.of(theta, torch.zeros(256, 1)))
     parts = (own.centres, own.factor, own.scales, own.unit)
     exact = Kernels(*(part.double() for part in parts))
     torch.testing.assert_close(
@@ -213,9 +213,9 @@ def test_units_of_the_parameters_do_not_matter(make, unit):
     theta = torch.randn(64, 3, 2)
     weights, units = torch.randn(64, 3), torch.tensor([1.0, unit])
     torch.manual_seed(1)
-    plain = make(theta, weights)
+    plain = make(WeightedDraws.of(theta, weights))
     torch.manual_seed(1)
-    scaled = make(theta * units, weights)
+    scaled = make(WeightedDraws.of(theta * units, weights))
     shifted = plain.log_prob(theta) - math.log(unit)
     torch.testing.assert_close(scaled.log_prob(theta * units), shifted, atol=1e-3, rtol=0)
     torch.manual_seed(2)
