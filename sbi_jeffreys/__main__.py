@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -83,14 +84,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"write options after the command: {parser.prog} {args.command} …"
         )
     matplotlib.use("Agg")  # figures are written to files, also where there is no display
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    except (CommandError, OSError) as error:
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        remedy = "pass another path, or change its permissions"
+        print(f"error: {named}{error.strerror or error}; {remedy}.", file=sys.stderr)
+        return 2
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from sbi import neural_nets
 from sbi.inference import NPE
 from sbi.inference.posteriors.posterior_parameters import (
+    DirectPosteriorParameters,
     ImportanceSamplingPosteriorParameters,
     MCMCPosteriorParameters,
     PosteriorParameters,

@@ -38,7 +38,7 @@ from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
 from sbi_jeffreys.training.data import is_atomic, latest_held_out, simulations_in_use
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
-from sbi_jeffreys.training.simulations import check_appended, check_simulations
+from sbi_jeffreys.training.simulations import check_appended, check_simulations, warn_of_copies
 from sbi_jeffreys.training.symmetric import TRACES
 from sbi_jeffreys.training.training import Training
 
@@ -142,11 +142,14 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
     ) -> Self:
         """Store θ `(N, D)` and x `(N, *x_shape)` for training; the arguments are sbi's.
 
+        A gradient that they have, as outputs of a differentiable simulator do, is not used.
+
         Raises:
             TypeError, ValueError: Naming θ or x, what was expected, what came, and the remedy.
         """
         before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
         check_appended(theta, x, _sbi.prior_of(self), before)
+        theta, x = theta.detach(), x.detach()  # mutant: simulations-with-gradients
         with _sbi.all_or_nothing(self):
             return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
 
@@ -206,7 +209,9 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         """
         self._training.check_trainable(self, starting_round)
         if not resume_training:  # a split that is used again was checked when it was made
-            theta = self.get_simulations(starting_round)[0].to(_sbi.device_of(self))
+            theta, x, _ = self.get_simulations(starting_round)
+            warn_of_copies(theta, x)
+            theta = theta.to(_sbi.device_of(self))
             arguments = self._training.arguments
             atomic = arguments is not None and is_atomic(self, arguments)
             check_simulations(theta, _sbi.prior_of(self), validation_fraction, atomic)

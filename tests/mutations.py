@@ -346,6 +346,15 @@ MUTANTS = (
     ),
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
     Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
+    Mutant("focused-without-gradients", "", "tests/posteriors/test_focus.py -k callers_mode"),
+    Mutant("simulations-with-gradients", "pass", "tests/test_npe.py -k differentiable"),
+    Mutant("copies-in-silence", "if False:", "tests/test_npe.py -k copies"),
+    Mutant(
+        "main-needs-bijection",
+        "as_it_is = DirectPosteriorParameters()",
+        "tests/posteriors/test_for_any.py -k bijection",
+    ),
+    Mutant("unreadable-folder-is-empty", "pass", "tests/benchmark/test_runner.py -k report_of"),
     Mutant(
         "second-npe-must-not-fail",
         "except NotImplementedError as error:",

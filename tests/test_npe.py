@@ -26,6 +26,7 @@ from sbi_jeffreys.proxies import LikelihoodProxy
 from sbi_jeffreys.proxies.summary import SummaryLikelihoodProxy
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept, Problem, ProxyStatus, StageStatus
+from sbi_jeffreys.training.simulations import warn_of_copies
 from sbi_jeffreys.training.stage import SymmetricStage
 from sbi_jeffreys.training.symmetric import Best
 
@@ -391,6 +392,27 @@ def test_one_parameter_one_output():
     prior = BoxUniform(-torch.ones(1), torch.ones(1))
     options = JeffreysOptions(**{**vars(TINY), "experts": (FlowExpert("nsf"), FlowExpert("maf"))})
     trained(100, options, prior)
+
+
+def test_a_simulator_may_be_differentiable():
+    theta, x = simulate(100)
+    scale = torch.ones(2, requires_grad=True)
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    inference.append_simulations(theta.requires_grad_(), x * scale)
+    inference.train(max_num_epochs=2)
+    assert len(inference.summary["trust"]) == 2
+
+
+def test_copies_of_simulations_are_noticed_and_repeated_parameters_are_not(recwarn):
+    theta, x = simulate(40)
+    repeated = theta.repeat(3, 1)
+    warn_of_copies(repeated, repeated + torch.randn_like(repeated))
+    warn_of_copies(torch.cat([theta, theta[:4]]), torch.cat([x, x[:4]]))  # one in eleven
+    assert not recwarn
+    inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
+    inference.append_simulations(repeated, x.repeat(3, 1))
+    with pytest.warns(JeffreysWarning, match=r"80 of 120 simulations are copies.*Append each"):
+        inference.train(max_num_epochs=2)
 
 
 def test_invalid_simulations_are_dropped_as_sbi_does():

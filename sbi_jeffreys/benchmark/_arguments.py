@@ -12,6 +12,8 @@ from sbi_jeffreys.benchmark.methods import METHODS
 from sbi_jeffreys.benchmark.tasks import known_tasks
 
 DEFAULT = "(default: %(default)s)"
+_MOST = 10_000_000  # simulations, samples and the like: a slip above it would fill the memory
+_LARGEST_SEED = 2**31 - 1
 
 
 def task_name(text: str) -> str:
@@ -29,20 +31,24 @@ def method_list(text: str) -> list[str]:
     return known_items(text, METHODS)
 
 
-def positive_int(minimum: int = 1) -> Callable[[str], int]:
-    """A whole number of at least `minimum`, which may be written as 1e3."""
+def positive_int(minimum: int = 1, maximum: int = _MOST) -> Callable[[str], int]:
+    """A whole number from `minimum` to `maximum`, which may be written as 1e3."""
 
     def parse(text: str) -> int:
         value = math.nan
         with suppress(ValueError):
             value = float(text)
-        if not (value >= minimum and value.is_integer()):
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {minimum}, got {text!r}"
-            )
+        bound = f"at most {maximum:,}" if value > maximum else f"at least {minimum}"
+        if not (minimum <= value <= maximum and value.is_integer()):
+            raise argparse.ArgumentTypeError(f"expected a whole number of {bound}, got {text!r}")
         return int(value)
 
     return parse
+
+
+def seed(text: str) -> int:
+    """A seed, from 0 to 2³¹ − 1."""
+    return positive_int(0, _LARGEST_SEED)(text)
 
 
 def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
@@ -87,7 +93,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> 
     """Add the options of every command that fills a results folder."""
     parser.add_argument("--seeds", type=positive_int(), default=seeds, help=f"how many {DEFAULT}")
     text = f"the lowest one {DEFAULT}"
-    parser.add_argument("--first-seed", type=positive_int(0), default=0, help=text)
+    parser.add_argument("--first-seed", type=seed, default=0, help=text)
     parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {DEFAULT}")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder {DEFAULT}")
     add_common(parser)

@@ -286,7 +286,8 @@ def _parts(records: list[dict[str, Any]]) -> list[str]:
         "## Promises: adaptive is not worse than the best frozen weighting / than plain NPE\n\n"
         + _summary(table)
         + "\n\nholds: not worse in the mean; within noise: by at most twice the standard error; "
-        "BROKEN: by more; –: not measured, or the proxy was refused, so that both are plain NPE.",
+        "BROKEN: by more; worse, one seed: worse, without a standard error to compare with; –: not "
+        "measured, or the proxy was refused, so that both are plain NPE.",
         *(_row_text(key, row, notes[key]) for key, row in sorted(table.items())),
     ]
 
@@ -303,7 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "also C2ST at 3 observations, 4 s per variant and each"
     parser.add_argument("--c2st", action="store_true", help=text)
-    _arguments.add_run_arguments(parser, "benchmark_results/ablation", seeds=3)
+    _arguments.add_run_arguments(parser, "ablation", seeds=3)
 
 
 def run(args: argparse.Namespace) -> int:

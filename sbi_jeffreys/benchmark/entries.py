@@ -171,7 +171,8 @@ def _run_group(
                 content = entry.measure(context, **entry.arguments)
             except Exception as caught:
                 text = traceback.format_exc()
-                error = f"{type(caught).__name__}: {caught}" if keep_failures else text
+                brief = str(caught).strip().split("\n")[0]  # torch appends frames of its C++
+                error = f"{type(caught).__name__}: {brief}" if keep_failures else text
                 content = {"status": "failed", "error": error, "traceback": text}
             if error is None or keep_failures:
                 origin = {**provenance.versions(), **provenance.machine(), "command": command}

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
+from sbi_jeffreys.benchmark._arguments import DEFAULT
 from sbi_jeffreys.benchmark._running import CommandError
 from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, check_folder, read_valid
 from sbi_jeffreys.benchmark.figures import write_figures
@@ -61,6 +62,7 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     Raises:
         CommandError: If there is no readable finished result, or `out` cannot be written to.
     """
+    _check_readable(results)
     records, corrupt = read_valid(results)
     done = [record for record in records if record["status"] == "done"]
     failed = [record for record in records if record["status"] != "done"]
@@ -84,6 +86,17 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     head = ["# Benchmark of NPE_Jeffreys", f"{len(done)} cells.\n\n" + summary_lines(done)]
     parts = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return write_page(out / "report.md", [*head, *parts])
+
+
+def _check_readable(folder: Path) -> None:
+    """Require a folder that can be listed: one without results would look the same."""
+    try:
+        next(folder.iterdir(), None)  # mutant: unreadable-folder-is-empty
+    except OSError as error:
+        raise CommandError(
+            f"results: expected a folder that can be read, got {str(folder)!r} "
+            f"({error.strerror or error}); pass another one with --results."
+        ) from error
 
 
 def _with_comparable_costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -255,8 +268,10 @@ def _problems(failed: Sequence[Mapping[str, Any]], corrupt: Sequence[CorruptResu
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `report`."""
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the cells")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
+    text = f"folder of the cells {DEFAULT}"
+    parser.add_argument("--results", type=Path, default=Path("results"), help=text)
+    text = f"folder of the report {DEFAULT}"
+    parser.add_argument("--out", type=Path, default=Path("report"), help=text)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 

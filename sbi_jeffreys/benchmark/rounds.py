@@ -234,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulations-per-round", type=positive_int(20), default=500, help=DEFAULT)
     text = "per round (default: 1000, with --fast 50)"
     parser.add_argument("--num-samples", type=positive_int(10), default=None, help=text)
-    add_run_arguments(parser, "benchmark_results/rounds", seeds=2)
+    add_run_arguments(parser, "rounds", seeds=2)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,8 +2,7 @@
 
 A run can be stopped at any time and started again: cells with a valid file are skipped. Methods of
 one training (an ensemble and its first member, draws and corrected draws) are trained once, in one
-process, and evaluated each. `run_entries` is the mechanism behind it, for the ablation and the
-rounds too.
+process, and evaluated each.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sbi_jeffreys.benchmark.evaluation import (
     references_for,
     simulations_for,
 )
-from sbi_jeffreys.benchmark.methods import FitContext, Method, get_method
+from sbi_jeffreys.benchmark.methods import METHODS, FitContext, Method, get_method
 from sbi_jeffreys.benchmark.tasks import TASKS, Task, get_task
 
 _DEFAULT_METHODS = "npe_nsf,ensemble5,npe_jeffreys,npe_jeffreys_corrected"
@@ -106,10 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods, task_list = _arguments.method_list, _arguments.task_list
     budgets = _arguments.int_list(20)
     parser.add_argument("--tasks", type=task_list, default=tasks, help=text)
-    parser.add_argument("--methods", type=methods, default=_DEFAULT_METHODS, help=text)
+    known = f"comma-separated, of {', '.join(METHODS)} {DEFAULT}"
+    parser.add_argument("--methods", type=methods, default=_DEFAULT_METHODS, help=known)
     parser.add_argument("--simulations", type=budgets, default="100,1000", help=text)
     parser.add_argument("--observations", type=positive_int(), default=5, help=DEFAULT)
-    parser.add_argument("--observation-seed", type=int, default=2026, help=DEFAULT)
+    parser.add_argument("--observation-seed", type=_arguments.seed, default=2026, help=DEFAULT)
     text = "per observation (default: 5000, with --fast 50)"
     parser.add_argument("--num-samples", type=positive_int(10), default=None, help=text)
     parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=DEFAULT)

@@ -30,7 +30,7 @@ _KNOWN = (*_REQUIRED, "x_o", *_BOUNDS)
 _EXAMPLE = "write it with numpy.savez('FILE.npz', theta=theta, x=x)"
 _LEAST_SPREAD = 10  # standard deviation of a column, in units of float32's spacing
 _LEAST_SIZE = 1e-31  # of the largest value of a column: below 1e-38 float32 loses digits
-_ROUNDING = 1e4  # in units of float64's spacing: a column that varies by less is constant
+_ROUNDING = 100  # in units of float64's spacing: a column that varies by less is constant
 _IF_NOT_FINITE = {
     **dict.fromkeys(_REQUIRED, "drop these rows, of theta and x together"),
     "x_o": "x_o needs every output: complete it, or leave it out",

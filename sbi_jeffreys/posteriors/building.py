@@ -6,12 +6,20 @@ import warnings
 from copy import deepcopy
 from typing import Any
 
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from torch import Tensor
+from torch.distributions import Distribution
 
 from sbi_jeffreys import _sbi
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_float, check_int
-from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, PosteriorParameters
+from sbi_jeffreys._sbi import (
+    NPE,
+    ConditionalDensityEstimator,
+    DirectPosteriorParameters,
+    PosteriorParameters,
+)
 from sbi_jeffreys.posteriors.corrected import CorrectedPosterior
+from sbi_jeffreys.posteriors.direct import NO_BIJECTION
 from sbi_jeffreys.posteriors.focused import FocusedPosterior, focus
 from sbi_jeffreys.posteriors.power import pooling_power, power_of_later_rounds
 from sbi_jeffreys.posteriors.proxy import ProxyPosterior, SampleWith, proxy_posterior
@@ -26,6 +34,28 @@ class BuildsPosteriors(NPE):
     proxy: Proxy | None
     training_report: Any
     _shows_progress: bool
+
+    def build_posterior(
+        self,
+        density_estimator: ConditionalDensityEstimator | None = None,
+        prior: Distribution | None = None,
+        sample_with: Any = "direct",
+        *args: Any,
+        **kwargs: Any,
+    ) -> NeuralPosterior:
+        """sbi's posterior of the main; the arguments are sbi's.
+
+        Torch has no bijection to the support of some priors, such as mixtures. `map` climbs in the
+        space of θ itself there, and the samplers that walk in the other space are not available.
+        """
+        given = (density_estimator, prior, sample_with)
+        try:
+            return super().build_posterior(*given, *args, **kwargs)
+        except NO_BIJECTION:
+            if sample_with != "direct" or args or kwargs:
+                raise
+        as_it_is = DirectPosteriorParameters(enable_transform=False)  # mutant: main-needs-bijection
+        return super().build_posterior(*given, posterior_parameters=as_it_is)
 
     def build_corrected_posterior(
         self, num_candidates: int = 20_000, device: str | None = None, power: float | None = None

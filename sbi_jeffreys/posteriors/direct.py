@@ -8,10 +8,10 @@ from sbi.inference.posteriors import DirectPosterior
 from sbi.utils import mcmc_transform
 from torch.distributions import Distribution, Transform
 
-__all__ = ["AnyPriorPosterior", "transform_of"]
+__all__ = ["NO_BIJECTION", "AnyPriorPosterior", "transform_of"]
 
-# What sbi raises where torch has no bijection to the prior's support, or one of other dimensions.
-_NO_BIJECTION = (NotImplementedError, AssertionError)
+#: What sbi raises where torch has no bijection to the prior's support, or one of other dimensions.
+NO_BIJECTION = (NotImplementedError, AssertionError)
 
 
 class AnyPriorPosterior(DirectPosterior):
@@ -26,7 +26,7 @@ class AnyPriorPosterior(DirectPosterior):
     def __init__(self, **kwargs: Any) -> None:
         try:
             super().__init__(**kwargs)
-        except _NO_BIJECTION:
+        except NO_BIJECTION:
             kwargs["enable_transform"] = False
             super().__init__(**kwargs)
 
@@ -35,5 +35,5 @@ def transform_of(prior: Distribution, device: str) -> Transform:
     """sbi's transform from the prior's support to ℝᴰ; the identity where there is none."""
     try:
         return mcmc_transform(prior, device=device)
-    except _NO_BIJECTION:
+    except NO_BIJECTION:
         return mcmc_transform(prior, device=device, enable_transform=False)

@@ -131,6 +131,8 @@ class FocusedPosterior(AnyPriorPosterior):
         )
 
 
+# mutant: focused-without-gradients
+@torch.inference_mode(False)  # with gradients, whatever the caller's mode
 def focus(
     main: ConditionalDensityEstimator,
     proxy: Proxy,
@@ -142,7 +144,7 @@ def focus(
     show_progress_bars: bool = True,
 ) -> FocusedPosterior:
     """Refine a copy of the main at one observation; see `NPE_Jeffreys.focus`."""
-    x_o = check_observation(x_o, main.condition_shape).to(next(main.parameters()).device)
+    x_o = check_observation(x_o, main.condition_shape).to(next(main.parameters()).device).clone()
     target = _Target(deepcopy(main), proxy, x_o, power)
     drawn, effective = target.draws()
     before = target.quality(main)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import check_tensor
+from sbi_jeffreys._checks import JeffreysWarning, check_tensor
 from sbi_jeffreys._sbi import ImproperEmpirical
 from sbi_jeffreys.networks.prior_space import inside_support
 
-__all__ = ["check_appended", "check_matrix", "check_simulations"]
+__all__ = ["check_appended", "check_matrix", "check_simulations", "warn_of_copies"]
+
+_FEW_COPIES = 0.1  # share of the simulations that may be copies without a warning
 
 
 def check_appended(theta: Any, x: Any, prior: Distribution | None, before: Any) -> None:
@@ -105,4 +108,24 @@ def check_simulations(
             f"theta: expected parameters at which the prior has a density, as the loss of later "
             f"rounds divides by it, got {int(none.sum())} of {num} without one, the first in row "
             f"{row}: {theta[row].tolist()} (torch's Uniform: at its upper bound); drop them."
+        )
+
+
+def warn_of_copies(theta: Tensor, x: Tensor) -> None:
+    """Warn where many simulations, θ `(N, D)` with x `(N, *x_shape)`, are copies of others.
+
+    Of most copies one is held out and another one trained on: overfitting then looks like progress.
+    The same θ with another x is a simulation of its own.
+    """
+    num = len(theta)
+    if len(torch.unique(theta, dim=0)) > (1 - _FEW_COPIES) * num:
+        return
+    copies = num - len(torch.unique(torch.cat([theta, x.flatten(1).to(theta)], dim=1), dim=0))
+    if copies > _FEW_COPIES * num:  # mutant: copies-in-silence
+        warnings.warn(
+            f"{copies} of {num} simulations are copies of others, theta and x alike. Simulations "
+            "that are held out are then also trained on: training stops too late, and what the "
+            "report says of held-out simulations is too good. Append each simulation once.",
+            JeffreysWarning,
+            stacklevel=4,
         )

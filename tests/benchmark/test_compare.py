@@ -202,6 +202,10 @@ _MALFORMED = {
         {"x": good()["x"] + np.array([0.0, 1.7e9])},
         "x: .*column 1, where.*spacing is 1.3e.02; subtract .* from x and x_o alike",
     ),
+    "offset of milliseconds": (
+        {"x": good()["x"] + np.array([0.0, 1.7e12])},
+        "x: .*column 1, where.*spacing is 1.3e.05; subtract .* from x and x_o alike",
+    ),
     "objects": ({"x": np.array([[1], [2, 3]], dtype=object)}, "x: .*Python objects"),
     "strings": ({"theta": np.full((_NUM, 2), "a")}, "theta: .*real numbers, got dtype <U1"),
     "complex": ({"x": np.zeros((_NUM, 2), complex)}, "x: .*dtype complex128; pass real and"),

@@ -84,6 +84,10 @@ def test_tasks_are_listed_under_headers(capsys):
         (("--task", "nope"), "two_moons, got 'nope'"),
         (("--simulations", "few"), "whole number of at least 20, got 'few'"),
         (("--observations", "0"), "at least 1, got '0'"),
+        (("--simulations", "1e13"), "a whole number of at most 10,000,000, got '1e13'"),
+        (("benchmark", "--observations", "1e30"), "at most 10,000,000, got '1e30'"),
+        (("--seed", "x"), "argument --seed: expected a whole number of at least 0, got 'x'"),
+        (("benchmark", "--first-seed", "3e9"), "a whole number of at most 2,147,483,647, got"),
         (("benchmark", "--methods", "npe_nsf,magic"), "got 'magic'"),
         (("benchmark", "--tasks", ","), "comma-separated list"),
         (("benchmark", "--backend", "threads"), "invalid choice"),
@@ -140,8 +144,11 @@ def test_dask_that_is_broken_is_not_called_missing(tmp_path, capsys, monkeypatch
 def test_whole_numbers_may_be_written_with_an_exponent():
     parse = positive_int(20)
     assert [parse(text) for text in ("1e3", "1000", "2.5e2")] == [1000, 1000, 250]
-    for text in ("1e1", "20.5", "inf", "nan", "1e-3", ""):
+    for text in ("1e1", "20.5", "-inf", "nan", "1e-3", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number of at least 20"):
+            parse(text)
+    for text in ("1e8", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number of at most 10,000,000"):
             parse(text)
 
 

@@ -341,6 +341,18 @@ def test_report_without_results_says_so(tmp_path, capsys):
     assert "run `benchmark` first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_file", [False, True])
+def test_report_of_a_folder_that_cannot_be_read_says_so(tmp_path, capsys, is_file):
+    folder = tmp_path / "elsewhere"
+    if is_file:
+        folder.write_text("not a folder")
+    assert main(["report", "--results", str(folder), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert f"results: expected a folder that can be read, got '{folder}'" in said
+    assert ("Not a directory" if is_file else "No such file or directory") in said
+    assert "pass another one with --results" in said
+
+
 # ------------------------------------------------------------------------------ what goes wrong
 
 

@@ -170,6 +170,13 @@ def test_the_trainer_focuses(trainer):
     assert found.sample((10,), show_progress_bars=False).shape[0] == 10
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_matter(trainer, mode):
+    with mode():
+        focused = trainer.focus(X_O + 0.0, num_steps=2)
+        assert bool(focused.sample((2,), show_progress_bars=False).isfinite().all())
+
+
 def test_without_a_proxy_there_is_nothing_to_focus_with():
     with pytest.raises(RuntimeError, match="train"):
         fresh().focus(X_O)

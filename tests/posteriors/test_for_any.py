@@ -47,6 +47,7 @@ def test_a_prior_without_a_bijection_has_every_posterior():
     train(inference)
     x_o = torch.tensor([[0.2, 0.3]])
     posteriors = (
+        inference.build_posterior(),
         inference.build_corrected_posterior(num_candidates=200),
         inference.focus(x_o, num_steps=2),
         inference.build_proxy_posterior("rejection"),
@@ -55,7 +56,11 @@ def test_a_prior_without_a_bijection_has_every_posterior():
         drawn = posterior.sample((20,), x=x_o, show_progress_bars=False)
         assert bool(Triangle.support.check(drawn).all())
         pickle.loads(pickle.dumps(posterior))
-    assert posteriors[0].set_default_x(x_o).map(num_iter=5, show_progress_bars=False).shape[-1] == 2
+    for posterior in posteriors[:2]:
+        best = posterior.set_default_x(x_o).map(num_iter=5, show_progress_bars=False)
+        assert best.shape[-1] == 2
+    with pytest.raises(NotImplementedError):  # it walks in the space that a bijection leads to
+        inference.build_posterior(sample_with="mcmc")
 
 
 class _MeanOfTrials(nn.Module):
