@@ -26,7 +26,7 @@ from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 __all__ = ["TruncatedRounds", "of_truncated_rounds"]
 
 _DRAWS = 8_192  # draws of a kernel density that estimate Z_r
-_PER_SAMPLE = 8  # candidates for each draw of a truncated prior
+_PER_SAMPLE, _LEAST = 8, 256  # candidates for each draw of a truncated prior, and in all
 _CHUNK = 50_000  # candidates at once: bounds memory
 
 
@@ -101,7 +101,10 @@ class _Truncated:
     def sample(self, shape: torch.Size) -> Tensor:
         """Draws of shape `(num, D)`."""
         num = shape.numel()
-        theta, log_weights = self._candidates(_PER_SAMPLE * num)
+        theta, log_weights = self._candidates(max(_LEAST, _PER_SAMPLE * num))
+        if not bool(torch.isfinite(log_weights).any()):  # mutant: no-candidate-in-a-thin-region
+            theta = self.density.centres  # none inside: the round's own θ are draws, too
+            log_weights = theta.new_zeros(len(theta))
         return theta[torch.multinomial(log_weights.softmax(0), num, replacement=True)]
 
     @torch.no_grad()

@@ -43,6 +43,18 @@ def test_a_region_without_any_of_its_parameters_counts_as_the_prior():
     assert float(found.sample(torch.Size((500,))).std()) > 0.5
 
 
+def test_a_region_that_few_candidates_hit_has_draws():
+    """Two strips at the box's edges: one candidate in 1,400 is inside."""
+    torch.manual_seed(0)
+    theta = BOX.sample((40,))
+    theta[:, 0] = theta[:, 0].sign() * (1 - 1e-3 * torch.rand(40))
+    strips = RestrictedPrior(BOX, lambda theta: theta[:, 0].abs() > 1 - 1e-3)
+    found = TruncatedRounds(BOX, [(strips, theta)])
+    drawn = torch.cat([found.sample(torch.Size((1,))) for _ in range(20)])
+    assert bool((drawn[:, 0].abs() > 1 - 1e-3).all())
+    assert 0 < int((drawn[:, 0] > 0).sum()) < 20
+
+
 def test_draws_follow_it():
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
     drawn = rounds(prior, later=200).sample(torch.Size((30, 300)))
