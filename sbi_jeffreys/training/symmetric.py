@@ -22,7 +22,7 @@ __all__ = ["TRACES", "Best", "SymmetricTraining"]
 
 # Nats above plain NPE's loss, beyond three standard errors, at which the stage counts as diverged:
 # in its first and in its second half.
-_EXCESS_EARLY, _EXCESS_LATE, _ERRORS = 3.0, 0.5, 3.0
+_EXCESS_EARLY, _EXCESS_LATE, _ERRORS = 6.0, 0.5, 3.0
 _MAX_RESTARTS = 2
 
 #: Per-epoch traces of the symmetric stage in `summary`, all in nats except the last three.
@@ -195,7 +195,7 @@ class SymmetricTraining:
     def _diverged(self, held_out: HeldOut, losses: Tensor) -> bool:
         """Whether the main's held-out loss is clearly above plain NPE's.
 
-        Early in the stage, large steps may raise it by a nat or two, which later steps make up for:
+        Early in the stage, large steps may raise it by some nats, which later steps make up for:
         the bound falls at half of the stage.
         """
         excess = losses - self.plain
