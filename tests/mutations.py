@@ -347,6 +347,7 @@ MUTANTS = (
     Mutant("changed-npe-left-in-the-main", "pass", "tests/training/test_beginning.py -k before"),
     Mutant("restarted-from-plain-npe", "if False:", "tests/training/test_beginning.py -k restart"),
     Mutant("no-candidate-in-a-thin-region", "if False:", "tests/proxies/test_truncated.py -k few"),
+    Mutant("restarted-without-warm-up", "pass", "tests/training/test_beginning.py -k restart"),
     Mutant("focused-without-gradients", "", "tests/posteriors/test_focus.py -k callers_mode"),
     Mutant("simulations-with-gradients", "pass", "tests/test_npe.py -k differentiable"),
     Mutant("copies-in-silence", "if False:", "tests/test_npe.py -k copies"),

@@ -181,7 +181,7 @@ class TrainingReport:
         gap: Held-out loss of the kept main minus the proxy's, pair by pair; None without a proxy.
         multiplier: λ at the end, None without a symmetric stage.
         skipped_steps: Steps that were skipped because their gradient was not finite.
-        restarts: How often the stage was reset to its best weights at a third of the step size.
+        restarts: How often the stage began again, at a third of the step size.
         seconds: Wall time of plain NPE, of the proxy, and of the symmetric stage.
         problems: What keeps the result from being what the method promises.
         atomic: Whether held-out losses are those of a classifier of θ among other pairs' θ (later

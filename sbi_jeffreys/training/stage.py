@@ -187,7 +187,12 @@ class SymmetricStage:
             self.num_steps -= self.num_steps // 4  # mutant: stage-never-shorter
 
     def restart_slower(self, weights: dict[str, Tensor]) -> None:
-        """Go on from these weights at a third of the step size, with a new optimiser."""
+        """Begin the schedule again, from these weights and at a third of the step size.
+
+        The first steps of a new optimiser are as large as its learning rate, so that without a
+        warm-up they diverge where the stage's own beginning does not.
+        """
         self.main.load_state_dict(weights)
+        self.step, self._reverse = 0, []  # mutant: restarted-without-warm-up
         self.peak_learning_rate *= _SLOWER
         self.optimizer = self._new_optimizer()

@@ -62,7 +62,7 @@ class SymmetricTraining:
             estimates.
         last_weights: Weights of the last step, while the best ones are in the main; else None.
         status: How far the stage got.
-        restarts: How often the stage went back to its best weights at a third of the step size.
+        restarts: How often the stage began again, at a third of the step size.
         coverage_before: Coverage of plain NPE on held-out pairs; None in later rounds.
         coverage_after: Coverage of the main that is kept.
         start: Weights that the stage started from: plain NPE's after the changes of `begin_stage`.
@@ -206,11 +206,11 @@ class SymmetricTraining:
         return not held_out.mean(excess) <= margin  # also where either is NaN
 
     def _restart(self) -> bool:
-        """Go back to the best weights at a third of the step size; False if the stage has to stop.
+        """Start again at a third of the step size; False if the stage has to stop.
 
-        The stage stops if it is finished or was restarted twice. While plain NPE's weights are the
-        best, the stage goes back to those that it started from, because plain NPE's weights lack
-        the changes of `begin_stage`.
+        The stage starts from its best weights, and stops if it is finished or was restarted twice.
+        While plain NPE's weights are the best, the stage goes back to those that it started from,
+        because plain NPE's weights lack the changes of `begin_stage`.
         """
         if self.stage.finished or self.restarts >= _MAX_RESTARTS:
             self.status = StageStatus.STOPPED

@@ -55,7 +55,9 @@ def test_a_restart_goes_back_to_the_best_weights_or_the_start(kept):
         for name, value in symmetric.start.items()
     }
     symmetric.best = replace(symmetric.best, weights=shifted, kept=kept)
+    symmetric.stage.step = symmetric.stage.num_steps - 1
     assert symmetric._restart()
+    assert symmetric.stage.step == 0  # with a warm-up
     expected = symmetric.start if kept is Kept.PLAIN_NPE else shifted
     for name, value in symmetric.stage.main.state_dict().items():
         assert torch.equal(value, expected[name])
