@@ -408,6 +408,7 @@ def test_copies_of_simulations_are_noticed_and_repeated_parameters_are_not(recwa
     repeated = theta.repeat(3, 1)
     warn_of_copies(repeated, repeated + torch.randn_like(repeated))
     warn_of_copies(torch.cat([theta, theta[:4]]), torch.cat([x, x[:4]]))  # one in eleven
+    warn_of_copies(theta[:, 0], x[:, 0])  # as sbi accepts them without a prior
     assert not recwarn
     inference = NPE_Jeffreys(PRIOR, show_progress_bars=False, options=TINY)
     inference.append_simulations(repeated, x.repeat(3, 1))

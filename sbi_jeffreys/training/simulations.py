@@ -118,9 +118,10 @@ def warn_of_copies(theta: Tensor, x: Tensor) -> None:
     The same θ with another x is a simulation of its own.
     """
     num = len(theta)
+    theta, x = theta.reshape(num, -1), x.reshape(num, -1)  # without a prior, vectors are accepted
     if len(torch.unique(theta, dim=0)) > (1 - _FEW_COPIES) * num:
         return
-    copies = num - len(torch.unique(torch.cat([theta, x.flatten(1).to(theta)], dim=1), dim=0))
+    copies = num - len(torch.unique(torch.cat([theta, x.to(theta)], dim=1), dim=0))
     if copies > _FEW_COPIES * num:  # mutant: copies-in-silence
         warnings.warn(
             f"{copies} of {num} simulations are copies of others, theta and x alike. Simulations "
