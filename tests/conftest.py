@@ -15,6 +15,12 @@ _SHORT = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each process of `-n 2`: more would only get in each other's way."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give whole files to the processes of `-n 2`: what a file's tests share is made once."""
