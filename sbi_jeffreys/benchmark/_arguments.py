@@ -13,7 +13,6 @@ from sbi_jeffreys.benchmark.tasks import known_tasks
 
 DEFAULT = "(default: %(default)s)"
 _MOST = 10_000_000  # simulations, samples and the like: a slip above it would fill the memory
-_LARGEST_SEED = 2**31 - 1
 
 
 def task_name(text: str) -> str:
@@ -46,9 +45,8 @@ def positive_int(minimum: int = 1, maximum: int = _MOST) -> Callable[[str], int]
     return parse
 
 
-def seed(text: str) -> int:
-    """A seed, from 0 to 2³¹ − 1."""
-    return positive_int(0, _LARGEST_SEED)(text)
+#: Parses a seed.
+seed_number = positive_int(0, 2**31 - 1)
 
 
 def int_list(minimum: int = 1) -> Callable[[str], list[int]]:
@@ -93,7 +91,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str, seeds: int) -> 
     """Add the options of every command that fills a results folder."""
     parser.add_argument("--seeds", type=positive_int(), default=seeds, help=f"how many {DEFAULT}")
     text = f"the lowest one {DEFAULT}"
-    parser.add_argument("--first-seed", type=seed, default=0, help=text)
+    parser.add_argument("--first-seed", type=seed_number, default=0, help=text)
     parser.add_argument("--jobs", type=positive_int(), default=1, help=f"processes {DEFAULT}")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder {DEFAULT}")
     add_common(parser)

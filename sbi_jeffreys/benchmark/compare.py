@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys, plots
 from sbi_jeffreys._sbi import network_of
-from sbi_jeffreys.benchmark._arguments import add_common, positive_int, seed
+from sbi_jeffreys.benchmark._arguments import add_common, positive_int, seed_number
 from sbi_jeffreys.benchmark._running import CommandError, derive_seed, quiet, say, seeded
 from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="theta, x; x_o; low, high")
     text = f"simulations that neither method sees (default: a fifth, {_MIN_SHARE} to 500)"
     parser.add_argument("--held-out", type=positive_int(_MIN_SHARE), default=None, help=text)
-    parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
+    text = "of everything random (default: 0)"
+    parser.add_argument("--seed", type=seed_number, default=0, help=text)
     text = "folder of the figures (default: outputs)"
     parser.add_argument("--out", type=Path, default=Path("outputs"), help=text)
     add_common(parser)

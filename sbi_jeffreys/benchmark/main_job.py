@@ -14,7 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sbi_jeffreys.benchmark._arguments import DEFAULT, add_common, positive_int, seed, task_name
+from sbi_jeffreys.benchmark._arguments import (
+    DEFAULT,
+    add_common,
+    positive_int,
+    seed_number,
+    task_name,
+)
 from sbi_jeffreys.benchmark._running import derive_seed, one_thread, quiet, say
 from sbi_jeffreys.benchmark.cells import check_folder
 from sbi_jeffreys.benchmark.entries import warm_up
@@ -49,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=task_name, default="two_moons", help=text)
     text = f"budget {DEFAULT}"
     parser.add_argument("--simulations", type=positive_int(20), default=1000, help=text)
-    parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
+    text = "of everything random (default: 0)"
+    parser.add_argument("--seed", type=seed_number, default=0, help=text)
     text = "to compare at (default: 3)"
     parser.add_argument("--observations", type=positive_int(), default=3, help=text)
     text = "folder of the figures (default: outputs)"

@@ -109,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=methods, default=_DEFAULT_METHODS, help=known)
     parser.add_argument("--simulations", type=budgets, default="100,1000", help=text)
     parser.add_argument("--observations", type=positive_int(), default=5, help=DEFAULT)
-    parser.add_argument("--observation-seed", type=_arguments.seed, default=2026, help=DEFAULT)
+    parser.add_argument(
+        "--observation-seed", type=_arguments.seed_number, default=2026, help=DEFAULT
+    )
     text = "per observation (default: 5000, with --fast 50)"
     parser.add_argument("--num-samples", type=positive_int(10), default=None, help=text)
     parser.add_argument("--classifier", choices=("mlp", "rf"), default="mlp", help=DEFAULT)
