@@ -741,6 +741,16 @@ MUTANTS = (
         "tests/training/test_temperature.py",
     ),
     Mutant(
+        "one-noise-level-for-all",
+        "width, functions = max(1, hidden_features // 4), 1",
+        "tests/proxies/test_neural.py -k two_signals",
+    ),
+    Mutant(
+        "noise-levels-of-one-output",
+        "return True",
+        "tests/proxies/test_neural.py -k single_output",
+    ),
+    Mutant(
         "cells-as-densities",
         "mass = log_prob[..., has]",
         "tests/proxies/test_neural.py",

@@ -42,6 +42,42 @@ def test_a_curve_in_white_noise_is_learned_to_a_tenth_of_its_noise():
     assert float((y - curve(drawn)).std()) == pytest.approx(0.2, rel=0.1)
 
 
+def two_signals(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of two signals of 20 samples; noise grows with θ_1 in one, and falls in the other."""
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(20)
+    return curve(theta), 0.2 * (signs * theta[:, :1]).exp()
+
+
+def test_two_signals_have_noise_levels_of_their_own():
+    """A noise level that all outputs share cannot rise in one signal and fall in the other."""
+    torch.manual_seed(0)
+    theta, fresh = PRIOR.sample((800,)), PRIOR.sample((300,))
+    mean, deviation = two_signals(theta)
+    x = mean + deviation * torch.randn(800, 40)
+    mean, deviation = two_signals(fresh)
+    y = mean + deviation * torch.randn(300, 40)
+    truth = torch.distributions.Normal(mean, deviation).log_prob(y).sum(-1)
+
+    def missed(own_noise: bool) -> float:
+        proxy = fitted(NeuralRegressionExpert(own_noise=own_noise), theta, x)
+        return float((truth - proxy.log_factor(fresh.unsqueeze(0), y)[0]).mean())
+
+    assert missed(own_noise=True) < 10.0  # of the 40 squared errors' 20 nats
+    assert missed(own_noise=False) > 20.0
+
+
+def test_a_single_output_has_no_noise_levels_of_several_outputs():
+    torch.manual_seed(0)
+    theta = PRIOR.sample((100,))
+    both = NeuralRegressionExpert(), NeuralRegressionExpert(own_noise=True)
+    for dim, num_fitted in ((1, 1), (2, 2)):
+        x = theta[:, :dim] + torch.randn(100, dim)
+        config = FitConfig(max_epochs=2)
+        proxy = LikelihoodProxy(PRIOR, both, config, num_folds=1)
+        proxy.fit(theta, x, torch.arange(90), torch.arange(90, 100))
+        assert len(proxy.results) == num_fitted
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["binary", "counts"])
 def test_integers_have_the_probability_of_their_cell(scale):
     """Probabilities of all values sum to one, and are those of the simulator."""
@@ -114,6 +150,13 @@ def test_gradients_are_finite_at_open_ends_and_far_from_the_cell():
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         NeuralRegressionExpert(**{field: value})
+
+
+def test_bad_noise_settings_are_named():
+    with pytest.raises(TypeError, match="own_noise"):
+        NeuralRegressionExpert(own_noise=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="own_noise=True needs hidden layers, got num_layers=0"):
+        NeuralRegressionExpert(num_layers=0, own_noise=True)
 
 
 def test_draws_of_rare_counts_are_kept_at_every_theta():

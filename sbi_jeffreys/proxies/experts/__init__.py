@@ -44,12 +44,14 @@ REGRESSIONS: tuple[Expert, ...] = (
     RegressionExpert(2, sparse=True, heteroscedastic=True, mixture=True),
     RegressionExpert(1, kernel=True, mixture=True),
     NeuralRegressionExpert(),
+    NeuralRegressionExpert(own_noise=True),
 )
 
 # The experts differ on purpose: a strongly decayed maf suits simple likelihoods, one without decay
 # sharp ones, a spline flow skewed or one-dimensional x, a regression additive noise, a neural
-# regression counts, signals and means that are not smooth enough for kernels, and a flow around a
-# regression a smooth mean with noise that is not constant.
+# regression counts, signals and means that are not smooth enough for kernels (outputs with noise of
+# their own: two signals of different noise), and a flow around a regression a smooth mean with
+# noise that is not constant.
 DEFAULT_EXPERTS: tuple[Expert, ...] = (
     *REGRESSIONS,
     NeuralRegressionExpert(num_layers=0),
@@ -67,6 +69,7 @@ WIDE_EXPERTS: tuple[Expert, ...] = (
     RegressionExpert(2),
     RegressionExpert(1, kernel=True),
     NeuralRegressionExpert(),
+    NeuralRegressionExpert(own_noise=True),
     NeuralRegressionExpert(weight_decay=0.3),
     NeuralRegressionExpert(hidden_features=256, num_layers=2),
     NeuralRegressionExpert(num_layers=0),

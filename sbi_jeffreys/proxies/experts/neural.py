@@ -1,9 +1,11 @@
 r"""Neural regression: outputs that are independent given θ, about means that a network gives.
 
-    ℓ(y|z) = Π_j N(y_j; m_j(z), e^{2 s_j(z)}),    m = MLP(z),  s_j(z) = a_j + b(z).
+    ℓ(y|z) = Π_j N(y_j; m_j(z), e^{2 s_j(z)}),    m = MLP(z),  s_j(z) = a_j + b_j(z).
 
 This is the right likelihood for a curve or a spectrum, a smooth signal in white noise: all outputs
-of a simulation teach the same network, and the cost grows linearly with their number. An integer
+of a simulation teach the same network, and the cost grows linearly with their number. By default b
+is one function for all outputs, b_j = b, so that a single noise level is learned from all of them.
+Where outputs have noise of several levels, as two signals do, each has a b_j of its own. An integer
 output has the probability of its cell, the normal integrated from T(n) to T(n + 1). Where few
 values were observed, the cell of the smallest is open below and that of the largest is open above:
 this is an ordered probit, and for binary outputs probit regression. The cell of a smallest value of
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbi_jeffreys._checks import check_float, check_int
+from sbi_jeffreys._checks import check_bool, check_float, check_int
 from sbi_jeffreys.networks.fitting import FitResult
 from sbi_jeffreys.networks.together import FitTask
 from sbi_jeffreys.networks.transforms import MarginalTransform, scale_of
@@ -58,6 +60,7 @@ class NeuralRegression(nn.Module):
         transform: T.
         hidden_features: Width of the hidden layers.
         num_layers: Number of hidden layers; with 0, the means are linear in z.
+        own_noise: Whether each output has a function b_j of its own.
     """
 
     #: `log_prob` is that of the cell for integers and atoms, spread evenly over it.
@@ -76,6 +79,7 @@ class NeuralRegression(nn.Module):
         transform: MarginalTransform,
         hidden_features: int,
         num_layers: int,
+        own_noise: bool = False,
     ) -> None:
         super().__init__()
         self.transform, y = transform, transform(x)
@@ -88,9 +92,10 @@ class NeuralRegression(nn.Module):
             layers += [nn.Linear(*pair), nn.SiLU()]
         self.mean = nn.Sequential(*layers, nn.Linear(widths[-1], y.shape[1]))
         self.log_scale = nn.Parameter(torch.zeros(y.shape[1]))
-        width = max(1, hidden_features // 4)
-        shared = nn.Sequential(nn.Linear(z.shape[1], width), nn.SiLU(), nn.Linear(width, 1))
-        self.shared_log_scale = shared if num_layers else None
+        # mutant: one-noise-level-for-all
+        width, functions = max(1, hidden_features // 4), y.shape[1] if own_noise else 1
+        noise = nn.Sequential(nn.Linear(z.shape[1], width), nn.SiLU(), nn.Linear(width, functions))
+        self.noise = noise if num_layers else None
         kept = x[:, transform.keep]
         low, high = kept.amin(dim=0), kept.amax(dim=0)
         # With few values, both extremes are limits, and a smallest zero always is one. Beyond the
@@ -105,8 +110,8 @@ class NeuralRegression(nn.Module):
         """m(z) `(*B, dim_y)`, and the standard deviations e^s, `(dim_y,)` or `(*B, dim_y)`."""
         scaled = (z - self.centre_z) / self.scale_z
         log_scale = self.log_scale
-        if self.shared_log_scale is not None:
-            log_scale = log_scale + self.shared_log_scale(scaled)
+        if self.noise is not None:
+            log_scale = log_scale + self.noise(scaled)
         return self.centre_y + self.scale_y * self.mean(scaled), log_scale.exp() * self.scale_y
 
     def cells(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,6 +175,8 @@ class NeuralRegressionExpert(NetworkExpert):
         hidden_features: Width of the network's hidden layers.
         num_layers: Number of hidden layers; with 0, the means are linear in θ.
         weight_decay: Decoupled weight decay of the fit.
+        own_noise: Whether the noise level of each output depends on θ in its own way; otherwise
+            those of all outputs depend on θ in the same way.
 
     Raises:
         TypeError, ValueError: Naming the field, what was expected and what came.
@@ -178,25 +185,39 @@ class NeuralRegressionExpert(NetworkExpert):
     hidden_features: int = 128
     num_layers: int = 3
     weight_decay: float = 0.0
+    own_noise: bool = False
 
     @property
     def name(self) -> str:
-        """The expert's name in reports, which says what its mean is."""
-        return "neural regression" if self.num_layers else "linear with independent noise"
+        """The expert's name in reports, which says what its mean is, and its noise."""
+        if not self.num_layers:
+            return "linear with independent noise"
+        return "neural regression" + (" with several noise levels" if self.own_noise else "")
 
     def __post_init__(self) -> None:
         check_int("hidden_features", self.hidden_features, 1)
         check_int("num_layers", self.num_layers, 0)
         check_float("weight_decay", self.weight_decay, 0.0)
+        check_bool("own_noise", self.own_noise)
+        if self.own_noise and not self.num_layers:
+            raise ValueError(
+                "own_noise=True needs hidden layers, got num_layers=0; pass num_layers=1 or more."
+            )
 
     def suits(self, data: ExpertData) -> bool:
-        """Without hidden layers only where x has cells: elsewhere a regression does the same."""
+        """Whether it is not the same as another expert.
+
+        Without hidden layers it is a regression where x has no cells, and a single output has one
+        noise level anyhow.
+        """
+        if self.own_noise:
+            return len(data.scales[0].keep) > 1  # mutant: noise-levels-of-one-output
         return self.num_layers > 0 or bool(data.scales[0].has_cells.any())
 
     @property
     def architecture(self) -> Hashable:
         """Networks of one size are fitted to several parts of the data together."""
-        return self.hidden_features, self.num_layers
+        return self.hidden_features, self.num_layers, self.own_noise
 
     def prepare(
         self, data: ExpertData, before: Sequence[FittedExpert], abandon_above: float
@@ -205,7 +226,12 @@ class NeuralRegressionExpert(NetworkExpert):
         transform = data.scales[0]
         z, train = data.z, data.train
         net = NeuralRegression(
-            z[train], data.x[train], transform, self.hidden_features, self.num_layers
+            z[train],
+            data.x[train],
+            transform,
+            self.hidden_features,
+            self.num_layers,
+            self.own_noise,
         )
         y = transform(data.x)
         cells = net.cells(y)
