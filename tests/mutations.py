@@ -741,6 +741,21 @@ MUTANTS = (
         "tests/training/test_temperature.py",
     ),
     Mutant(
+        "few-draws-moved-among-themselves",
+        "draws = resample(found, num)[:, 0]",
+        "tests/posteriors/test_moves.py -k among_many",
+    ),
+    Mutant(
+        "copies-kept",
+        "if False:",
+        "tests/posteriors/test_importance.py -k no_proposal_mends",
+    ),
+    Mutant(
+        "every-move-accepted",
+        "accept = torch.ones_like(log_proposed, dtype=torch.bool)",
+        "tests/posteriors/test_moves.py -k skewed",
+    ),
+    Mutant(
         "one-noise-level-for-all",
         "width, functions = max(1, hidden_features // 4), 1",
         "tests/proxies/test_neural.py -k two_signals",

@@ -31,6 +31,7 @@ __all__ = [
     "CandidateCache",
     "Candidates",
     "adapted_candidates",
+    "candidates_in_chunks",
     "check_drawing",
     "draw_candidates",
     "enough",
@@ -108,6 +109,22 @@ def draw_candidates(
             thetas.append(theta)
             log_weights.append(log_potential(theta, x, log_p) - log_p)
     return Candidates(torch.cat(thetas), torch.cat(log_weights))
+
+
+def candidates_in_chunks(
+    main: ConditionalDensityEstimator,
+    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    num: int,
+    batch: int,
+    show_progress_bars: bool = False,
+) -> Iterator[tuple[slice, Candidates]]:
+    """As many rows of x at a time as fit into one network call, and their `draw_candidates`."""
+    size = max(1, batch // num)
+    starts = range(0, len(x), size)
+    for start in tqdm(starts, desc="Batches of observations", disable=not show_progress_bars):
+        rows = slice(start, start + size)
+        yield rows, draw_candidates(main, log_potential, x[rows], num, batch)
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@ r"""Correction at inference: the main's draws, resampled by importance weights (
 The proxy is often closer to the truth than the amortised main that was fitted to it, and at one
 observation the proxy can be evaluated as often as needed. Drawing many θ_k ∼ p_φ(·|x_o) and
 resampling them by w_k ∝ [q̃_ψ(θ_k, x_o) / p_φ(θ_k|x_o)]^β, truncated at w̄ √K (Ionides 2008), closes
-the amortisation gap without MCMC. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek
-1986): main and proxy have different errors, and β is chosen by the pool's score on held-out pairs.
+the amortisation gap. The target is the log-linear pool p_φ^{1−β} q_ψ^β (Genest & Zidek 1986): main
+and proxy have different errors, and β is chosen by the pool's score on held-out pairs. Only where
+few candidates carry the weight are there steps of Markov chains (`posteriors.moves`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from tqdm.auto import tqdm
 
 from sbi_jeffreys._checks import (
     check_bool,
@@ -35,6 +35,7 @@ from sbi_jeffreys.posteriors import candidates
 from sbi_jeffreys.posteriors.candidates import Candidates, resample
 from sbi_jeffreys.posteriors.direct import AnyPriorPosterior
 from sbi_jeffreys.posteriors.importance import ImportanceQuality, warn_if_unreliable
+from sbi_jeffreys.posteriors.moves import distinct_draws
 from sbi_jeffreys.posteriors.power import log_pool, log_pool_at
 from sbi_jeffreys.posteriors.proxy import PooledPotential
 from sbi_jeffreys.proxies.base import Proxy
@@ -50,11 +51,11 @@ class CorrectedPosterior(AnyPriorPosterior):
 
     Built by `NPE_Jeffreys.build_corrected_posterior`. A `JeffreysWarning` is given where the
     weights are unreliable (see `quality`), because main and proxy disagree there. At a single x,
-    `sample` and `log_prob` then weight draws of a proposal that is adapted to the proxy instead.
+    `sample` and `log_prob` then weight draws of a proposal that is adapted to the proxy instead;
+    where more than a tenth of the draws of `sample` would be copies, Metropolis steps move them.
 
     The candidates at one x are a function of x and of torch's seed (`torch.initial_seed()`). Those
-    of the last few x are kept, so that `sample`, `log_prob` and `quality` draw them once: samples
-    of several calls at one x share their candidates, and are independent given them. For fresh
+    of the last few x are kept: samples of several calls at one x share their candidates. For fresh
     candidates, set another seed. After a change of the networks in place, call `clear_cache()`.
 
     Args:
@@ -171,7 +172,7 @@ class CorrectedPosterior(AnyPriorPosterior):
                 as many where they come from an adapted proposal).
             x: One observation; the default x if None.
             max_sampling_batch_size: Draws per network call.
-            show_progress_bars: Whether to show progress over network calls.
+            show_progress_bars: Whether to show progress over network calls and steps.
 
         Returns:
             Shape `(*sample_shape, D)`.
@@ -179,10 +180,12 @@ class CorrectedPosterior(AnyPriorPosterior):
         Raises:
             RuntimeError: If no draw of the main has mass under the proxy.
         """
-        shape = check_sample_shape(sample_shape)
-        num, x_o = candidates.enough(self.num_candidates, shape), self._observation(x)
-        found = self._candidates(num, x_o, max_sampling_batch_size, show_progress_bars, adapt=True)
-        return resample(found, shape.numel()).reshape(*shape, -1)
+        shape, x_o = check_sample_shape(sample_shape), self._observation(x)
+        how = max_sampling_batch_size, show_progress_bars
+        num = candidates.enough(self.num_candidates, shape)
+        target = partial(self._log_target, x=x_o)
+        found = self._candidates(num, x_o, *how, adapt=True)
+        return distinct_draws(found, shape.numel(), target, *how).reshape(*shape, -1)
 
     def sample_batched(
         self,
@@ -195,7 +198,7 @@ class CorrectedPosterior(AnyPriorPosterior):
         """Corrected draws for each of B observations; warns once about unreliable ones.
 
         Args:
-            sample_shape: Shape of the draws at each observation.
+            sample_shape: Shape of the draws at each observation; copies are not moved.
             x: Observations `(B, *x_shape)`.
             max_sampling_batch_size: Draws per network call, shared by several observations.
             show_progress_bars: Whether to show progress over the observations.
@@ -267,13 +270,13 @@ class CorrectedPosterior(AnyPriorPosterior):
         warn_if_unreliable(qualities)
         return torch.cat(columns, dim=1)
 
-    def _log_target(self, theta: Tensor, x: Tensor, track_gradients: bool) -> Tensor:
+    def _log_target(self, theta: Tensor, x: Tensor, track_gradients: bool = False) -> Tensor:
         """The unnormalised log target of θ `(N, B, D)` at x `(B, *x_shape)`, `(N, B)`."""
         check_bool("track_gradients", track_gradients)
         theta = theta.to(device_of(self))
-        with torch.set_grad_enabled(track_gradients), embedded_once(self.posterior_estimator, x):
-            log_p = self.posterior_estimator.log_prob(theta, x)
-            return self.log_potential(theta, x, log_p)
+        main = self.posterior_estimator
+        with torch.set_grad_enabled(track_gradients), embedded_once(main, x):
+            return log_pool_at(main, x, self.power, theta, self.proxy.log_potential(theta, x))
 
     def _observation(self, x: Any) -> Tensor:
         """One observation `(1, *x_shape)` on the posterior's device, the default if None."""
@@ -311,10 +314,7 @@ class CorrectedPosterior(AnyPriorPosterior):
     def _chunks(
         self, num: int | None, x: Tensor, batch: int = _BATCH, show_progress_bars: bool = False
     ) -> Iterator[tuple[slice, Candidates]]:
-        """As many rows of x at a time as fit into one network call, and their candidates."""
+        """Rows of x and their candidates, as many at a time as fit into one network call."""
         num = candidates.check_drawing(num, self.num_candidates, batch, show_progress_bars)
-        main, size = self.posterior_estimator, max(1, batch // num)
-        starts = range(0, len(x), size)
-        for start in tqdm(starts, desc="Batches of observations", disable=not show_progress_bars):
-            rows = slice(start, start + size)
-            yield rows, candidates.draw_candidates(main, self.log_potential, x[rows], num, batch)
+        main, how = self.posterior_estimator, (num, batch, show_progress_bars)
+        return candidates.candidates_in_chunks(main, self.log_potential, x, *how)

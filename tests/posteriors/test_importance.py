@@ -187,7 +187,7 @@ def test_draws_that_no_proposal_mends_warn(monkeypatch):
     monkeypatch.setattr(candidates, "adapted_candidates", without_adaptation)
     with pytest.warns(JeffreysWarning, match=r"this observation.*Pareto k̂.*build_posterior\(\)"):
         draws = sample(corrected(), x=FAR)
-    assert len(draws.unique(dim=0)) < 50
+    assert len(draws.unique(dim=0)) > 450  # copies are moved, and the warning is given all the same
 
 
 # ------------------------------------------------------------------ the cache
