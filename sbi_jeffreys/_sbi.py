@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from copy import copy
 from typing import Any
 
 import torch
@@ -140,6 +141,19 @@ def all_or_nothing(trainer: NPE) -> Iterator[None]:
         for values, size in zip(lists, sizes):
             del values[size:]  # mutant: refused-simulations-kept
         raise
+
+
+def with_own_prior(trainer: NPE, proposal: Any, same_value: Callable[[Any, Any], bool]) -> Any:
+    """The proposal, its prior replaced by the trainer's own if it is another object of equal value.
+
+    sbi recognises the prior by identity, which saving and loading a trainer, or copying it, loses.
+    """
+    prior = trainer._prior
+    if isinstance(proposal, RestrictedPrior) and same_value(proposal._prior, prior):
+        proposal = copy(proposal)
+        proposal._prior = prior
+    # mutant: loaded-prior-unknown
+    return prior if same_value(proposal, prior) else proposal
 
 
 def truncated_rounds(trainer: NPE) -> list[tuple[RestrictedPrior | None, Tensor]] | None:

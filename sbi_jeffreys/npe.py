@@ -29,6 +29,7 @@ from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
+from sbi_jeffreys._checks import same_value
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, Tracker
 from sbi_jeffreys.networks.builders import MainBuilder, main_builder
 from sbi_jeffreys.options import JeffreysOptions, Preset
@@ -150,6 +151,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
         check_appended(theta, x, _sbi.prior_of(self), before)
         theta, x = theta.detach(), x.detach()  # mutant: simulations-with-gradients
+        proposal = _sbi.with_own_prior(self, proposal, same_value)
         with _sbi.all_or_nothing(self):
             return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
 

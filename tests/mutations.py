@@ -756,6 +756,16 @@ MUTANTS = (
         "tests/posteriors/test_moves.py -k skewed",
     ),
     Mutant(
+        "simplex-modelled",
+        "return False",
+        "tests/networks/test_odd_spaces.py -k without_volume",
+    ),
+    Mutant(
+        "loaded-prior-unknown",
+        "return proposal",
+        "tests/contract/test_contract_saving.py -k knows_the_users_prior",
+    ),
+    Mutant(
         "one-noise-level-for-all",
         "width, functions = max(1, hidden_features // 4), 1",
         "tests/proxies/test_neural.py -k two_signals",

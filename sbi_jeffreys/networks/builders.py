@@ -21,7 +21,12 @@ from torch.distributions import Distribution
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
-from sbi_jeffreys.networks.prior_space import PriorTransform, hides_bounds, is_bounded
+from sbi_jeffreys.networks.prior_space import (
+    PriorTransform,
+    has_no_volume,
+    hides_bounds,
+    is_bounded,
+)
 from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
 from sbi_jeffreys.networks.transforms import TINY, MarginalTransform, scale_of
@@ -255,6 +260,9 @@ def main_builder(
 ) -> Callable[..., Any]:
     """The builder of the main: a `MainBuilder` for a name, a config or None, otherwise `given`.
 
+    Raises:
+        ValueError: If the prior's draws lie in a hyperplane.
+
     Warns:
         JeffreysWarning: If the prior is bounded and θ is not modelled in unconstrained space.
     """
@@ -274,7 +282,14 @@ def main_builder(
                 stacklevel=3,
             )
         return given
-    if bounded and given.marginal_transforms and PriorTransform.fit(prior) is None:
+    odd = bounded and PriorTransform.fit(prior) is None
+    if odd and prior is not None and has_no_volume(prior):
+        raise ValueError(
+            f"prior ({type(prior).__name__}) must have a density over all of its parameters, but "
+            "its draws lie in a hyperplane, as numbers do that add up to one; leave out a "
+            "parameter that the others determine, and compute it in the simulator."
+        )
+    if odd and given.marginal_transforms:
         warnings.warn(
             f"The support of the prior ({type(prior).__name__}) has no unconstrained space that "
             "torch knows: the main models theta as it is and can put mass outside it, which "

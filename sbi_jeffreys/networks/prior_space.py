@@ -17,9 +17,18 @@ from torch.nn.functional import softplus
 
 from sbi_jeffreys._sbi import silent_prior
 
-__all__ = ["PriorTransform", "has_discrete_part", "hides_bounds", "inside_support", "is_bounded"]
+__all__ = [
+    "PriorTransform",
+    "has_discrete_part",
+    "has_no_volume",
+    "hides_bounds",
+    "inside_support",
+    "is_bounded",
+]
 
 _EDGE = 15.5  # a logit of 1 − 2e-7: as close to the edge as float32 resolves
+_FLAT = 1e-6  # extent of draws relative to the largest, below which it is that of rounding errors
+_DRAWS = 100  # of a prior that tells little about itself
 _FAR = 80.0  # a logit whose sigmoid is 2e-35: float32 still has it
 
 
@@ -156,9 +165,20 @@ def hides_bounds(prior: Distribution | None) -> bool:
     if not isinstance(prior, CustomPriorWrapper) or is_bounded(prior):
         return False
     with torch.random.fork_rng(devices=[]), silent_prior():
-        theta = prior.sample(torch.Size((100,)))
+        theta = prior.sample(torch.Size((_DRAWS,)))
         far = theta.mean(dim=0) + 100 * theta.std(dim=0) * torch.tensor([[-1.0], [1.0]]).to(theta)
         return bool(torch.isneginf(prior.log_prob(far)).all())
+
+
+def has_no_volume(prior: Distribution) -> bool:
+    """Whether the prior's draws lie in a hyperplane, as those of a simplex do: their sum is one."""
+    with torch.random.fork_rng(devices=[]), silent_prior():
+        theta = prior.sample(torch.Size((_DRAWS,))).double()
+    spread = theta.std(dim=0)
+    if 2 * theta.shape[1] > _DRAWS or not bool((spread > 0).all()):  # cannot tell
+        return False
+    sizes = torch.linalg.svdvals((theta - theta.mean(dim=0)) / spread)
+    return bool(sizes[-1] < _FLAT * sizes[0])  # mutant: simplex-modelled
 
 
 def has_discrete_part(prior: Distribution | None) -> bool:

@@ -20,13 +20,15 @@ from contract_tools import (
     fresh,
     refused,
     simulate,
+    simulator,
     train,
     trained,
     weights,
 )
 from sbi.neural_nets import posterior_nn
+from sbi.utils import BoxUniform, RestrictedPrior
 
-from sbi_jeffreys import JeffreysWarning, NPE_Jeffreys
+from sbi_jeffreys import JeffreysWarning, NPE_Jeffreys, _sbi
 from sbi_jeffreys.training import persistence
 from sbi_jeffreys.training.held_out import HeldOut
 from sbi_jeffreys.training.report import Kept, ProxyStatus, StageStatus
@@ -459,3 +461,27 @@ def test_load_onto_a_device_and_go_on(tmp_path, device):
     assert inference._training.stage.finished
     theta, x = X_O[None].to(device), X_O.to(device)
     assert inference._neural_net.log_prob(theta, x).shape == (1, 1)
+
+
+def test_a_loaded_trainer_knows_the_users_prior(tmp_path):
+    """sbi compares priors by identity: after `load`, a proposal of the same values is the prior."""
+    torch.manual_seed(0)
+    inference = trained(options=PLAIN)
+    inference.save(tmp_path / "trainer.pt")
+    loaded = NPE_Jeffreys.load(tmp_path / "trainer.pt")
+    PRIOR.log_prob(torch.zeros(1, 2))
+    truncated = RestrictedPrior(PRIOR, lambda theta: theta[:, 0] < 0, sample_with="rejection")
+    for proposal in (PRIOR, truncated):
+        for trainer in (inference, loaded):
+            theta = proposal.sample((40,))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="The proposal you passed")
+                trainer.append_simulations(theta, simulator(theta), proposal=proposal)
+            assert _sbi.latest_round(trainer) == 0
+    found = _sbi.truncated_rounds(loaded)
+    assert found is not None
+    assert [proposal is None for proposal, _ in found] == [True, True, False]
+    other = BoxUniform(-torch.ones(2), 2 * torch.ones(2))
+    with pytest.warns(UserWarning, match="neither the prior nor"):
+        loaded.append_simulations(*simulate(40, other), proposal=other)
+    assert _sbi.latest_round(loaded) == 1
