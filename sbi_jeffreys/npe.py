@@ -35,7 +35,7 @@ from sbi_jeffreys.networks.builders import MainBuilder, main_builder
 from sbi_jeffreys.options import JeffreysOptions, Preset
 from sbi_jeffreys.posteriors.building import BuildsPosteriors
 from sbi_jeffreys.proxies import Proxy
-from sbi_jeffreys.training.arguments import TrainArguments, check_constructor
+from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, with_event
 from sbi_jeffreys.training.data import is_atomic, latest_held_out, simulations_in_use
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
@@ -106,6 +106,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
             show_progress_bars,
             options,
         )
+        prior = with_event(prior)
         if isinstance(options, str):
             options = JeffreysOptions.preset(options)
         self.options = JeffreysOptions() if options is None else options
@@ -151,7 +152,7 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
         before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
         check_appended(theta, x, _sbi.prior_of(self), before)
         theta, x = theta.detach(), x.detach()  # mutant: simulations-with-gradients
-        proposal = _sbi.with_own_prior(self, proposal, same_value)
+        proposal = _sbi.with_own_prior(self, with_event(proposal), same_value)
         with _sbi.all_or_nothing(self):
             return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
 

@@ -766,6 +766,11 @@ MUTANTS = (
         "tests/contract/test_contract_saving.py -k knows_the_users_prior",
     ),
     Mutant(
+        "one-parameter-refused",
+        "return prior",
+        "tests/contract/test_contract_rounds.py -k as_torch_writes_it",
+    ),
+    Mutant(
         "one-noise-level-for-all",
         "width, functions = max(1, hidden_features // 4), 1",
         "tests/proxies/test_neural.py -k two_signals",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from contract_tools import PRIOR, TINY, fresh, simulate, trained
-from torch.distributions import Independent, Normal, Uniform
+from torch.distributions import Independent, Uniform
 
 from sbi_jeffreys import JeffreysOptions, MainBuilder, NPE_Jeffreys
 
@@ -246,7 +246,6 @@ def test_a_path_like_checkpoint_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     "prior",
     [
-        Normal(torch.zeros(1), torch.ones(1)),
         Uniform(torch.zeros(2), torch.ones(2)),
         Uniform(0.0, 1.0),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys._checks import check_bool, check_callable, check_float, check_instance, check_int
@@ -19,7 +19,13 @@ from sbi_jeffreys.networks.configs import check_trainable, is_config
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.simulations import check_matrix
 
-__all__ = ["TrainArguments", "check_constructor", "check_resumable", "lost_builder"]
+__all__ = [
+    "TrainArguments",
+    "check_constructor",
+    "check_resumable",
+    "lost_builder",
+    "with_event",
+]
 
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
@@ -38,7 +44,7 @@ def check_constructor(
     if prior is not None:
         remedy = "pass None, or wrap other priors with sbi.utils.user_input_checks.process_prior"
         check_instance("prior", prior, Distribution, remedy)
-        _check_event(prior)
+        _check_event(with_event(prior))
     check_trainable("density_estimator", density_estimator)
     kinds = density_estimator is None or isinstance(density_estimator, (str, MainBuilder))
     network = isinstance(density_estimator, torch.nn.Module)
@@ -67,6 +73,17 @@ def check_constructor(
             f"logging_level must be one of {_LEVELS} or a number such as "
             f"{logging.WARNING}, got {logging_level!r}; pass one of these."
         )
+
+
+def with_event(prior: Any) -> Any:
+    """A prior of torch's over one parameter as a distribution of θ `(1,)`; others as they are.
+
+    sbi takes `Uniform(torch.zeros(1), torch.ones(1))`, whose draws have shape `(N, 1)`, as a prior.
+    """
+    single = isinstance(prior, Distribution) and type(prior).__module__.startswith("torch.")
+    if single and prior.batch_shape == (1,) and len(prior.event_shape) == 0:
+        return Independent(prior, 1)  # mutant: one-parameter-refused
+    return prior
 
 
 def _check_event(prior: Distribution) -> None:

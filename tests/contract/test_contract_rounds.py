@@ -9,10 +9,10 @@ from contract_tools import PRIOR, TINY, X_O, fresh, simulate, train, trained, we
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
 from sbi.utils import RestrictedPrior, get_density_thresholder
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal, Uniform
 from torch.utils.data import default_collate
 
-from sbi_jeffreys import NPE_Jeffreys
+from sbi_jeffreys import NPE_Jeffreys, _sbi
 from sbi_jeffreys.proxies import LikelihoodProxy
 from sbi_jeffreys.training import data
 from sbi_jeffreys.training.data import latest
@@ -263,3 +263,26 @@ def test_cuda(proxy):
     assert posterior.sample((5,), x=X_O.cuda(), show_progress_bars=False).device.type == "cuda"
     corrected = inference.build_corrected_posterior(100)
     assert corrected.sample((5,), x=X_O.cuda(), show_progress_bars=False).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [Uniform(torch.zeros(1), torch.ones(1)), Normal(torch.zeros(1), torch.ones(1))],
+    ids=["bounded", "unbounded"],
+)
+def test_a_prior_over_one_parameter_as_torch_writes_it(prior):
+    """sbi takes it, although its log density is one number per component: there is one."""
+    torch.manual_seed(0)
+    inference = fresh(prior=prior)
+    theta = prior.sample((60,))
+    x = theta + 0.3 * torch.randn_like(theta)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The proposal you passed")
+        inference.append_simulations(theta, x, proposal=prior)
+    train(inference)
+    assert _sbi.latest_round(inference) == 0
+    posterior = inference.build_posterior()
+    drawn = posterior.sample((50,), x=x[0], show_progress_bars=False)
+    assert drawn.shape == (50, 1)
+    assert posterior.log_prob(drawn, x=x[0]).shape == (50,)
+    assert inference.build_corrected_posterior().log_prob(drawn, x=x[0]).shape == (50,)
