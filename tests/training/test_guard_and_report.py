@@ -34,7 +34,7 @@ def diverging(monkeypatch, from_epoch: int, excess: float, epochs: int = 1) -> N
     monkeypatch.setattr(HeldOut, "main_losses", losses)
 
 
-def test_one_divergence_goes_back_to_the_best_weights_at_half_the_step(monkeypatch):
+def test_one_divergence_goes_back_to_the_best_weights_at_a_third_of_the_step(monkeypatch):
     diverging(monkeypatch, 2, 30.0)
     inference = fresh(options=STEPS).append_simulations(*simulate(200))
     train(inference, 20)
