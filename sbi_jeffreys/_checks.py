@@ -6,12 +6,10 @@ of range a `ValueError`. A `remedy` says what to write instead, without a full s
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -233,36 +231,3 @@ def check_prior(prior: Any, methods: Sequence[str] = ("sample", "log_prob")) -> 
             f"{' and '.join(missing)}; pass a torch distribution or what process_prior returns."
         )
     return prior
-
-
-def same_value(one: Any, other: Any, depth: int = 8) -> bool:
-    """Whether two objects, such as priors, have the same type and the same attributes, recursively.
-
-    An attribute that only one of them has is a value that torch computes when it is asked for, and
-    does not count if the class knows its name.
-    """
-    if one is other:
-        return True
-    if type(one) is not type(other) or depth == 0:
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and bool((one.cpu() == other.cpu()).all())
-    if isinstance(one, (list, tuple)):
-        same_size = len(one) == len(other)
-        return same_size and all(same_value(*both, depth - 1) for both in zip(one, other))
-    if isinstance(one, dict):
-        keys = one.keys() == other.keys()
-        return keys and all(same_value(one[key], other[key], depth - 1) for key in one)
-    if isinstance(one, type) or inspect.isroutine(one):
-        return False
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if hasattr(one, "__dict__"):
-        mine, theirs = vars(one), vars(other)
-        known = all(hasattr(type(one), key) for key in mine.keys() ^ theirs.keys())
-        shared = mine.keys() & theirs.keys()
-        return known and all(same_value(mine[k], theirs[k], depth - 1) for k in shared)
-    try:
-        return bool(one == other)
-    except (TypeError, ValueError, RuntimeError):
-        return False

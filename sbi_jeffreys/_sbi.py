@@ -84,8 +84,8 @@ def set_network(trainer: NPE, network: ConditionalDensityEstimator) -> None:
 
 
 def prior_of(owner: Any) -> Distribution:
-    """The prior of a trainer (sbi's `ImproperEmpirical` if none was given) or of a posterior."""
-    return owner._prior if isinstance(owner, NPE) else owner.prior
+    """The prior of a trainer (`ImproperEmpirical` if none was given), posterior or truncation."""
+    return owner._prior if isinstance(owner, (NPE, RestrictedPrior)) else owner.prior
 
 
 def device_of(owner: Any) -> torch.device:
@@ -143,17 +143,11 @@ def all_or_nothing(trainer: NPE) -> Iterator[None]:
         raise
 
 
-def with_own_prior(trainer: NPE, proposal: Any, same_value: Callable[[Any, Any], bool]) -> Any:
-    """The proposal, its prior replaced by the trainer's own if it is another object of equal value.
-
-    sbi recognises the prior by identity, which saving and loading a trainer, or copying it, loses.
-    """
-    prior = trainer._prior
-    if isinstance(proposal, RestrictedPrior) and same_value(proposal._prior, prior):
-        proposal = copy(proposal)
-        proposal._prior = prior
-    # mutant: loaded-prior-unknown
-    return prior if same_value(proposal, prior) else proposal
+def on_prior(restricted: RestrictedPrior, prior: Distribution) -> RestrictedPrior:
+    """A copy of a truncation whose prior is this object."""
+    twin = copy(restricted)
+    twin._prior = prior
+    return twin
 
 
 def truncated_rounds(trainer: NPE) -> list[tuple[RestrictedPrior | None, Tensor]] | None:

@@ -29,7 +29,6 @@ from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import same_value
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, Tracker
 from sbi_jeffreys.networks.builders import MainBuilder, main_builder
 from sbi_jeffreys.options import JeffreysOptions, Preset
@@ -39,7 +38,12 @@ from sbi_jeffreys.training.arguments import TrainArguments, check_constructor, w
 from sbi_jeffreys.training.data import is_atomic, latest_held_out, simulations_in_use
 from sbi_jeffreys.training.report import TrainingReport
 from sbi_jeffreys.training.saving import SavedTrainer
-from sbi_jeffreys.training.simulations import check_appended, check_simulations, warn_of_copies
+from sbi_jeffreys.training.simulations import (
+    check_appended,
+    check_simulations,
+    warn_of_copies,
+    with_own_prior,
+)
 from sbi_jeffreys.training.symmetric import TRACES
 from sbi_jeffreys.training.training import Training
 
@@ -150,9 +154,10 @@ class NPE_Jeffreys(BuildsPosteriors, SavedTrainer):
             TypeError, ValueError: Naming θ or x, what was expected, what came, and the remedy.
         """
         before = self.get_simulations() if _sbi.latest_round(self) >= 0 else None
-        check_appended(theta, x, _sbi.prior_of(self), before)
+        prior = _sbi.prior_of(self)
+        check_appended(theta, x, prior, before)
         theta, x = theta.detach(), x.detach()  # mutant: simulations-with-gradients
-        proposal = _sbi.with_own_prior(self, with_event(proposal), same_value)
+        proposal = with_own_prior(with_event(proposal), prior)
         with _sbi.all_or_nothing(self):
             return super().append_simulations(theta, x, proposal, exclude_invalid_x, data_device)
 

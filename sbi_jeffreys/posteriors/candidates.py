@@ -31,10 +31,10 @@ __all__ = [
     "CandidateCache",
     "Candidates",
     "adapted_candidates",
-    "candidates_in_chunks",
     "check_drawing",
     "draw_candidates",
     "enough",
+    "in_chunks",
     "or_adapted",
     "resample",
     "seeded",
@@ -111,20 +111,14 @@ def draw_candidates(
     return Candidates(torch.cat(thetas), torch.cat(log_weights))
 
 
-def candidates_in_chunks(
-    main: ConditionalDensityEstimator,
-    log_potential: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x: Tensor,
-    num: int,
-    batch: int,
-    show_progress_bars: bool = False,
+def in_chunks(
+    draw: Callable[[Tensor], Candidates], x: Tensor, size: int, show_progress_bars: bool = False
 ) -> Iterator[tuple[slice, Candidates]]:
-    """As many rows of x at a time as fit into one network call, and their `draw_candidates`."""
-    size = max(1, batch // num)
+    """Rows of x, `size` at a time, and the candidates that `draw` returns for them."""
     starts = range(0, len(x), size)
     for start in tqdm(starts, desc="Batches of observations", disable=not show_progress_bars):
         rows = slice(start, start + size)
-        yield rows, draw_candidates(main, log_potential, x[rows], num, batch)
+        yield rows, draw(x[rows])
 
 
 @torch.no_grad()

@@ -273,8 +273,7 @@ class CorrectedPosterior(AnyPriorPosterior):
     def _log_target(self, theta: Tensor, x: Tensor, track_gradients: bool = False) -> Tensor:
         """The unnormalised log target of θ `(N, B, D)` at x `(B, *x_shape)`, `(N, B)`."""
         check_bool("track_gradients", track_gradients)
-        theta = theta.to(device_of(self))
-        main = self.posterior_estimator
+        theta, main = theta.to(device_of(self)), self.posterior_estimator
         with torch.set_grad_enabled(track_gradients), embedded_once(main, x):
             return log_pool_at(main, x, self.power, theta, self.proxy.log_potential(theta, x))
 
@@ -316,5 +315,6 @@ class CorrectedPosterior(AnyPriorPosterior):
     ) -> Iterator[tuple[slice, Candidates]]:
         """Rows of x and their candidates, as many at a time as fit into one network call."""
         num = candidates.check_drawing(num, self.num_candidates, batch, show_progress_bars)
-        main, how = self.posterior_estimator, (num, batch, show_progress_bars)
-        return candidates.candidates_in_chunks(main, self.log_potential, x, *how)
+        main = self.posterior_estimator
+        draw = partial(candidates.draw_candidates, main, self.log_potential, num=num, batch=batch)
+        return candidates.in_chunks(draw, x, max(1, batch // num), show_progress_bars)

@@ -59,9 +59,7 @@ def distinct_draws(
 
 
 @torch.no_grad()
-def moved(
-    draws: Tensor, log_target: Callable[[Tensor], Tensor], show_progress_bars: bool = False
-) -> Tensor:
+def moved(draws: Tensor, log_target: LogTarget, show_progress_bars: bool = False) -> Tensor:
     """Draws after Metropolis steps: until each was accepted ten times, on average, or sixty steps.
 
     There are fewer steps where there are more than 33,000 draws, but at least five.

@@ -80,19 +80,23 @@ def with_event(prior: Any) -> Any:
 
     sbi takes `Uniform(torch.zeros(1), torch.ones(1))`, whose draws have shape `(N, 1)`, as a prior.
     """
-    single = isinstance(prior, Distribution) and type(prior).__module__.startswith("torch.")
-    if single and prior.batch_shape == (1,) and len(prior.event_shape) == 0:
+    if _lacks_event(prior) and prior.batch_shape == (1,):
         return Independent(prior, 1)  # mutant: one-parameter-refused
     return prior
 
 
-def _check_event(prior: Distribution) -> None:
-    """Require that one log density belongs to a whole θ, not to each of its components.
+def _lacks_event(prior: Any) -> bool:
+    """Whether a distribution of torch's has a log density for each component of θ.
 
-    Only torch's own distributions are checked: a class of sbi's or of the user's need not declare
-    shapes.
+    A class of sbi's or of the user's need not declare shapes.
     """
-    if len(prior.event_shape) == 0 and type(prior).__module__.startswith("torch."):
+    of_torch = isinstance(prior, Distribution) and type(prior).__module__.startswith("torch.")
+    return of_torch and len(prior.event_shape) == 0
+
+
+def _check_event(prior: Distribution) -> None:
+    """Require that one log density belongs to a whole θ, not to each of its components."""
+    if _lacks_event(prior):
         raise ValueError(
             "prior must have an event shape (D,), so that log_prob is one number for each theta, "
             f"got event_shape {tuple(prior.event_shape)} and batch_shape "

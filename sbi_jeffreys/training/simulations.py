@@ -1,19 +1,27 @@
-"""Checks of simulations: when they are appended, and when they are about to be trained on."""
+"""Simulations and their proposals: checked when appended, and when about to be trained on."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys._checks import JeffreysWarning, check_tensor
-from sbi_jeffreys._sbi import ImproperEmpirical
+from sbi_jeffreys._sbi import ImproperEmpirical, RestrictedPrior, on_prior, prior_of
 from sbi_jeffreys.networks.prior_space import inside_support
 
-__all__ = ["check_appended", "check_matrix", "check_simulations", "warn_of_copies"]
+__all__ = [
+    "check_appended",
+    "check_matrix",
+    "check_simulations",
+    "warn_of_copies",
+    "with_own_prior",
+]
 
 _FEW_COPIES = 0.1  # share of the simulations that may be copies without a warning
 
@@ -130,3 +138,47 @@ def warn_of_copies(theta: Tensor, x: Tensor) -> None:
             JeffreysWarning,
             stacklevel=4,
         )
+
+
+def with_own_prior(proposal: Any, prior: Distribution) -> Any:
+    """The proposal, its prior replaced by the trainer's own if it is another object of equal value.
+
+    sbi recognises the prior by identity, which saving and loading a trainer, or copying it, loses.
+    """
+    if isinstance(proposal, RestrictedPrior) and _same_value(prior_of(proposal), prior):
+        return on_prior(proposal, prior)
+    # mutant: loaded-prior-unknown
+    return prior if _same_value(proposal, prior) else proposal
+
+
+def _same_value(one: Any, other: Any, depth: int = 8) -> bool:
+    """Whether two objects, such as priors, have the same type and the same attributes, recursively.
+
+    An attribute that only one of them has is a value that torch computes when it is asked for, and
+    does not count if the class knows its name.
+    """
+    if one is other:
+        return True
+    if type(one) is not type(other) or depth == 0:
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and bool((one.cpu() == other.cpu()).all())
+    if isinstance(one, (list, tuple)):
+        same_size = len(one) == len(other)
+        return same_size and all(_same_value(*both, depth - 1) for both in zip(one, other))
+    if isinstance(one, dict):
+        keys = one.keys() == other.keys()
+        return keys and all(_same_value(one[key], other[key], depth - 1) for key in one)
+    if isinstance(one, type) or inspect.isroutine(one):
+        return False
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if hasattr(one, "__dict__"):
+        mine, theirs = vars(one), vars(other)
+        known = all(hasattr(type(one), key) for key in mine.keys() ^ theirs.keys())
+        shared = mine.keys() & theirs.keys()
+        return known and all(_same_value(mine[k], theirs[k], depth - 1) for k in shared)
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):
+        return False

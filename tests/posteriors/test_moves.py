@@ -23,15 +23,13 @@ def log_target(theta: Tensor) -> Tensor:
     return NORMAL.log_prob(theta[:, :2]) + inside
 
 
-def copies_of(num: int) -> Tensor:
-    """2,000 draws that are copies of a few draws of the target."""
-    few = torch.cat([NORMAL.sample((num,)), SKEWED.sample((num, 1))], dim=1)
-    return few.repeat_interleave(2_000 // num, dim=0)
+def draws_of_target(num: int) -> Tensor:
+    return torch.cat([NORMAL.sample((num,)), SKEWED.sample((num, 1))], dim=1)
 
 
 def candidates_of(num: int) -> Candidates:
     """2,000 candidates, of which the first `num` have all the weight."""
-    theta = torch.cat([NORMAL.sample((2_000,)), SKEWED.sample((2_000, 1))], dim=1)
+    theta = draws_of_target(2_000)
     log_weights = torch.where(torch.arange(2_000) < num, 0.0, -torch.inf)
     return Candidates(theta.unsqueeze(1), log_weights.unsqueeze(1))
 
@@ -42,7 +40,7 @@ def for_candidates(theta: Tensor) -> Tensor:
 
 def test_copies_of_twenty_draws_become_draws_of_a_skewed_correlated_target():
     torch.manual_seed(0)
-    draws = moved(copies_of(20), log_target)
+    draws = moved(draws_of_target(20).repeat_interleave(100, dim=0), log_target)
     assert len(draws.unique(dim=0)) > 1_990
     assert bool((draws[:, 2] > 0).all())
     # Standard errors are those of some 500 independent draws; twenty draws have five times these.
