@@ -55,11 +55,11 @@ class JeffreysOptions:
             `num_steps` is not changed.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
         learning_rate_factor: Peak learning rate of the symmetric stage as a multiple of `train`'s
-            `learning_rate`. None: 30; 20 in later rounds and where the proxy, such as an energy,
-            cannot draw x, because embedding nets diverge at larger steps.
+            `learning_rate`. None: 30; 20 where the proxy, such as an energy, cannot draw x, because
+            embedding nets diverge at larger steps.
         proxy_draws: Size of the pool of pairs drawn from the proxy. Steps draw from it again and
             again: too small a pool is overfitted like too few simulations. None: 100 for each
-            step, at most a million, and at most 80 megabytes of x.
+            step, at most a million (10,000 in later rounds), and at most 80 megabytes of x.
         proxy_batch_size: Proxy pairs per step for the forward term on the proxy.
         reverse_batch_size: Observations per step for the reverse term.
         reverse_samples: Samples of θ per observation for the reverse term, at least 2.

@@ -172,9 +172,35 @@ MUTANTS = (
         "tests/proxies/test_draws.py -k order_of_theta",
     ),
     Mutant(
-        "draws-that-no-one-uses",
+        "as-many-draws-in-later-rounds",
         "pass",
-        "tests/contract/test_contract_rounds.py -k no_more_pairs",
+        "tests/contract/test_contract_rounds.py -k fewer_pairs",
+    ),
+    Mutant(
+        "pool-of-all-rounds",
+        "return self.train",
+        "tests/contract/test_contract_rounds.py -k rounds_that_decide",
+    ),
+    Mutant(
+        "pairs-of-proposals-kept",
+        "for step in range(0):",
+        "tests/proxies/test_chains.py -k under_the_prior",
+    ),
+    Mutant(
+        "steps-of-chains-always-accepted",
+        "accept = torch.isfinite(log_odds)",
+        "tests/proxies/test_chains.py",
+    ),
+    Mutant("chains-never-jump", "independent = False", "tests/proxies/test_chains.py -k modes"),
+    Mutant(
+        "jumps-by-the-target-alone",
+        "log_odds = torch.zeros_like(log_target)",
+        "tests/proxies/test_chains.py",
+    ),
+    Mutant(
+        "pairs-outside-the-prior-followed",
+        "inside = torch.ones_like(theta[..., 0])",
+        "tests/training/test_pool.py -k never_drawn",
     ),
     Mutant(
         "first-rounds-decide",
@@ -294,7 +320,7 @@ MUTANTS = (
         "if self._settled:",
         "tests/training/test_symmetric.py -k shorter",
     ),
-    Mutant("absurd-at-some-x-followed", "pass", "tests/training/test_pool.py"),
+    Mutant("absurd-at-some-x-followed", "shares.append(share)", "tests/training/test_pool.py"),
     Mutant("own-space-always", "kept = Space.OWN", "tests/training/test_own_space.py -k kept"),
     Mutant("own-space-never", "kept = Space.PRIOR", "tests/training/test_own_space.py -k kept"),
     Mutant(
@@ -958,7 +984,7 @@ MUTANTS = (
         "if False:",
         "tests/proxies/test_truncated.py -k compared_and",
     ),
-    Mutant("forced-rounds-on-few-parameters", "if False:", "tests/training/test_pool.py -k smooth"),
+    Mutant("later-rounds-on-few-parameters", "pass", "tests/training/test_pool.py -k distinct"),
     Mutant("edge-not-seen", "if True:", "tests/networks/test_odd_spaces.py -k edge"),
     Mutant("any-config-accepted", "if False:", "tests/networks/test_configs.py"),
     Mutant("z-score-of-config-overridden", "return embeds", "tests/networks/test_configs.py"),

@@ -30,7 +30,7 @@ __all__ = [
     "training_loader",
 ]
 
-_DECIDING_PAIRS = 50  # least number of held-out pairs that decide in later rounds
+_DECIDING_PAIRS = 20  # least number of held-out pairs that decide in later rounds
 
 
 def simulations_in_use(trainer: NPE, starting_round: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,7 @@ class Simulations:
         earlier: How many of the first simulations belong to rounds that only the proxy is fitted
             to: a likelihood needs no correction for proposals, and without these simulations it
             would have to extrapolate.
+        round_of: Index of each simulation's round, `(N,)`; None where there is one round.
     """
 
     theta: Tensor
@@ -63,6 +64,23 @@ class Simulations:
     round_: int
     earlier: int = 0
     rounds: Sequence[tuple[RestrictedPrior | None, Tensor]] | None = None
+    round_of: Tensor | None = None
+
+    @property
+    def deciding(self) -> Tensor:
+        """Indices of the training pairs of those rounds whose held-out pairs decide, `(M,)`."""
+        if self.round_of is None:
+            return self.train
+        held_out = self.round_of[self.val]
+        first = held_out[latest(held_out, _DECIDING_PAIRS)].min()
+        return self.train[self.round_of[self.train] >= first]  # mutant: pool-of-all-rounds
+
+    @property
+    def theta_by_rounds(self) -> list[Tensor]:
+        """θ of each round, `(N, D)` each."""
+        if self.round_of is None:
+            return [self.theta]
+        return [self.theta[self.round_of == index] for index in self.round_of.unique()]
 
     @property
     def in_use(self) -> int:
@@ -81,12 +99,14 @@ class Simulations:
 def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
     """All simulations, with the split of those from `starting_round` on."""
     theta, x = simulations_in_use(trainer, 0)
-    earlier = int((_sbi.rounds_of_simulations(trainer, 0) < starting_round).sum())
+    round_of = _sbi.rounds_of_simulations(trainer, 0).to(theta.device)
+    earlier = int((round_of < starting_round).sum())
     train, val = (
         rows.to(theta.device) + earlier for rows in (trainer.train_indices, trainer.val_indices)
     )
     rounds = _sbi.truncated_rounds(trainer)
-    return Simulations(theta, x, train, val, _sbi.latest_round(trainer), earlier, rounds)
+    latest_round = _sbi.latest_round(trainer)
+    return Simulations(theta, x, train, val, latest_round, earlier, rounds, round_of)
 
 
 def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:

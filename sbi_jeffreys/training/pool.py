@@ -5,7 +5,8 @@ without one, the pool has only the observations of the training simulations, and
 θ̃_k ∼ q_ψ(·|x) for each of them. These are drawn once, before the symmetric stage, by adaptive
 importance resampling from the stage-0 main and the prior. On either pool G is plain maximum
 likelihood. (Samples of the main, reweighted as it changes, would not do: once the main has lost a
-region, no weight brings that region back.)
+region, no weight brings that region back.) In later rounds, where θ do not follow the prior, Markov
+chains take the θ of the pairs to the proxy's posteriors (`proxies.chains`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.prior_space import inside_support
 from sbi_jeffreys.objective import effective_sample_size, truncated_log_weights
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
+from sbi_jeffreys.proxies.chains import MixtureOfRounds, moved_to_prior
 from sbi_jeffreys.proxies.normaliser import adapted_draws
 
 __all__ = [
     "Pool",
     "draw_pool",
-    "draws_of_later_rounds",
     "local_trust",
+    "pool_of_later_rounds",
     "resampled_pool",
     "tempering_weights",
 ]
@@ -35,7 +37,7 @@ _FEW = 10.0  # effective draws below which an observation weighs less
 _BEHIND = 3.0  # nats by which a proxy may be behind the main at a pair before its x weighs less
 _ROWS = 50  # observations at once: bounds memory
 _PATIENCE = 4  # rounds of adaptation without progress at an observation
-_MAX_OBSERVATIONS, _FEWEST_LATER = 5_000, 1_000  # most x at which θ̃ are resampled; fewest x̃
+_MAX_OBSERVATIONS = 5_000  # most x at which there are several θ̃
 
 
 @dataclass
@@ -75,18 +77,16 @@ class Pool:
 
 
 def draw_pool(
-    proxy: Proxy, rows_theta: Tensor, first_round: bool, num_draws: int, smooth: bool = False
+    proxy: Proxy, rows_theta: Tensor, first_round: bool, num_draws: int
 ) -> tuple[Tensor, Tensor]:
     """Pairs of a proxy that can sample x.
 
     Args:
         proxy: A fitted proxy.
         rows_theta: θ of the training simulations, `(N, D)`.
-        first_round: Whether θ̃ come from the prior; else they are those of training simulations, so
-            that observations lie where the rounds simulate.
+        first_round: Whether θ̃ come from the prior; else they come from a kernel density of the
+            training simulations' θ, so that observations lie where the rounds simulate.
         num_draws: Size of the pool.
-        smooth: Whether, in later rounds, θ̃ are drawn from a kernel density of the training
-            simulations' θ, of which there are few compared with the pool's draws.
 
     Returns:
         θ̃ `(N, D)` and x̃ `(N, *x_shape)`.
@@ -94,27 +94,35 @@ def draw_pool(
     if first_round:
         return proxy.sample_joint(num_draws)
     theta = rows_theta[torch.randint(len(rows_theta), (num_draws,))]
-    if smooth:  # mutant: forced-rounds-on-few-parameters
-        drawn = EmpiricalPrior(rows_theta).sample(torch.Size((num_draws,)))
-        theta = torch.where(inside_support(proxy.prior, drawn).unsqueeze(1), drawn, theta)
+    drawn = EmpiricalPrior(rows_theta).sample(torch.Size((num_draws,)))
+    inside = inside_support(proxy.prior, drawn).unsqueeze(1)
+    theta = torch.where(inside, drawn, theta)  # mutant: later-rounds-on-few-parameters
     return proxy.sample_given(theta)
 
 
-def draws_of_later_rounds(num_simulations: int) -> int:
-    """How many x̃ a proxy should draw in later rounds: one per simulation, from 1,000 to 5,000.
+def pool_of_later_rounds(
+    proxy: Proxy, theta: Tensor, x: Tensor, mixture: MixtureOfRounds, archive: Tensor
+) -> Pool:
+    """Pairs whose θ̃ follow q_ψ(·|x), from pairs whose θ follow the rounds' proposals.
 
-    At each x̃, θ̃ are resampled, which is expensive.
+    Args:
+        proxy: A fitted proxy.
+        theta: Shape `(N, D)`.
+        x: Draws of the proxy for these θ, or simulations, `(N, *x_shape)`. There is one θ̃ for each
+            draw; for each of the simulations, of which the first 5,000 are used, there are several.
+        mixture: The prior and the rounds' θ.
+        archive: θ whose differences have the scale of the posteriors, `(M, D)`.
     """
-    return min(_MAX_OBSERVATIONS, max(_FEWEST_LATER, num_simulations))
+    num = 1 if proxy.can_sample else _KEPT
+    most = len(x) if proxy.can_sample else _MAX_OBSERVATIONS
+    theta, x = moved_to_prior(proxy, theta[:most], x[:most], mixture, archive, num), x[:most]
+    inside = torch.isfinite(proxy.log_prior(theta))  # mutant: pairs-outside-the-prior-followed
+    return Pool(theta[0] if proxy.can_sample else theta, x, inside.to(theta).mean(dim=0))
 
 
 @torch.no_grad()
 def resampled_pool(
-    proxy: Proxy,
-    main: ConditionalDensityEstimator,
-    theta: Tensor,
-    x: Tensor,
-    from_prior: bool = True,
+    proxy: Proxy, main: ConditionalDensityEstimator, theta: Tensor, x: Tensor
 ) -> Pool:
     """θ̃_k ∼ q_ψ(·|x) at given observations, by adaptive importance resampling.
 
@@ -124,10 +132,8 @@ def resampled_pool(
     Args:
         proxy: A fitted proxy.
         main: The main after stage 0.
-        theta: The pairs' own θ, `(N, D)`, which are not among the θ̃.
+        theta: The pairs' own θ from the prior, `(N, D)`, which are not among the θ̃.
         x: Observations `(N, *x_shape)`, of which the first 5,000 are used.
-        from_prior: Whether the pairs' own θ come from the prior, so that proxy and main can be
-            compared there.
     """
     theta, x = theta[:_MAX_OBSERVATIONS], x[:_MAX_OBSERVATIONS]
     gamma = proxy.inverse_temperature
@@ -142,11 +148,9 @@ def resampled_pool(
         kept.append(draws.theta[1:][rows, columns])
         effective = torch.where(usable, effective_sample_size(log_w), 0.0)
         share = (effective / _FEW).clamp_max(1.0)  # mutant: collapsed-weights-trusted
-        if from_prior:
-            log_q = draws.log_potential(gamma)[0] - draws.log_normaliser(gamma).pessimistic
-            log_p = main.log_prob(own.unsqueeze(0), observed)[0]
-            share = share * local_trust(log_p, log_q)  # mutant: absurd-at-some-x-followed
-        shares.append(share)
+        log_q = draws.log_potential(gamma)[0] - draws.log_normaliser(gamma).pessimistic
+        log_p = main.log_prob(own.unsqueeze(0), observed)[0]
+        shares.append(share * local_trust(log_p, log_q))  # mutant: absurd-at-some-x-followed
     return Pool(torch.cat(kept, dim=1), x, torch.cat(shares))
 
 

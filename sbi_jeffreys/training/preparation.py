@@ -28,6 +28,7 @@ from sbi_jeffreys.proxies import (
     hand_back_embedding,
     leave_out_uninformative,
 )
+from sbi_jeffreys.proxies.chains import MixtureOfRounds
 from sbi_jeffreys.proxies.normaliser import AdaptedDraws
 from sbi_jeffreys.proxies.truncated import TruncatedRounds, of_truncated_rounds
 from sbi_jeffreys.training.arguments import TrainArguments
@@ -38,7 +39,7 @@ from sbi_jeffreys.training.multipliers import trust
 from sbi_jeffreys.training.pool import (
     Pool,
     draw_pool,
-    draws_of_later_rounds,
+    pool_of_later_rounds,
     resampled_pool,
     tempering_weights,
 )
@@ -54,6 +55,7 @@ __all__ = ["Budget", "Prepared", "Simulations", "begin_stage", "prepare"]
 # from 0, since a sharper target has bounded weights under these draws.
 _SAME_DRAWS = -0.1, 0.4
 _USES_OF_EXPENSIVE = 5  # mean uses of each pair of a renewable pool that is expensive to draw
+_DRAWS_OF_LATER_ROUNDS = 10_000  # each of these takes some dozens of evaluations of the proxy
 _MIN_POOL = 0.05  # share of the proxy's draws that must be plausible
 
 
@@ -222,15 +224,16 @@ def _with_pool(
     budget: Budget,
 ) -> Prepared:
     """What was found, with the pool of a proxy that is trusted, or why there is none."""
-    train, first_round = simulations.train, simulations.round_ == 0
-    theta, x = simulations.theta[train], simulations.x[train]
+    first_round = simulations.round_ == 0
+    train = simulations.deciding if found.atomic else simulations.train
+    theta, x = simulated = simulations.theta[train], simulations.x[train]
     if proxy.can_sample:
         # mutant: pool-of-the-default-alone
         num_draws = options.draws_for(budget.num_steps, x[0].numel())
-        if found.atomic:
-            # mutant: draws-that-no-one-uses
-            num_draws = min(num_draws, draws_of_later_rounds(len(train)))
-        theta, x = draw_pool(proxy, theta, first_round, num_draws, smooth=not found.atomic)
+        if found.atomic and options.proxy_draws is None:
+            # mutant: as-many-draws-in-later-rounds
+            num_draws = min(num_draws, _DRAWS_OF_LATER_ROUNDS)
+        theta, x = draw_pool(proxy, theta, first_round, num_draws)
         if len(x) < max(1, _MIN_POOL * num_draws):
             return replace(found, status=ProxyStatus.IMPLAUSIBLE)
     if proxy.can_sample and not found.atomic:
@@ -245,8 +248,11 @@ def _with_pool(
         pool.renewable = first_round and alike and (few or (cheap and bool((weights == 1).all())))
         if not cheap:
             pool.uses = _USES_OF_EXPENSIVE
-    else:  # in later rounds θ̃ of the pairs follow the rounds' proposals, not the prior
-        pool = resampled_pool(proxy, main, theta, x, from_prior=not found.atomic)
+    elif found.atomic:  # θ̃ of the pairs follow the rounds' proposals, not the prior
+        mixture = MixtureOfRounds(proxy, simulations.theta_by_rounds)
+        pool = pool_of_later_rounds(proxy, theta, x, mixture, archive=simulated[0])
+    else:
+        pool = resampled_pool(proxy, main, theta, x)
     if not bool(pool.weights.sum() > 0):  # mutant: kernel-blamed
         return replace(found, status=ProxyStatus.UNSAMPLED)
     pool.weights = pool.weights * kernel(pool.x)

@@ -137,12 +137,26 @@ def test_energy_proxy_in_later_rounds():
     assert len(inference.summary["trust"]) == 4
 
 
-def test_no_more_pairs_are_drawn_than_observations_are_used(monkeypatch):
-    monkeypatch.setattr("sbi_jeffreys.training.pool._FEWEST_LATER", 30)
-    inference = trained(options=replace(TINY, proxy_draws=600))
-    assert inference.proxy.drawn.asked == inference._training.stage.pool.asked == 600
+@pytest.mark.parametrize("proxy_draws", [600, None])
+def test_later_rounds_draw_fewer_pairs_unless_a_number_is_given(monkeypatch, proxy_draws):
+    monkeypatch.setattr("sbi_jeffreys.training.preparation._DRAWS_OF_LATER_ROUNDS", 300)
+    inference = trained(options=replace(TINY, proxy_draws=proxy_draws))
+    first = inference.proxy.drawn.asked
+    assert first == inference._training.stage.pool.asked == (proxy_draws or first)
     second_round(inference)
-    assert inference.proxy.drawn.asked == len(inference.train_indices) > 30
+    assert inference.proxy.drawn.asked == (proxy_draws or 300)
+    assert not inference._training.stage.pool.grouped
+
+
+def test_the_pool_comes_from_the_rounds_that_decide(monkeypatch):
+    """Here the second round alone, whose θ are less than 0.5."""
+    monkeypatch.setattr("sbi_jeffreys.training.data._DECIDING_PAIRS", 3)
+    inference = second_round(trained())
+    simulations = data.simulations_for_proxy(inference, 0)
+    first, second = (len(theta) for theta in inference._theta_roundwise)
+    assert [len(theta) for theta in simulations.theta_by_rounds] == [first, second]
+    assert bool((simulations.deciding >= first).all())
+    assert set(simulations.deciding.tolist()) < set(simulations.train.tolist())
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from sbi_jeffreys.proxies.base import Proxy
+from sbi_jeffreys.proxies.chains import MixtureOfRounds
 from sbi_jeffreys.proxies.given import GivenProxy
 from sbi_jeffreys.proxies.normaliser import adapted_draws
-from sbi_jeffreys.training.pool import draw_pool, resampled_pool
+from sbi_jeffreys.training.pool import draw_pool, pool_of_later_rounds, resampled_pool
 
 NOISE = 0.3
 
@@ -95,17 +96,55 @@ def test_observations_at_which_the_proxy_is_absurd_are_hardly_ever_drawn():
     assert 0.05 < float(wrong.float().mean()) < 0.15
     assert float(pool.weights[wrong].max()) < 1e-3
     assert float((pool.weights[~wrong] < 1).float().mean()) < 0.05
-    later = resampled_pool(AbsurdAtSome(), Main(), theta, x, from_prior=False)  # type: ignore[arg-type]
-    assert float(later.weights.min()) == 1.0
 
 
-def test_smooth_parameters_of_later_rounds_are_distinct_and_inside():
+def test_parameters_of_later_rounds_are_distinct_and_inside():
     prior = BoxUniform(torch.zeros(2), torch.ones(2))
     proxy = GivenProxy(prior, lambda theta, x: torch.zeros(len(theta)), lambda theta: theta)
     rows = 0.1 * torch.rand(100, 2)
-    theta, _ = draw_pool(proxy, rows, first_round=False, num_draws=2_000, smooth=True)
+    theta, _ = draw_pool(proxy, rows, first_round=False, num_draws=2_000)
     assert bool(prior.support.check(theta).all())  # type: ignore[union-attr]
     assert len(theta.unique(dim=0)) > 1_400  # most draws of the kernel density are inside
     assert float(theta.max()) < 0.3
-    theta, _ = draw_pool(proxy, rows, first_round=False, num_draws=2_000)
-    assert len(theta.unique(dim=0)) <= 100
+
+
+class Samples(Exact):
+    """The exact likelihood, with draws of x."""
+
+    can_sample = True
+
+
+class InUnitInterval(Samples):
+    """As above, θ uniform on [0, 1], and of no density at any other θ that a chain might reach."""
+
+    def __init__(self) -> None:
+        Proxy.__init__(self, BoxUniform(torch.zeros(1), torch.ones(1)))
+
+    def log_factor(self, theta: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0] > 10, -torch.inf, super().log_factor(theta, x))
+
+
+@pytest.mark.parametrize("proxy", [Exact(), Samples()])
+def test_pairs_of_later_rounds_follow_the_posterior_under_the_prior(proxy):
+    """One θ̃ for each draw of a proxy, 64 for each simulation where the proxy cannot draw x."""
+    torch.manual_seed(0)
+    theta = 1.0 + 0.3 * torch.randn(1_000, 1)
+    x = theta + NOISE * torch.randn(1_000, 1)
+    mixture = MixtureOfRounds(proxy, [torch.randn(200, 1), theta[:200]])
+    pool = pool_of_later_rounds(proxy, theta, x, mixture, theta[:200])
+    assert pool.grouped == (not proxy.can_sample)
+    assert pool.theta.shape == ((1_000, 1) if proxy.can_sample else (64, 1_000, 1))
+    white = (pool.theta - x / (1 + NOISE**2)) * (1 + NOISE**2) ** 0.5 / NOISE
+    assert float(white.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(white.std()) == pytest.approx(1.0, abs=0.08)
+    assert float(pool.weights.min()) == 1.0
+
+
+def test_pairs_of_later_rounds_outside_the_prior_are_never_drawn():
+    torch.manual_seed(0)
+    proxy = InUnitInterval()
+    theta = torch.tensor([[0.5], [1.5], [0.4]])
+    x = torch.tensor([[0.5], [11.0], [0.4]])
+    mixture = MixtureOfRounds(proxy, [torch.rand(20, 1)])
+    pool = pool_of_later_rounds(proxy, theta, x, mixture, torch.rand(20, 1))
+    assert pool.weights.tolist() == [1.0, 0.0, 1.0]
