@@ -222,7 +222,14 @@ MUTANTS = (
         "tests/proxies/test_compression.py -k correlated",
     ),
     Mutant(
-        "two-noise-levels-compressed", "if False:", "tests/proxies/test_compression.py -k levels"
+        "two-noise-levels-compressed",
+        "if not gain <= CLEARLY:",
+        "tests/proxies/test_compression.py -k several",
+    ),
+    Mutant(
+        "nearly-all-directions-kept",
+        "if not 0 < directions.shape[1] < WIDE:",
+        "tests/proxies/test_compression.py -k nearly",
     ),
     Mutant("summaries-whatever-they-cost", "if False:", "tests/training/test_refit.py -k worse"),
     Mutant("half-fitted-main-left", "pass", "tests/training/test_refit.py -k interrupt"),

@@ -29,7 +29,7 @@ from sbi_jeffreys.proxies.stacking import stacking_weights
 __all__ = ["Compression", "fit_compressed"]
 
 #: Regressions of x itself that, with the neural one, must not predict x better than summaries do.
-_RIVALS = (RegressionExpert(1, kernel=True),)
+_RIVALS = (RegressionExpert(1, kernel=True), NeuralRegressionExpert(own_noise=True))
 #: Experts of the summaries. Most weight goes to regressions, and each flow takes several seconds.
 _EXPERTS = (
     *REGRESSIONS,
@@ -39,6 +39,7 @@ _EXPERTS = (
     FlowExpert("maf", weight_decay=0.3),
 )
 
+_FEW = 3  # outputs for each direction, at least: nearly as many directions save nothing
 # R² above which the direction of the rest is taken to depend on θ: R² is .01 to .19 for curves in
 # white noise, and .4 for two series each of which has a noise level of its own.
 _UNEVEN = 0.3
@@ -105,13 +106,11 @@ def _compression(data: ExpertData) -> tuple[Compression, FittedExpert] | None:
         return None
     expert = NeuralRegressionExpert().fit(data, (), math.inf)
     scale, directions = _directions(expert.net, y, data)
-    if not 0 < directions.shape[1] < WIDE:
+    # mutant: nearly-all-directions-kept
+    if not 0 < directions.shape[1] < min(WIDE, y.shape[1] / _FEW):
         return None
     summaries = LinearSummaries(expert.net.centre_y.clone(), scale, directions.clone())
     compression = Compression(transform, summaries, data.x[data.train])
-    # mutant: two-noise-levels-compressed
-    if _unevenness(data.z[data.train], compression.rest) > _UNEVEN:
-        return None
     return compression, expert
 
 
@@ -138,14 +137,16 @@ def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] |
     """Summaries of x and experts of them, where summaries can replace x.
 
     None for at most 30 outputs, for outputs with cells (integers, atoms), where no direction
-    depends on θ or more than 29 do, where the noise of some outputs depends on θ in another way
-    than that of others, and where regressions of x itself predict held-out x clearly better, as
-    with correlated noise, where the rest is informative about the noise of the summaries.
+    depends on θ or more than 29 or a third of the outputs' number do, and where regressions of x
+    itself predict held-out x clearly better, as with correlated noise, where the rest is
+    informative about the noise of the summaries. Where the noise of some outputs seems to depend on
+    θ in another way than that of others, summaries have to be clearly better.
     """
     found = _compression(data)
     if found is None:
         return None
     compression, neural = found
+    even = _unevenness(data.z[data.train], compression.rest) <= _UNEVEN
     summaries = compression(data.x)
     # No transform is chosen: the noise of the summaries is additive on their own scale.
     scale = MarginalTransform.fit(summaries[data.train], choose=False, atoms=False)
@@ -157,7 +158,8 @@ def fit_compressed(data: ExpertData) -> tuple[Compression, list[FittedExpert]] |
         return None
     if theirs is not None:
         gain = paired_gain(theirs, ours + compression.log_det(data.x[data.val]))
-        if not gain <= CLEARLY:  # mutant: correlated-noise-compressed
+        # mutant: correlated-noise-compressed, two-noise-levels-compressed
+        if not gain <= (CLEARLY if even else -CLEARLY):
             return None
     return compression, experts
 

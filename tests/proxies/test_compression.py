@@ -108,6 +108,18 @@ def test_two_series_with_noise_levels_of_their_own_are_not_compressed():
     assert fit_compressed(data(theta, theta @ SHAPES + levels[:, :1] * noise)) is not None
 
 
+def test_what_seems_to_have_several_noise_levels_needs_clear_evidence(monkeypatch):
+    """Where held-out x do not decide, summaries are for noise that is alike everywhere."""
+    monkeypatch.setattr(compression, "paired_gain", lambda theirs, ours: 0.0)
+    theta = PRIOR.sample((420,))
+    noise = 0.2 * torch.randn(420, 60)
+    levels = theta.exp().repeat_interleave(30, dim=1)
+    assert fit_compressed(data(theta, theta @ SHAPES + levels * noise)) is None
+    assert fit_compressed(data(theta, theta @ SHAPES + noise)) is not None
+    monkeypatch.setattr(compression, "paired_gain", lambda theirs, ours: -3.0)
+    assert fit_compressed(data(theta, theta @ SHAPES + levels * noise)) is not None
+
+
 def test_narrow_x_counts_pure_noise_and_folds_are_not_compressed():
     theta, x = curves()
     assert fit_compressed(data(theta, x[:, :30])) is None
@@ -124,3 +136,18 @@ def test_many_parameters_do_not_make_white_noise_look_uneven():
     """61 regressors explain a fifth of the variance of 270 numbers by chance."""
     torch.manual_seed(0)
     assert compression._unevenness(torch.randn(270, 30), torch.randn(270, 100)) < 0.15
+
+
+def test_nearly_as_many_directions_as_outputs_are_no_compression(monkeypatch):
+    """36 outputs that are sums of 16 waves of θ, whatever held-out x say of the two densities."""
+    monkeypatch.setattr(compression, "paired_gain", lambda theirs, ours: -3.0)
+    theta = PRIOR.sample((420,))
+    waves = (theta @ (3 * torch.randn(2, 16)) + torch.arange(16)).sin()
+    x = waves @ torch.randn(16, 36) + 0.1 * torch.randn(420, 36)
+    _, directions = compression._directions(
+        NeuralRegressionExpert().fit(data(theta, x), (), torch.inf).net,
+        data(theta, x).scales[0](x),
+        data(theta, x),
+    )
+    assert 12 <= directions.shape[1] < 30
+    assert fit_compressed(data(theta, x)) is None
