@@ -14,10 +14,12 @@ modes in the proportions of q_ψ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sbi_jeffreys.proxies.base import EmpiricalPrior, Proxy
 
@@ -66,6 +68,7 @@ def moved_to_prior(
     mixture: MixtureOfRounds,
     archive: Tensor,
     num: int = 1,
+    show_progress_bars: bool = False,
 ) -> Tensor:
     """Draws of the proxy's posteriors, from pairs whose θ follow the rounds' proposals.
 
@@ -76,27 +79,43 @@ def moved_to_prior(
         mixture: What steps between modes are drawn from.
         archive: θ whose differences the other steps are multiples of, `(M, D)`.
         num: K, chains for each pair.
+        show_progress_bars: Whether to show progress.
 
     Returns:
         Shape `(K, N, D)`.
     """
     size = max(1, min(_MOST_AT_ONCE, _AT_ONCE // (num * x[0].numel())))
-    parts = [
-        _moved(proxy, some.expand(num, -1, -1), observed, mixture, archive)
-        for some, observed in zip(theta.split(size), x.split(size))
-    ]
+    num_steps = min(_MOST, _FEWEST + _PER_DIMENSION * theta.shape[-1])
+    parts = []
+    total = math.ceil(len(theta) / size) * num_steps
+    with tqdm(total=total, desc="Moving pairs", disable=not show_progress_bars) as bar:
+        for some, observed in zip(theta.split(size), x.split(size)):
+            steps = _counted(num_steps, bar)
+            start = some.expand(num, -1, -1)
+            parts.append(_moved(proxy, start, observed, mixture, archive, steps))
     return torch.cat(parts, dim=1)
 
 
+def _counted(num_steps: int, bar: tqdm) -> Iterator[tuple[int, bool]]:
+    """Numbers of the steps, and whether each is in the first half, while the bar goes on."""
+    for step in range(num_steps):  # mutant: pairs-of-proposals-kept
+        yield step, 2 * step < num_steps
+        bar.update()
+
+
 def _moved(
-    proxy: Proxy, theta: Tensor, x: Tensor, mixture: MixtureOfRounds, archive: Tensor
+    proxy: Proxy,
+    theta: Tensor,
+    x: Tensor,
+    mixture: MixtureOfRounds,
+    archive: Tensor,
+    steps: Iterable[tuple[int, bool]],
 ) -> Tensor:
     """θ `(K, B, D)` at observations `(B, *x_shape)` after all steps."""
     shape = theta.shape[:2]
     log_target = proxy.log_potential(theta, x)
     scale = torch.full((*shape, 1), _FIRST_SCALE).to(theta)
-    num_steps = min(_MOST, _FEWEST + _PER_DIMENSION * theta.shape[-1])
-    for step in range(num_steps):  # mutant: pairs-of-proposals-kept
+    for step, early in steps:
         independent = step % _INDEPENDENT_EVERY == 0  # mutant: chains-never-jump
         if independent:
             proposed = mixture.sample(shape.numel()).reshape(theta.shape)
@@ -113,6 +132,6 @@ def _moved(
         theta = torch.where(accept.unsqueeze(-1), proposed, theta)
         log_target = torch.where(accept, log_proposed, log_target)
         # A scale that depended on where the chain is would change the target: it settles first.
-        if 2 * step < num_steps and not independent:
+        if early and not independent:
             scale = scale * torch.where(accept, _LONGER, _SHORTER).unsqueeze(-1)
     return theta

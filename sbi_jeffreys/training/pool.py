@@ -101,7 +101,12 @@ def draw_pool(
 
 
 def pool_of_later_rounds(
-    proxy: Proxy, theta: Tensor, x: Tensor, mixture: MixtureOfRounds, archive: Tensor
+    proxy: Proxy,
+    theta: Tensor,
+    x: Tensor,
+    mixture: MixtureOfRounds,
+    archive: Tensor,
+    show_progress_bars: bool = False,
 ) -> Pool:
     """Pairs whose θ̃ follow q_ψ(·|x), from pairs whose θ follow the rounds' proposals.
 
@@ -112,10 +117,12 @@ def pool_of_later_rounds(
             draw; for each of the simulations, of which the first 5,000 are used, there are several.
         mixture: The prior and the rounds' θ.
         archive: θ whose differences have the scale of the posteriors, `(M, D)`.
+        show_progress_bars: Whether to show progress.
     """
     num = 1 if proxy.can_sample else _KEPT
     most = len(x) if proxy.can_sample else _MAX_OBSERVATIONS
-    theta, x = moved_to_prior(proxy, theta[:most], x[:most], mixture, archive, num), x[:most]
+    theta, x = theta[:most], x[:most]
+    theta = moved_to_prior(proxy, theta, x, mixture, archive, num, show_progress_bars)
     inside = torch.isfinite(proxy.log_prior(theta))  # mutant: pairs-outside-the-prior-followed
     return Pool(theta[0] if proxy.can_sample else theta, x, inside.to(theta).mean(dim=0))
 

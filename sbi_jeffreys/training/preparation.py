@@ -250,7 +250,8 @@ def _with_pool(
             pool.uses = _USES_OF_EXPENSIVE
     elif found.atomic:  # θ̃ of the pairs follow the rounds' proposals, not the prior
         mixture = MixtureOfRounds(proxy, simulations.theta_by_rounds)
-        pool = pool_of_later_rounds(proxy, theta, x, mixture, archive=simulated[0])
+        bars = budget.show_progress_bars
+        pool = pool_of_later_rounds(proxy, theta, x, mixture, simulated[0], bars)
     else:
         pool = resampled_pool(proxy, main, theta, x)
     if not bool(pool.weights.sum() > 0):  # mutant: kernel-blamed
