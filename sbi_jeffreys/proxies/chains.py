@@ -15,7 +15,7 @@ modes in the proportions of q_ψ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,17 +90,9 @@ def moved_to_prior(
     total = math.ceil(len(theta) / size) * num_steps
     with tqdm(total=total, desc="Moving pairs", disable=not show_progress_bars) as bar:
         for some, observed in zip(theta.split(size), x.split(size)):
-            steps = _counted(num_steps, bar)
             start = some.expand(num, -1, -1)
-            parts.append(_moved(proxy, start, observed, mixture, archive, steps))
+            parts.append(_moved(proxy, start, observed, mixture, archive, num_steps, bar))
     return torch.cat(parts, dim=1)
-
-
-def _counted(num_steps: int, bar: tqdm) -> Iterator[tuple[int, bool]]:
-    """Numbers of the steps, and whether each is in the first half, while the bar goes on."""
-    for step in range(num_steps):  # mutant: pairs-of-proposals-kept
-        yield step, 2 * step < num_steps
-        bar.update()
 
 
 def _moved(
@@ -109,13 +101,14 @@ def _moved(
     x: Tensor,
     mixture: MixtureOfRounds,
     archive: Tensor,
-    steps: Iterable[tuple[int, bool]],
+    num_steps: int,
+    bar: tqdm,
 ) -> Tensor:
-    """θ `(K, B, D)` at observations `(B, *x_shape)` after all steps."""
+    """θ `(K, B, D)` at observations `(B, *x_shape)` after all steps, which the bar counts."""
     shape = theta.shape[:2]
     log_target = proxy.log_potential(theta, x)
     scale = torch.full((*shape, 1), _FIRST_SCALE).to(theta)
-    for step, early in steps:
+    for step in range(num_steps):  # mutant: pairs-of-proposals-kept
         independent = step % _INDEPENDENT_EVERY == 0  # mutant: chains-never-jump
         if independent:
             proposed = mixture.sample(shape.numel()).reshape(theta.shape)
@@ -132,6 +125,7 @@ def _moved(
         theta = torch.where(accept.unsqueeze(-1), proposed, theta)
         log_target = torch.where(accept, log_proposed, log_target)
         # A scale that depended on where the chain is would change the target: it settles first.
-        if early and not independent:
+        if 2 * step < num_steps and not independent:
             scale = scale * torch.where(accept, _LONGER, _SHORTER).unsqueeze(-1)
+        bar.update()
     return theta

@@ -20,6 +20,7 @@ from sbi_jeffreys.training.loss import RealBatch
 __all__ = [
     "Position",
     "Simulations",
+    "first_of_latest",
     "held_out_pairs",
     "is_atomic",
     "latest",
@@ -50,11 +51,11 @@ class Simulations:
         train: Indices of training pairs.
         val: Indices of held-out pairs.
         round_: Index of the latest round.
+        round_of: Index of each simulation's round, `(N,)`.
         rounds: The truncated prior and θ of each round, where there are truncated proposals.
         earlier: How many of the first simulations belong to rounds that only the proxy is fitted
             to: a likelihood needs no correction for proposals, and without these simulations it
             would have to extrapolate.
-        round_of: Index of each simulation's round, `(N,)`; None where there is one round.
     """
 
     theta: Tensor
@@ -62,24 +63,19 @@ class Simulations:
     train: Tensor
     val: Tensor
     round_: int
+    round_of: Tensor
     earlier: int = 0
     rounds: Sequence[tuple[RestrictedPrior | None, Tensor]] | None = None
-    round_of: Tensor | None = None
 
     @property
     def deciding(self) -> Tensor:
         """Indices of the training pairs of those rounds whose held-out pairs decide, `(M,)`."""
-        if self.round_of is None:
-            return self.train
-        held_out = self.round_of[self.val]
-        first = held_out[latest(held_out, _DECIDING_PAIRS)].min()
+        first = first_of_latest(self.round_of[self.val], _DECIDING_PAIRS)
         return self.train[self.round_of[self.train] >= first]  # mutant: pool-of-all-rounds
 
     @property
     def theta_by_rounds(self) -> list[Tensor]:
         """θ of each round, `(N, D)` each."""
-        if self.round_of is None:
-            return [self.theta]
         return [self.theta[self.round_of == index] for index in self.round_of.unique()]
 
     @property
@@ -106,7 +102,7 @@ def simulations_for_proxy(trainer: NPE, starting_round: int) -> Simulations:
     )
     rounds = _sbi.truncated_rounds(trainer)
     latest_round = _sbi.latest_round(trainer)
-    return Simulations(theta, x, train, val, latest_round, earlier, rounds, round_of)
+    return Simulations(theta, x, train, val, latest_round, round_of, earlier, rounds)
 
 
 def held_out_pairs(trainer: NPE, starting_round: int, arguments: TrainArguments) -> HeldOut:
@@ -140,6 +136,11 @@ def latest_held_out(trainer: NPE, starting_round: int) -> Tensor:
     return val[latest(rounds[val], _DECIDING_PAIRS)]
 
 
+def first_of_latest(rounds: Tensor, num: int) -> Tensor:
+    """Index of the first of the rounds to which the pairs of `latest` belong, shape `()`."""
+    return rounds.sort(descending=True).values[:num].min()
+
+
 def latest(rounds: Tensor, num: int) -> Tensor:
     """Which pairs belong to the latest rounds, as few rounds as have `num` pairs together, `(M,)`.
 
@@ -147,7 +148,7 @@ def latest(rounds: Tensor, num: int) -> Tensor:
         rounds: Index of each pair's round, `(M,)`.
         num: Least number of pairs; where there are fewer in all, every pair belongs.
     """
-    return rounds >= rounds.sort(descending=True).values[:num].min()
+    return rounds >= first_of_latest(rounds, num)
 
 
 def _kernel(

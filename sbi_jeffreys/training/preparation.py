@@ -226,7 +226,7 @@ def _with_pool(
     """What was found, with the pool of a proxy that is trusted, or why there is none."""
     first_round = simulations.round_ == 0
     train = simulations.deciding if found.atomic else simulations.train
-    theta, x = simulated = simulations.theta[train], simulations.x[train]
+    theta, x = simulations.theta[train], simulations.x[train]
     if proxy.can_sample:
         # mutant: pool-of-the-default-alone
         num_draws = options.draws_for(budget.num_steps, x[0].numel())
@@ -250,8 +250,8 @@ def _with_pool(
             pool.uses = _USES_OF_EXPENSIVE
     elif found.atomic:  # θ̃ of the pairs follow the rounds' proposals, not the prior
         mixture = MixtureOfRounds(proxy, simulations.theta_by_rounds)
-        bars = budget.show_progress_bars
-        pool = pool_of_later_rounds(proxy, theta, x, mixture, simulated[0], bars)
+        archive, bars = simulations.theta[train], budget.show_progress_bars
+        pool = pool_of_later_rounds(proxy, theta, x, mixture, archive, bars)
     else:
         pool = resampled_pool(proxy, main, theta, x)
     if not bool(pool.weights.sum() > 0):  # mutant: kernel-blamed

@@ -149,7 +149,7 @@ def test_later_rounds_draw_fewer_pairs_unless_a_number_is_given(monkeypatch, pro
 
 
 def test_the_pool_comes_from_the_rounds_that_decide(monkeypatch):
-    """Here the second round alone, whose θ are less than 0.5."""
+    """Here the second round alone."""
     monkeypatch.setattr("sbi_jeffreys.training.data._DECIDING_PAIRS", 3)
     inference = second_round(trained())
     simulations = data.simulations_for_proxy(inference, 0)

@@ -48,7 +48,8 @@ def test_moved_draws_follow_the_posterior_under_the_prior(num):
     moved = moved_to_prior(proxy, second, x, mixture, second[:300], num)
     assert moved.shape == (num, 4_000, 2)
     white = (moved - x / (1 + NOISE**2)) / (NOISE / (1 + NOISE**2) ** 0.5)
-    # A proposal's posterior has here a mean that depends on x, and a standard deviation of 0.74.
+    # In these units the posterior under the proposal has a standard deviation of 0.74, and a mean
+    # that depends on x.
     assert float(white.mean()) == pytest.approx(0.0, abs=0.05)
     assert float(white.std()) == pytest.approx(1.0, abs=0.04)
     slope = (white * (x - x.mean(dim=0))).mean() / x.var()
@@ -56,7 +57,7 @@ def test_moved_draws_follow_the_posterior_under_the_prior(num):
 
 
 def test_modes_get_the_proportions_of_the_prior():
-    """Nine tenths of the proposals are positive, and a twentieth of a step's length apart."""
+    """Nine tenths of the proposed θ are positive, and half of the posterior's mass is."""
     torch.manual_seed(0)
     proxy = OfTheSize()
     sign = torch.where(torch.rand(2_000, 1) < 0.9, 1.0, -1.0)

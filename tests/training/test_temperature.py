@@ -110,7 +110,7 @@ def evidence_from(num: int, scale: float, kernel=lambda x: torch.ones(len(x))) -
     """Of two folds."""
     theta, x = pairs(num)
     folds = [(torch.arange(k, num, 2), ScaledProxy(scale)) for k in range(2)]
-    simulations = Simulations(theta, x, torch.arange(num), torch.arange(0), 0)
+    simulations = Simulations(theta, x, torch.arange(num), torch.arange(0), 0, torch.zeros(num))
     return evidence_of(folds, WideMain(), simulations, kernel)  # type: ignore[arg-type]
 
 
@@ -131,7 +131,7 @@ def test_pairs_of_folds_that_the_kernel_excludes_are_no_evidence():
     half = (torch.arange(25) < 12).float()
     evidence = evidence_from(50, 0.6, lambda x: half)
     assert [part.weights.tolist() for part in evidence] == 2 * [half.tolist()]  # worth 12 pairs
-    simulations = Simulations(*pairs(50), torch.arange(50), torch.arange(0), 0)
+    simulations = Simulations(*pairs(50), torch.arange(50), torch.arange(0), 0, torch.zeros(50))
     assert evidence_of([], WideMain(), simulations, lambda x: half) == []  # type: ignore[arg-type]
 
 
@@ -148,7 +148,7 @@ def test_contrasts_are_taken_from_the_prior_where_adapted_ones_all_miss_the_post
     """A ring is nothing that a few adapted kernels follow; of 2,000 prior draws some are on it."""
     torch.manual_seed(1)
     theta, x = pairs(40)
-    simulations = Simulations(theta, x, torch.arange(40), torch.arange(0), 0)
+    simulations = Simulations(theta, x, torch.arange(40), torch.arange(0), 0, torch.zeros(40))
 
     def contrasts_of(proxy: Proxy) -> Evidence:
         folds = [(torch.arange(40), proxy)]
