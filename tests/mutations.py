@@ -734,6 +734,11 @@ MUTANTS = (
         "tests/training/test_temperature.py -k worth_weighting",
     ),
     Mutant(
+        "weighted-for-nothing-after-all",
+        "pass",
+        "tests/training/test_temperature.py -k what_a_pool_leaves",
+    ),
+    Mutant(
         "unseen-training-pairs-no-evidence",
         "gamma = 1.0",
         "tests/training/test_temperature.py -k made_to_judge",
@@ -917,6 +922,21 @@ MUTANTS = (
         "spline-heights-without-slope",
         "g_size = torch.stack([-(g_xi * xi + g_delta * delta) / w, g_y * ratio])",
         "tests/networks/test_spline.py",
+    ),
+    Mutant(
+        "tanh-as-torch-has-it",
+        "return torch.tanh(u)",
+        "tests/networks/test_affine.py -k without_gradients",
+    ),
+    Mutant(
+        "scales-in-every-other-column",
+        "return scale, shift",
+        "tests/networks/test_affine.py -k contiguous",
+    ),
+    Mutant(
+        "main-without-fast-affine-layers",
+        "return net",
+        "tests/networks/test_affine.py -k have_them",
     ),
     Mutant(
         "spline-log-det-of-the-inverse",

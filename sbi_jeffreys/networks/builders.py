@@ -21,13 +21,13 @@ from torch.distributions import Distribution
 from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
+from sbi_jeffreys.networks.fast_layers import with_fast_layers
 from sbi_jeffreys.networks.prior_space import (
     PriorTransform,
     has_no_volume,
     hides_bounds,
     is_bounded,
 )
-from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.standardised import WIDE, StandardisedInput
 from sbi_jeffreys.networks.transforms import TINY, MarginalTransform, scale_of
 
@@ -209,8 +209,8 @@ class MainBuilder:
         """Build from training simulations θ `(N, D)`, x `(N, *x_shape)`."""
         build, transform = self._build(x), self._prior_transform()
         if transform is None:
-            return with_fast_splines(build(theta, x))
-        estimator = with_fast_splines(build(transform(theta)[0], x))
+            return with_fast_layers(build(theta, x))
+        estimator = with_fast_layers(build(transform(theta)[0], x))
         return UnconstrainedDensityEstimator(estimator, transform)
 
     def _build(self, x: Tensor) -> Build:

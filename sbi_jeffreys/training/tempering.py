@@ -158,6 +158,8 @@ def temper(
         # mutant: pool-weights-collapse
         while len(factor) and _share_left(factor, gamma) < _LEAST_SHARE:
             gamma = math.sqrt(gamma) if abs(gamma - 1) > _NEXT_TO_ONE else 1.0
+        if cross_fitted and not made_to_judge and abs(gamma - 1) < _NOT_WORTH_IT:
+            gamma = 1.0  # mutant: weighted-for-nothing-after-all
     proxy.inverse_temperature.fill_(gamma)
 
 

@@ -224,6 +224,23 @@ def test_a_mixture_is_tempered_where_it_is_worth_weighting_a_pool(monkeypatch, f
         assert float(proxy.inverse_temperature) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("folds", "judged", "expected"),
+    [(1, False, 1.0), (1, True, 0.84**0.25), (0, False, 0.84**0.25)],
+)
+def test_what_a_pool_leaves_of_a_mixture_s_temperature_counts_where_it_is_worth_it(
+    monkeypatch, folds, judged, expected
+):
+    """γ = 0.84, then 0.917 and 0.957, at which enough pairs of the pool are effective."""
+    monkeypatch.setattr(tempering, "inverse_temperature", lambda *_: 0.84)
+    monkeypatch.setattr(HeldOut, "inverse_temperature", lambda *_: 0.84)
+    monkeypatch.setattr(tempering, "_share_left", lambda _, gamma: float(gamma > 0.95))
+    some = [Evidence(*[torch.zeros(2, 3)] * 2, torch.ones(3))] * folds
+    proxy = ScaledProxy(0.6)
+    temper(proxy, WideMain(), held_out(5), None, some, judged)  # type: ignore[arg-type]
+    assert float(proxy.inverse_temperature) == pytest.approx(expected)
+
+
 def test_what_is_clearly_too_sharp_is_widened():
     """ℓ^(0.5/0.4)² in place of ℓ: the truth is γ = 0.64."""
     torch.manual_seed(1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sbi_jeffreys._checks import check_bool, check_choice, check_float, check_int
 from sbi_jeffreys._sbi import model_builders
+from sbi_jeffreys.networks.fast_layers import with_fast_layers
 from sbi_jeffreys.networks.fitting import FitResult
-from sbi_jeffreys.networks.spline import with_fast_splines
 from sbi_jeffreys.networks.together import FitTask
 from sbi_jeffreys.proxies.experts.base import (
     ExpertData,
@@ -114,7 +114,7 @@ class FlowExpert(NetworkExpert):
             # sbi warns of flows of one output, as if of one θ; here they are experts beside others.
             warnings.filterwarnings("ignore", message="In one-dimensional output space")
             built = builder(z[train].cpu(), target.cpu())
-        net: nn.Module = with_fast_splines(built).to(x.device)
+        net: nn.Module = with_fast_layers(built).to(x.device)
         # Held-out losses are those of x, so that experts on different scales can be compared.
         log_det = transform.log_det(x[data.val]).mean()
         if regression is not None:
