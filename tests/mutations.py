@@ -924,6 +924,31 @@ MUTANTS = (
         "tests/networks/test_spline.py",
     ),
     Mutant(
+        "old-weights-remembered",
+        "return True",
+        "tests/networks/test_at_once.py -k notices",
+    ),
+    Mutant(
+        "gradient-of-weights-lost",
+        "return False",
+        "tests/networks/test_at_once.py -k is_trained",
+    ),
+    Mutant(
+        "permutations-forgotten",
+        "pass",
+        "tests/networks/test_at_once.py -k densities",
+    ),
+    Mutant(
+        "weights-copied-twice",
+        "return self.__dict__",
+        "tests/networks/test_at_once.py -k copies",
+    ),
+    Mutant(
+        "flows-one-by-one",
+        "log_prob = None",
+        "tests/networks/test_at_once.py -k mixture_of_its_flows",
+    ),
+    Mutant(
         "tanh-as-torch-has-it",
         "return torch.tanh(u)",
         "tests/networks/test_affine.py -k without_gradients",

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbi_jeffreys.networks.at_once import FlowsAtOnce
 from sbi_jeffreys.networks.fitting import FitConfig, FitResult
 from sbi_jeffreys.proxies.experts.base import Expert, ExpertData, FittedExpert, OnEpoch, scales_of
 from sbi_jeffreys.proxies.experts.fit import fit_to_folds
+from sbi_jeffreys.proxies.experts.gaussian import AroundRegression
 
 __all__ = ["Bag", "Fold", "cross_fit", "fit_folds"]
 
@@ -31,14 +33,37 @@ class Bag(nn.Module):
         nets: Fits to different parts of the data, on the same scale of y.
     """
 
+    _flows: FlowsAtOnce | None = None  # made when it is needed, and not copied
+
     def __init__(self, nets: Sequence[nn.Module]) -> None:
         super().__init__()
         self.nets: Any = nn.ModuleList(nets)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_flows": None}  # mutant: weights-copied-twice
+
     def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
         """log mean_k ℓ_k(y|z) for y `(S, B, dim_y)`, z `(B, dim_z)`, shape `(S, B)`."""
-        log_prob = torch.stack([net.log_prob(y, z) for net in self.nets])
+        log_prob = self._by_flows(y, z)  # mutant: flows-one-by-one
+        if log_prob is None:
+            log_prob = torch.stack([net.log_prob(y, z) for net in self.nets])
         return torch.logsumexp(log_prob, dim=0) - math.log(len(self.nets))
+
+    def _by_flows(self, y: Tensor, z: Tensor) -> Tensor | None:
+        """log ℓ_k(y|z), `(K, S, B)`, of affine autoregressive flows; None of other nets."""
+        around = all(isinstance(net, AroundRegression) for net in self.nets)
+        if self._flows is None or not self._flows.up_to_date:
+            self._flows = FlowsAtOnce.of([net.net if around else net for net in self.nets])
+        if self._flows is None or self._flows.needs_gradient:
+            return None
+        num, batch = y.shape[:2]
+        z_rows = z.expand(num, *z.shape).flatten(0, 1)
+        if not around:
+            return self._flows.log_prob(y.flatten(0, 1), z_rows).unflatten(1, (num, batch))
+        whitened = [net.regression.whitened(y, z) for net in self.nets]
+        e = torch.stack([e_k.flatten(0, 1) for e_k, _ in whitened])
+        log_det = torch.stack([log_det_k.expand(num, batch) for _, log_det_k in whitened])
+        return self._flows.log_prob(e, z_rows).unflatten(1, (num, batch)) + log_det
 
     def sample(self, sample_shape: torch.Size, z: Tensor) -> Tensor:
         """Draws of y, shape `(*sample_shape, B, dim_y)`, each row of z from a random fit."""
