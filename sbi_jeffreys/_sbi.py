@@ -191,3 +191,36 @@ def losses(
         force_first_round_loss=force_first_round_loss,
     )
     return trainer._get_losses(batch, arguments)
+
+
+# ------------------------------------------------------------------ nflows and torch
+
+
+def parts_of_flow(flow: Any) -> tuple[list[Any], Any, Any] | None:
+    """Transforms, base distribution and embedding net of an estimator of nflows; None of others."""
+    net: Any = getattr(flow, "net", None)
+    if not hasattr(net, "_transform") or not hasattr(net._transform, "_transforms"):
+        return None
+    return list(net._transform._transforms), net._distribution, net._embedding_net
+
+
+def scale_and_shift(transform: Any) -> tuple[Tensor, Tensor]:
+    """Those of one of nflows' `PointwiseAffineTransform`s."""
+    return transform._scale, transform._shift
+
+
+def permutation_of(transform: Any) -> Tensor:
+    """The order of the outputs of one of nflows' permutations."""
+    return transform._permutation
+
+
+def mean_and_std(standardised: Any) -> tuple[Tensor, Tensor] | None:
+    """Those of sbi's `Standardize`; None of any other module."""
+    if not hasattr(standardised, "_mean") or not hasattr(standardised, "_std"):
+        return None
+    return standardised._mean, standardised._std
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return tensor._version

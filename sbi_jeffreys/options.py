@@ -50,7 +50,7 @@ class JeffreysOptions:
             detail that the main has to fit: 3,786 and 6,310 at 10,000.
         stage_length: Factor on the default of `num_steps`.
         max_doublings: How often the stage may be made twice as long where main and proxy are far
-            apart at half of its length; for the second time they have to be twice as far apart.
+            apart at half of its length; for a second time they would have to be twice as far apart.
             Where they are close, the stage ends at three quarters of its length. An explicit
             `num_steps` is not changed.
         steps_per_epoch: Steps between held-out evaluations and multiplier updates.
@@ -104,7 +104,7 @@ class JeffreysOptions:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     num_steps: int | None = None
     stage_length: float = 1.0
-    max_doublings: int = 2
+    max_doublings: int = 1
     steps_per_epoch: int = 30
     learning_rate_factor: float | None = None
     proxy_draws: int | None = None
@@ -208,7 +208,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "proxy_folds": 1,
     },
     "default": {},
-    "thorough": {"stage_length": 3.0, "max_doublings": 1},
+    "thorough": {"stage_length": 3.0},
 }
 # Fields in which None stands for a default that is computed
 _NONE_ALLOWED = (

@@ -949,6 +949,11 @@ MUTANTS = (
         "tests/networks/test_at_once.py -k mixture_of_its_flows",
     ),
     Mutant(
+        "matrices-by-adam",
+        "pass",
+        "tests/networks/test_muon.py -k torch_s_muon",
+    ),
+    Mutant(
         "tanh-as-torch-has-it",
         "return torch.tanh(u)",
         "tests/networks/test_affine.py -k without_gradients",

@@ -46,6 +46,11 @@ class FastAffineAutoregressive(MaskedAffineAutoregressiveTransform):
         self.autoregressive_net = layer.autoregressive_net
         self.features, self._epsilon = layer.features, layer._epsilon
 
+    @property
+    def epsilon(self) -> float:
+        """The smallest scale."""
+        return self._epsilon
+
     def _unconstrained_scale_and_shift(
         self, autoregressive_params: Tensor
     ) -> tuple[Tensor, Tensor]:

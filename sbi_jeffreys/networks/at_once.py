@@ -23,6 +23,13 @@ from nflows.transforms import PointwiseAffineTransform
 from nflows.transforms.permutations import Permutation
 from torch import Tensor, nn
 
+from sbi_jeffreys._sbi import (
+    mean_and_std,
+    parts_of_flow,
+    permutation_of,
+    scale_and_shift,
+    version_of,
+)
 from sbi_jeffreys.networks.affine import FastAffineAutoregressive, fast_tanh
 
 __all__ = ["FlowsAtOnce"]
@@ -89,7 +96,7 @@ class FlowsAtOnce:
         self._log_det = scale.log().sum(dim=-1) - 0.5 * scale.shape[-1] * math.log(2 * math.pi)
 
     def _state(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        return [(tensor.data_ptr(), version_of(tensor)) for tensor in self._tensors]
 
     @property
     def up_to_date(self) -> bool:
@@ -110,17 +117,17 @@ class FlowsAtOnce:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or len({_shapes(flow) for flow in flows}) > 1:
             return None
-        first, context = known[0][0], [part[2] for part in known]
-        dim, num = first._shift.numel(), len(known[0][1])
-        orders = [torch.arange(dim, device=first._shift.device) for _ in flows]
+        context, num = [part.condition for part in known], len(known[0].layers)
+        dim = known[0].layers[0][0].features
+        orders = [torch.arange(dim, device=part.scale.device) for part in known]
         layers = []
         for k in range(num):
-            steps = [part[1][k] for part in known]
+            steps = [part.layers[k] for part in known]
             layers.append(_layer([step[0] for step in steps], context, orders))
             # mutant: permutations-forgotten
-            orders = [order[step[1]._permutation] for order, step in zip(orders, steps)]
-        scale = torch.stack([part[0]._scale.expand(dim) for part in known]).unsqueeze(1)
-        shift = torch.stack([part[0]._shift.expand(dim) for part in known]).unsqueeze(1)
+            orders = [order[step[1]] for order, step in zip(orders, steps)]
+        scale = torch.stack([part.scale.expand(dim) for part in known]).unsqueeze(1)
+        shift = torch.stack([part.shift.expand(dim) for part in known]).unsqueeze(1)
         return cls(flows, layers, scale, shift)
 
     def log_prob(self, y: Tensor, z: Tensor) -> Tensor:
@@ -143,23 +150,43 @@ class FlowsAtOnce:
         return log_det - 0.5 * u.square().sum(dim=-1)
 
 
-def _parts(flow: Any) -> tuple[Any, list[tuple[Any, Any]], Any] | None:
-    """Standardisation, pairs of layer and permutation, and the condition's standardisation."""
-    net: Any = getattr(flow, "net", None)
-    steps = list(getattr(getattr(net, "_transform", None), "_transforms", ()))
-    if len(steps) < 3 or len(steps) % 2 == 0 or not isinstance(net._distribution, StandardNormal):
+@dataclass(frozen=True)
+class _Parts:
+    """What a flow consists of.
+
+    Attributes:
+        scale, shift: The standardisation of y.
+        layers: Each autoregressive layer and the order of its outputs for the next one.
+        condition: Mean and standard deviation of the condition.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    layers: list[tuple[Any, Tensor]]
+    condition: tuple[Tensor, Tensor]
+
+
+def _parts(flow: Any) -> _Parts | None:
+    """The parts of one of sbi's `maf` estimators; None of any other."""
+    found = parts_of_flow(flow)
+    if found is None:
         return None
-    first, pairs = steps[0], list(zip(steps[1::2], steps[2::2]))
+    transforms, base, embedding = found
+    if len(transforms) < 3 or len(transforms) % 2 == 0 or not isinstance(base, StandardNormal):
+        return None
+    first, pairs = transforms[0], list(zip(transforms[1::2], transforms[2::2]))
     # sbi embeds the condition by its standardisation and the identity.
-    condition = list(net._embedding_net) if isinstance(net._embedding_net, nn.Sequential) else []
-    known = (
-        type(first) is PointwiseAffineTransform
-        and len(condition) == 2
-        and hasattr(condition[0], "_mean")
-        and type(condition[1]) is nn.Identity
-        and all(_is_known(layer) and isinstance(order, Permutation) for layer, order in pairs)
+    steps = list(embedding) if isinstance(embedding, nn.Sequential) else []
+    if len(steps) != 2 or type(steps[1]) is not nn.Identity:
+        return None
+    condition = mean_and_std(steps[0])
+    known = type(first) is PointwiseAffineTransform and all(
+        _is_known(layer) and isinstance(order, Permutation) for layer, order in pairs
     )
-    return (first, pairs, condition[0]) if known else None
+    if not known or condition is None:
+        return None
+    layers = [(layer, permutation_of(order)) for layer, order in pairs]
+    return _Parts(*scale_and_shift(first), layers, condition)
 
 
 def _is_known(layer: Any) -> bool:
@@ -179,7 +206,9 @@ def _shapes(flow: nn.Module) -> tuple[torch.Size, ...]:
     return tuple(tensor.shape for tensor in flow.state_dict().values())
 
 
-def _layer(layers: list[Any], standardised: list[Any], orders: list[Tensor]) -> _Layer:
+def _layer(
+    layers: list[Any], condition: list[tuple[Tensor, Tensor]], orders: list[Tensor]
+) -> _Layer:
     """One layer of all flows, whose inputs are coordinates in the given orders."""
     nets = [layer.autoregressive_net for layer in layers]
     inverse = [order.argsort() for order in orders]
@@ -198,8 +227,8 @@ def _layer(layers: list[Any], standardised: list[Any], orders: list[Tensor]) -> 
         )
         for j in (0, 1)
     )
-    context = _of_standardised([net.context_layer for net in nets], standardised).to_sigmoid()
-    return _Layer(initial, context, hidden, scale, shift, layers[0]._epsilon)
+    context = _of_standardised([net.context_layer for net in nets], condition).to_sigmoid()
+    return _Layer(initial, context, hidden, scale, shift, layers[0].epsilon)
 
 
 def _masked(layers: list[Any]) -> _Linear:
@@ -208,11 +237,11 @@ def _masked(layers: list[Any]) -> _Linear:
     return _Linear(weight, torch.stack([layer.bias for layer in layers]).unsqueeze(1))
 
 
-def _of_standardised(layers: list[Any], standardised: list[Any]) -> _Linear:
+def _of_standardised(layers: list[Any], condition: list[tuple[Tensor, Tensor]]) -> _Linear:
     """Linear layers of (z − mean) / std as those of z."""
     weights, biases = [], []
-    for layer, condition in zip(layers, standardised):
-        weight = layer.weight / condition._std
+    for layer, (mean, std) in zip(layers, condition):
+        weight = layer.weight / std
         weights.append(weight.T)
-        biases.append(layer.bias - (weight * condition._mean).sum(dim=1))
+        biases.append(layer.bias - (weight * mean).sum(dim=1))
     return _Linear(torch.stack(weights), torch.stack(biases).unsqueeze(1))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["flat_copy", "flattened"]
+__all__ = ["flat_copy", "flattened", "shapes_of"]
 
 
 def _trainable(net: nn.Module) -> list[nn.Parameter]:
@@ -30,6 +30,11 @@ def flat_copy(net: nn.Module) -> nn.Parameter | None:
     if len(kinds) != 1 or not parameters[0].is_floating_point():
         return None
     return nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
+
+
+def shapes_of(net: nn.Module) -> list[torch.Size]:
+    """Shapes of the trainable parameters, in the order of the vector."""
+    return [p.shape for p in _trainable(net)]
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import Adam
 
 from sbi_jeffreys.networks.fitting import can_fuse
-from sbi_jeffreys.networks.flat import flat_copy, flattened
+from sbi_jeffreys.networks.flat import flat_copy, flattened, shapes_of
+from sbi_jeffreys.networks.muon import Muon
 from sbi_jeffreys.options import JeffreysOptions
 from sbi_jeffreys.training.loss import RealBatch, StageLoss, SymmetricLoss
 from sbi_jeffreys.training.multipliers import ResilientMultipliers
@@ -99,8 +100,10 @@ class SymmetricStage:
         self.latest = dict.fromkeys(("forward", "generated", "reverse"), math.nan)
 
     def _new_optimizer(self) -> Adam:
-        weights = self.main.parameters() if self.vector is None else [self.vector]
-        return Adam(weights, lr=self.peak_learning_rate, fused=can_fuse(self.main))
+        how = {"lr": self.peak_learning_rate, "fused": can_fuse(self.main)}
+        if self.vector is None:
+            return Adam(self.main.parameters(), **how)
+        return Muon(self.vector, shapes_of(self.main), **how)
 
     @property
     def finished(self) -> bool:
