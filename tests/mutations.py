@@ -949,6 +949,11 @@ MUTANTS = (
         "tests/networks/test_at_once.py -k mixture_of_its_flows",
     ),
     Mutant(
+        "iterations-whatever-they-cost",
+        "if len(shape) == 2 and 1 < min(shape):",
+        "tests/networks/test_muon.py -k left_to_adam",
+    ),
+    Mutant(
         "matrices-by-adam",
         "pass",
         "tests/networks/test_muon.py -k torch_s_muon",

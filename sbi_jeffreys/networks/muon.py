@@ -26,6 +26,7 @@ __all__ = ["Muon", "orthogonalised"]
 _MOMENTUM = 0.9
 _SCALE = 0.2  # root mean square of a matrix's step in units of the learning rate, as Adam's is
 _ITERATIONS = 5
+_LARGEST = 256  # shorter side up to which the iterations cost no more than the layer itself
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # of the quintic, from Jordan et al.
 
 
@@ -35,7 +36,7 @@ class Muon(Adam):
     Args:
         vector: All trainable parameters of a network, as `flat_copy` returns them.
         shapes: Shapes of the parameters in the order of the vector. Those with two dimensions, both
-            above one, are matrices.
+            above one and the shorter one at most 256, are matrices.
         lr: Learning rate.
         fused: Whether Adam's fused kernel is used.
     """
@@ -74,7 +75,7 @@ def _matrices(
     start = 0
     for shape in shapes:
         num = math.prod(shape)
-        if len(shape) == 2 and min(shape) > 1:
+        if len(shape) == 2 and 1 < min(shape) <= _LARGEST:  # mutant: iterations-whatever-they-cost
             found.setdefault(shape, []).append(torch.arange(start, start + num, device=device))
         start += num
     return [(shape, torch.cat(where)) for shape, where in found.items()]

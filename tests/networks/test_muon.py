@@ -65,6 +65,19 @@ def test_steps_are_those_of_torch_s_muon_and_adam():
         )
 
 
+def test_a_matrix_whose_iterations_would_cost_more_than_its_layer_is_left_to_adam():
+    torch.manual_seed(0)
+    shapes = [torch.Size((257, 300)), torch.Size((256, 300))]
+    vector = nn.Parameter(torch.zeros(sum(shape.numel() for shape in shapes)))
+    optimizer = Muon(vector, shapes, lr=1.0, fused=False)
+    vector.grad = torch.randn_like(vector)
+    optimizer.step()
+    by_adam, by_muon = vector.detach().abs().split([shape.numel() for shape in shapes])
+    # Adam's first step, but where its ε counts beside a small gradient.
+    torch.testing.assert_close(by_adam, torch.ones_like(by_adam), atol=0.01, rtol=0)
+    assert float(by_muon.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
+
+
 def test_it_goes_on_after_pickling():
     torch.manual_seed(0)
     start, gradients = torch.randn(20), torch.randn(6, 20)
