@@ -16,6 +16,8 @@ import torch
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from torch import Tensor, nn
 
+from sbi_jeffreys.networks.replacing import with_replaced
+
 __all__ = ["FastAffineAutoregressive", "fast_tanh", "with_fast_affine_layers"]
 
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -69,11 +71,14 @@ def with_fast_affine_layers(net: _Net) -> _Net:
         >>> with_fast_affine_layers(net) is net
         True
     """
-    for parent in list(net.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is MaskedAffineAutoregressiveTransform:
-                setattr(parent, name, FastAffineAutoregressive(layer))
-                for part in layer.autoregressive_net.modules():
-                    if getattr(part, "activation", None) is torch.tanh:
-                        part.activation = fast_tanh
-    return net
+    return with_replaced(net, _faster)
+
+
+def _faster(layer: nn.Module) -> FastAffineAutoregressive | None:
+    """The faster form of a layer, whose conditioner gets the faster tanh; None of another kind."""
+    if type(layer) is not MaskedAffineAutoregressiveTransform:
+        return None
+    for part in layer.autoregressive_net.modules():
+        if getattr(part, "activation", None) is torch.tanh:
+            part.activation = fast_tanh
+    return FastAffineAutoregressive(layer)

@@ -26,6 +26,8 @@ from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
 from nflows.transforms.splines import unconstrained_rational_quadratic_spline
 from torch import Tensor, nn
 
+from sbi_jeffreys.networks.replacing import with_replaced
+
 __all__ = ["FastSplineCoupling", "Spline", "with_fast_splines"]
 
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -250,11 +252,16 @@ def with_fast_splines(net: _Net) -> _Net:
         >>> with_fast_splines(net) is net
         True
     """
-    for parent in list(net.modules()):
-        for name, layer in list(parent.named_children()):
-            known = type(layer) is PiecewiseRationalQuadraticCouplingTransform
-            if not known or layer.unconditional_transform is not None or layer.tails != "linear":
-                continue
-            if hasattr(layer.transform_net, "hidden_features"):
-                setattr(parent, name, FastSplineCoupling.like(layer))
-    return net
+    return with_replaced(net, _faster)
+
+
+def _faster(layer: nn.Module) -> FastSplineCoupling | None:
+    """The faster form of a layer; None of another kind."""
+    if (
+        type(layer) is PiecewiseRationalQuadraticCouplingTransform
+        and layer.unconditional_transform is None
+        and layer.tails == "linear"
+        and hasattr(layer.transform_net, "hidden_features")
+    ):
+        return FastSplineCoupling.like(layer)
+    return None
