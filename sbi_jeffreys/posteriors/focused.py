@@ -79,15 +79,19 @@ class FocusedPosterior(AnyPriorPosterior):
 
     Attributes:
         focus: What focusing found.
-        x_o: The observation, `(1, *x_shape)`.
     """
 
     def __init__(
         self, main: ConditionalDensityEstimator, prior: Distribution, x_o: Tensor, found: Focus
     ) -> None:
         super().__init__(posterior_estimator=main, prior=prior, device=str(x_o.device))
-        self.focus, self.x_o = found, x_o
+        self.focus = found
         self.set_default_x(x_o)
+
+    @property
+    def x_o(self) -> Tensor:
+        """The observation, `(1, *x_shape)`, which moves between devices with the posterior."""
+        return self.default_x
 
     def sample(self, sample_shape: Any = _ONE, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """As for sbi's `DirectPosterior`; an x that is given must be the observation."""
@@ -103,7 +107,8 @@ class FocusedPosterior(AnyPriorPosterior):
 
     def set_default_x(self, x: Any) -> Any:
         """Refuse any x but the observation, which is the default x already."""
-        self._checked(x)
+        if self.default_x is not None:  # None at first, and while sbi's `to` moves the posterior
+            self._checked(x)
         return super().set_default_x(x)
 
     def _checked(self, x: Any) -> Tensor | None:

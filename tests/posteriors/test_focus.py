@@ -7,6 +7,7 @@ import torch
 from contract_tools import X_O, fresh, trained
 from known_posteriors import PRIOR, SPREAD, Known, gaussian, log_likelihood, two_modes
 from sbi.neural_nets import posterior_nn
+from sbi.utils import BoxUniform
 from torch.distributions import Normal
 
 from sbi_jeffreys import GivenProxy, JeffreysWarning
@@ -73,6 +74,15 @@ def test_it_is_a_posterior_of_sbi(posterior):
     assert posterior.sample((5,), X, 1_000, False).shape == (5, 2)  # by position, as of sbi
     assert torch.equal(posterior.log_prob(theta, X, False), posterior.log_prob(theta))
     assert "refined" in str(posterior.focus)
+
+
+def test_it_keeps_its_observation_when_it_is_moved(rough):
+    prior = BoxUniform(-5 * torch.ones(2), 5 * torch.ones(2))
+    moved = focus(rough, GivenProxy(prior, log_likelihood), prior, X, 1.0, 1, 1e-3, False)
+    moved.to("cpu")
+    assert torch.equal(moved.x_o, X.unsqueeze(0))
+    with pytest.raises(ValueError, match="focused at"):
+        moved.set_default_x(X + 1)
 
 
 def test_another_observation_is_refused(posterior):
