@@ -6,8 +6,11 @@ of range a `ValueError`. A `remedy` says what to write instead, without a full s
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +23,26 @@ class JeffreysWarning(UserWarning):
     The one warning class of the package: `warnings.simplefilter("error", JeffreysWarning)` turns
     all of its warnings into errors, `"ignore"` silences them.
     """
+
+
+# Packages whose frames stand between a call of the user's and the warning that it leads to.
+_NOT_THE_USERS = {"sbi", "sbi_jeffreys", "torch", "contextlib"}
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that led here: the innermost one outside sbi and this package.
+
+    How many frames of sbi's lie between the two depends on its version.
+    """
+    frame, level = inspect.currentframe(), 1
+    # mutant: warns-at-its-own-line
+    while frame is not None and _package(frame) in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, JeffreysWarning, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _kind(value: Any) -> str:

@@ -384,6 +384,7 @@ MUTANTS = (
     Mutant("focused-without-gradients", "", "tests/posteriors/test_focus.py -k callers_mode"),
     Mutant("simulations-with-gradients", "pass", "tests/test_npe.py -k differentiable"),
     Mutant("copies-in-silence", "if False:", "tests/test_npe.py -k copies"),
+    Mutant("warns-at-its-own-line", "while False:", "tests/test_npe.py -k copies"),
     Mutant(
         "main-needs-bijection",
         "as_it_is = DirectPosteriorParameters()",

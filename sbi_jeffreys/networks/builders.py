@@ -7,7 +7,6 @@ are exact bijections: the posterior is unchanged, and no mass lies outside a box
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
@@ -18,7 +17,7 @@ from sbi.neural_nets import posterior_nn
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_choice, check_instance
+from sbi_jeffreys._checks import check_bool, check_choice, check_instance, warn
 from sbi_jeffreys._sbi import ConditionalDensityEstimator, model_builders
 from sbi_jeffreys.networks.configs import check_trainable, is_config, own_setting
 from sbi_jeffreys.networks.fast_layers import with_fast_layers
@@ -185,12 +184,10 @@ class MainBuilder:
         num = 0 if transform is None else int(transform.on_edge(theta).sum())
         if num <= _EDGE_SHARE * len(theta):  # mutant: edge-not-seen
             return self
-        warnings.warn(
+        warn(
             f"{num} of {len(theta)} parameters lie on the edge of the prior's support (clamped, or "
             "on a grid): the main models theta as it is and can put mass outside the support, "
             "which sampling then rejects. Draw parameters from the prior to avoid this.",
-            JeffreysWarning,
-            stacklevel=2,
         )
         return self.with_prior(None)
 
@@ -272,14 +269,12 @@ def main_builder(
     bounded = is_bounded(prior)
     if not isinstance(given, MainBuilder):
         if bounded:
-            warnings.warn(
+            warn(
                 "density_estimator is a builder of your own and is used as it is: unless it "
                 "transforms theta itself, the posterior can put mass outside the prior's support, "
                 "which sampling then rejects. "
                 "MainBuilder(name, embedding_net=...) of sbi_jeffreys builds the same networks "
                 "inside the support.",
-                JeffreysWarning,
-                stacklevel=3,
             )
         return given
     odd = bounded and PriorTransform.fit(prior) is None
@@ -290,21 +285,17 @@ def main_builder(
             "parameter that the others determine, and compute it in the simulator."
         )
     if odd and given.marginal_transforms:
-        warnings.warn(
+        warn(
             f"The support of the prior ({type(prior).__name__}) has no unconstrained space that "
             "torch knows: the main models theta as it is and can put mass outside it, which "
             "sampling then rejects. If you can, write the prior in terms of parameters with a box "
             "or half-line support.",
-            JeffreysWarning,
-            stacklevel=3,
         )
     if given.marginal_transforms and hides_bounds(prior):
-        warnings.warn(
+        warn(
             f"The prior ({getattr(prior, 'custom_prior', prior).__class__.__name__}) declares no "
             "bounds, but has no density far from its draws: the main models theta as it is and can "
             "put mass outside the prior. Pass the bounds, process_prior(prior, "
             "custom_prior_wrapper_kwargs=dict(lower_bound=..., upper_bound=...)).",
-            JeffreysWarning,
-            stacklevel=3,
         )
     return given.with_prior(prior)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_float, check_int
+from sbi_jeffreys._checks import check_bool, check_float, check_int, warn
 from sbi_jeffreys._sbi import (
     NPE,
     ConditionalDensityEstimator,
@@ -155,11 +154,9 @@ class BuildsPosteriors(NPE):
         """Warn if a result follows a proxy that training refused."""
         report = self.training_report
         if report is not None and report.refused:
-            warnings.warn(
+            warn(
                 f"{what} towards a proxy that training refused ({report.proxy_status.value}): "
                 "prefer build_posterior().",
-                JeffreysWarning,
-                stacklevel=3,
             )
 
     def build_proxy_posterior(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sbi_jeffreys._checks import JeffreysWarning, check_bool, check_int
+from sbi_jeffreys._checks import check_bool, check_int, warn
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import embedded_once
 from sbi_jeffreys.objective import truncated_log_weights
@@ -166,9 +165,9 @@ def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates
     adapted = adapt()  # mutant: candidates-never-adapted
     if not adapted.quality[0].reliable:  # mutant: adapted-to-nothing
         best = max((found, adapted), key=lambda draws: draws.quality[0].effective_draws)
-        warn_if_unreliable(best.quality, stacklevel=5)
+        warn_if_unreliable(best.quality)
         return best
-    warnings.warn(
+    warn(
         f"Main and proxy disagree at this observation: {quality.num_candidates:,} draws of the "
         f"main are worth {quality.effective_draws:.0f} of the corrected posterior (Pareto k̂ "
         f"{quality.pareto_k:.2f}). They were replaced by draws of a proposal that was adapted to "
@@ -176,8 +175,6 @@ def or_adapted(found: Candidates, adapt: Callable[[], Candidates]) -> Candidates
         "simulations like this observation would show which of the two is right: see "
         "training_report, simulate further rounds here, or ask misspecification_test() whether "
         "x is like the simulations.",
-        JeffreysWarning,
-        stacklevel=4,  # the line that calls the posterior's method
     )
     return adapted
 

@@ -15,7 +15,6 @@ the refined main.
 from __future__ import annotations
 
 import math
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
-from sbi_jeffreys._checks import JeffreysWarning, check_observation
+from sbi_jeffreys._checks import check_observation, warn
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.objective import effective_sample_size, forward_term, reverse_vargrad_loss
 from sbi_jeffreys.posteriors.candidates import adapted_candidates
@@ -91,7 +90,9 @@ class FocusedPosterior(AnyPriorPosterior):
     @property
     def x_o(self) -> Tensor:
         """The observation, `(1, *x_shape)`, which moves between devices with the posterior."""
-        return self.default_x
+        x_o = self.default_x
+        assert x_o is not None
+        return x_o
 
     def sample(self, sample_shape: Any = _ONE, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """As for sbi's `DirectPosterior`; an x that is given must be the observation."""
@@ -154,13 +155,11 @@ def focus(
     drawn, effective = target.draws()
     before = target.quality(main)
     if effective < _FEW:
-        warnings.warn(
+        warn(
             f"The posterior at x_o was not focused: of {_DRAWS} adaptive draws only "
             f"{effective:.0f} are effective, so that its target is not known well enough. Use "
             "build_corrected_posterior(), more rounds, or ask misspecification_test() whether x_o "
             "is like the simulations.",
-            JeffreysWarning,
-            stacklevel=3,
         )
         return FocusedPosterior(deepcopy(main), prior, x_o, Focus(before, before, power, False))
     refined = _refined(main, target, drawn, num_steps, learning_rate, show_progress_bars)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 from scipy.stats import FitError, genpareto
 from torch import Tensor
 
-from sbi_jeffreys._checks import JeffreysWarning, check_tensor
+from sbi_jeffreys._checks import check_tensor, warn
 from sbi_jeffreys.objective import effective_sample_size
 
 __all__ = ["ImportanceQuality", "importance_quality", "pareto_k", "warn_if_unreliable"]
@@ -102,7 +101,7 @@ def pareto_k(log_weights: Tensor) -> float:
     return float(shape)
 
 
-def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int = 3) -> None:
+def warn_if_unreliable(qualities: Sequence[ImportanceQuality]) -> None:
     """Warn once about all observations at which the weights are unreliable."""
     bad = [quality for quality in qualities if not quality.reliable]
     if not bad:
@@ -110,7 +109,7 @@ def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int =
     worst = min(bad, key=lambda quality: quality.effective_draws)
     where = "this observation" if len(qualities) == 1 else f"{len(bad)} of {len(qualities)} x"
     which = "the" if len(bad) == 1 else "at the worst of them, the"
-    warnings.warn(
+    warn(
         f"The corrected posterior is unreliable at {where}: {which} {worst.num_candidates:,} "
         f"candidates are worth {worst.effective_draws:.0f} independent draws (at least "
         f"{_MIN_DRAWS} are needed), and Pareto k̂ of their weights is {worst.pareto_k:.2f} (at most "
@@ -118,6 +117,4 @@ def warn_if_unreliable(qualities: Sequence[ImportanceQuality], stacklevel: int =
         "proxy disagree there. Use build_posterior() for such x, or a smaller power or more "
         "num_candidates in build_corrected_posterior, and check whether x looks like the "
         "simulations.",
-        JeffreysWarning,
-        stacklevel=stacklevel,  # the line that calls the posterior's method
     )

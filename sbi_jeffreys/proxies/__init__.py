@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from pickle import PicklingError
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys._sbi import ConditionalDensityEstimator
 from sbi_jeffreys.networks.embedding import summaries_of
 from sbi_jeffreys.networks.prior_space import inside_support
@@ -144,10 +143,8 @@ def _compare_priors(given: Distribution, prior: Distribution) -> None:
             "is not the trainer's: their log densities differ by "
             f"{float(gap.min()):.2g} to {float(gap.max()):.2g} nats"
         )
-    warnings.warn(
+    warn(
         f"The prior of the given proxy {what}; give the proxy the prior that NPE_Jeffreys has.",
-        JeffreysWarning,
-        stacklevel=2,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys._sbi import NPE
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.proxies import LikelihoodProxy, PooledProxy, Proxy
@@ -120,7 +119,7 @@ def announce(
     if show_progress_bars or show_train_summary:
         print(f"\n{report}")
     for problem in report.problems:
-        warnings.warn(report.describe(problem), JeffreysWarning, stacklevel=4)
+        warn(report.describe(problem))
 
 
 def _estimate(losses: Tensor | None, weights: Tensor | None) -> Estimate | None:

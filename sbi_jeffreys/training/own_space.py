@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator, NoTracker
 from sbi_jeffreys.diagnostics.calibration import CoverageCurve
 from sbi_jeffreys.networks.builders import MainBuilder, UnconstrainedDensityEstimator
@@ -114,12 +114,10 @@ def choose_space(
     except (ValueError, AssertionError):  # raised by sbi for values that are not finite
         return None
     except RuntimeError as error:  # mutant: second-npe-must-not-fail
-        warnings.warn(
+        warn(
             "The second plain NPE, with theta in its own space, could not be trained or evaluated "
             f"({error}): the first one was kept. If memory was too little, free some and train "
             "anew to have the better of the two.",
-            JeffreysWarning,
-            stacklevel=5,
         )
         return None
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._checks import warn
 
 __all__ = ["FORMAT_VERSION", "is_picklable", "load", "load_tensors", "place_step_counters", "save"]
 
@@ -140,12 +140,10 @@ def load(path: str | os.PathLike[str], device: str | None = None) -> Any:
             "was saved with, or, if it came from a CUDA machine, pass device='cpu'."
         ) from error
     if header.get("packages") != _versions():
-        warnings.warn(
+        warn(
             f"{path} was saved with {_listed(header.get('packages'))}; this environment has "
             f"{_listed(_versions())}. Check a posterior against a known result, or install what it "
             "was saved with.",
-            JeffreysWarning,
-            stacklevel=3,
         )
     return loaded
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sbi_jeffreys._checks import JeffreysWarning, check_tensor
+from sbi_jeffreys._checks import check_tensor, warn
 from sbi_jeffreys._sbi import ImproperEmpirical, RestrictedPrior, on_prior, prior_of
 from sbi_jeffreys.networks.prior_space import inside_support
 
@@ -131,12 +130,10 @@ def warn_of_copies(theta: Tensor, x: Tensor) -> None:
         return
     copies = num - len(torch.unique(torch.cat([theta, x.to(theta)], dim=1), dim=0))
     if copies > _FEW_COPIES * num:  # mutant: copies-in-silence
-        warnings.warn(
+        warn(
             f"{copies} of {num} simulations are copies of others, theta and x alike. Simulations "
             "that are held out are then also trained on: training stops too late, and what the "
             "report says of held-out simulations is too good. Append each simulation once.",
-            JeffreysWarning,
-            stacklevel=4,
         )
 
 

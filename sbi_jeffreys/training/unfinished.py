@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sbi_jeffreys import _sbi
-from sbi_jeffreys._checks import JeffreysWarning
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys._sbi import NPE, ConditionalDensityEstimator
 from sbi_jeffreys.training.arguments import TrainArguments
 from sbi_jeffreys.training.report import StageStatus
@@ -67,12 +66,10 @@ def goes_on(
     if unfinished is None or symmetric is None or not arguments.resume_training:
         return None
     if symmetric.status is StageStatus.PAUSED:
-        warnings.warn(
+        warn(
             "Plain NPE was stopped by max_num_epochs before it had converged, and the symmetric "
             "stage, which began from there, goes on first. After it, train(resume_training=True) "
             "with a larger max_num_epochs continues plain NPE and begins the stage anew.",
-            JeffreysWarning,
-            stacklevel=4,
         )
         return None
     if trainer.epoch > arguments.max_num_epochs:
