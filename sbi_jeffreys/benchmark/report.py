@@ -18,6 +18,7 @@ from sbi_jeffreys.benchmark._running import CommandError
 from sbi_jeffreys.benchmark.cells import Cell, CorruptResultError, check_folder, read_valid
 from sbi_jeffreys.benchmark.figures import write_figures
 from sbi_jeffreys.benchmark.methods import METHODS
+from sbi_jeffreys.benchmark.overview import task_by_task
 from sbi_jeffreys.benchmark.provenance import summary_lines
 from sbi_jeffreys.benchmark.statistics import (
     SCORES,
@@ -76,11 +77,14 @@ def write_report(results: Path, out: Path, show_progress: bool = True) -> Path:
     figures = write_figures(table, labels, out, show_progress)
     sections = {
         "Over all tasks": _overall(table, labels),
+        "Task by task": "\n\n".join(task_by_task(table, labels, BASELINE)),
         f"Wins, ties, losses against {labels.get(BASELINE, BASELINE)}": _verdicts(table, labels),
         f"Where {labels.get(_OURS, _OURS)} loses": _losses(table, labels),
         "Cost": _costs(table, labels),
         "Figures": "\n\n".join(f"![{path.stem}]({path.name})" for path in figures),
-        "Every task": "\n\n".join(_group(table, group, labels) for group in sorted(table)),
+        "Every task, all values": "\n\n".join(
+            _group(table, group, labels) for group in sorted(table)
+        ),
         "Left out": _problems(failed, corrupt),
     }
     head = ["# Benchmark of NPE_Jeffreys", f"{len(done)} cells.\n\n" + summary_lines(done)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 Seeds = Mapping[int, Mapping[str, float]]  # seed → metric → value
@@ -117,8 +117,24 @@ def paired_difference(seeds: Seeds, baseline: Seeds, metric: str) -> Difference 
 
 def ratio(seeds: Seeds, baseline: Seeds, metric: str) -> float | None:
     """Geometric mean over common seeds of the ratio to the baseline, or None without any."""
-    pairs = [(a, b) for a, b in _paired_values(seeds, baseline, metric) if a > 0 and b > 0]
-    return math.exp(fmean([math.log(a / b) for a, b in pairs])) if pairs else None
+    found = paired_ratios(seeds, baseline, metric)
+    return geometric_mean(found) if found else None
+
+
+def paired_ratios(seeds: Seeds, baseline: Seeds, metric: str) -> list[float]:
+    """Ratios to the baseline at the common seeds where both values are positive."""
+    pairs = _paired_values(seeds, baseline, metric)
+    return [a / b for a, b in pairs if a > 0 and b > 0]
+
+
+def average(tasks: Sequence[Seeds]) -> dict[int, dict[str, float]]:
+    """Means over tasks, seed by seed, of the seeds and metrics that every task has."""
+    common = set.intersection(*(set(seeds) for seeds in tasks)) if tasks else set()
+    means = {}
+    for seed in sorted(common):
+        metrics = set.intersection(*(set(seeds[seed]) for seeds in tasks))
+        means[seed] = {name: fmean(seeds[seed][name] for seeds in tasks) for name in metrics}
+    return means
 
 
 def _moments(values: list[float]) -> tuple[float, float, int]:
