@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys.benchmark._running import CommandError
 
 FORMAT = 1  # Raise it when the meaning of a field changes.
@@ -190,7 +190,7 @@ def read_valid(
     found = list(read_results(folder, check))
     corrupt = [entry for entry in found if isinstance(entry, CorruptResultError)]
     for error in corrupt:
-        warnings.warn(f"Corrupt result, left out: {error}", stacklevel=3)
+        warn(f"Corrupt result, left out: {error}")
     return [record for record in found if isinstance(record, dict)], corrupt
 
 

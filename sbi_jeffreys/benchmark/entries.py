@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from sbi_jeffreys._checks import warn
 from sbi_jeffreys.benchmark import cells, provenance
 from sbi_jeffreys.benchmark._parallel import workers
 from sbi_jeffreys.benchmark._running import one_thread, quiet, seeded
@@ -125,7 +125,7 @@ def _find(path: Path, check: Check, settings: dict[str, Any], retry_failed: bool
     try:
         record = cells.read_record(path, check)
     except CorruptResultError as error:
-        warnings.warn(f"Corrupt result, computed again: {error}", stacklevel=3)
+        warn(f"Corrupt result, computed again: {error}")
         return None
     cells.check_settings(record.get("settings", {}), settings, path)
     if record.get("status") == "failed":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import joblib
 import numpy as np
 import torch
 from torch import Tensor
+
+from sbi_jeffreys._checks import warn
 
 from .tasks import Task
 
@@ -56,10 +57,9 @@ def reference_samples(
     except Exception:  # any damage, of whatever kind
         intact = False
     if not intact:
-        warnings.warn(
+        warn(
             f"The cached reference {entry.args_id} of {task.name} in {memory.location} cannot be "
-            "read back; it is drawn again.",
-            stacklevel=2,
+            "read back; it is drawn again."
         )
         entry.clear()
         samples, _ = draw(*arguments)
