@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -111,15 +112,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    print("| task | seed | trust | uncertain | believed | long run, both sides | bias ", end="")
-    print("| fresh: proxy, main | NPE, main, held out |\n|" + "---|" * 9)
-    for row in rows(Path(arguments.out)):
-        bias = row["believed"] - row["long_run_upper"]
+    print("| task | lowest trust | pairs marked | believed minus long run, seed by seed ", end="")
+    print("| fresh: proxy | main | its worst seed |\n|" + "---|" * 7)
+    found = rows(Path(arguments.out))
+    for name in dict.fromkeys(row["cell"][0] for row in found):
+        seeds = [row for row in found if row["cell"][0] == name]
+        marked, proxy, main = (
+            [row[key] for row in seeds] for key in ("uncertain", "fresh", "main_fresh")
+        )
+        bias = [row["believed"] - row["long_run_upper"] for row in seeds]
         print(
-            f"| {row['cell'][0]} | {row['cell'][2]} | {row['trust']:.2f} | "
-            f"{100 * row['uncertain']:.0f} % | {row['believed']:.2f} | "
-            f"{row['long_run_lower']:.2f}, {row['long_run_upper']:.2f} | {bias:+.2f} | "
-            f"{row['fresh']:.2f}, {row['main_fresh']:.2f} | {row['npe']:.2f}, {row['main']:.2f} |"
+            f"| {name} | {min(row['trust'] for row in seeds):.2f} | {100 * fmean(marked):.0f} % | "
+            f"{', '.join(f'{value:+.2f}' for value in bias)} | {fmean(proxy):.2f} | "
+            f"{fmean(main):.2f} | {max(main):.2f} |"
         )
 
 
