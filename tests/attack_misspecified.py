@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from cells import append, command_line, finished, rows, simulations
+from cells import append, command_line, finished, grouped, rows, simulations
 from sbi.diagnostics.misspecification import (
     calculate_baseline_mmd,
     compute_rbf_mmd_median_heuristic,
@@ -94,8 +94,7 @@ def report(arguments: argparse.Namespace) -> None:
     columns = [(kind, test) for kind in KINDS for test in ("ours", "mmd")]
     print("| task | seeds | " + " | ".join(f"{kind}: {test}" for kind, test in columns) + " |")
     print("|---" * (2 + len(columns)) + "|")
-    for name in dict.fromkeys(row["cell"][0] for row in cells):
-        mine = [row for row in cells if row["cell"][0] == name]
+    for name, mine in grouped(cells).items():
         shares = [f"{mean(row[kind][test] for row in mine):.2f}" for kind, test in columns]
         print(f"| {name} | {len(mine)} | {' | '.join(shares)} |")
 

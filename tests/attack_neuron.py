@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from attack_odd_simulators import Simulator, evaluate
-from cells import append, command_line, finished, rows, simulations
+from cells import append, command_line, finished, grouped, rows, simulations
 from sbi.utils import BoxUniform
 from torch import Tensor
 
@@ -153,8 +153,7 @@ def report(arguments: argparse.Namespace) -> None:
     keys = ("nll", "coverage_50", "coverage_90", "proxy_nll", "main_nll_there")
     keys += ("proxy_coverage_50", "proxy_coverage_90", "seconds")
     print("| method | runs | " + " | ".join(keys) + " |\n|" + "---|" * (2 + len(keys)))
-    for method in dict.fromkeys(cell["cell"][3] for cell in cells):
-        own = [cell for cell in cells if cell["cell"][3] == method]
+    for method, own in grouped(cells, 3).items():
         values = [
             f"{mean(cell[key] for cell in own):.2f}" if all(key in cell for cell in own) else "–"
             for key in keys

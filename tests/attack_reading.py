@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from cells import append, command_line, finished, rows, simulations
+from cells import append, command_line, finished, grouped, rows, simulations
 from torch import Tensor
 
 from sbi_jeffreys import NPE_Jeffreys
@@ -114,9 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     print("| task | lowest trust | pairs marked | believed minus long run, seed by seed ", end="")
     print("| fresh: proxy | main | its worst seed |\n|" + "---|" * 7)
-    found = rows(Path(arguments.out))
-    for name in dict.fromkeys(row["cell"][0] for row in found):
-        seeds = [row for row in found if row["cell"][0] == name]
+    for name, seeds in grouped(rows(Path(arguments.out))).items():
         marked, proxy, main = (
             [row[key] for row in seeds] for key in ("uncertain", "fresh", "main_fresh")
         )

@@ -23,6 +23,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+def grouped(found: list[dict[str, Any]], part: int = 0) -> dict[Any, list[dict[str, Any]]]:
+    """Rows by one part of their cells, the task if it is the first, in the order of the file."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault(row["cell"][part], []).append(row)
+    return groups
+
+
 def append(out: Path, cell: tuple, result: dict[str, Any]) -> None:
     """Add a cell's line to the file."""
     with out.open("a") as file:

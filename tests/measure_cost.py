@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from attack_odd_simulators import Simulator, evaluate
-from cells import append, command_line, finished, rows, simulations
+from cells import append, command_line, finished, grouped, rows, simulations
 
 TASKS = ("two_moons", "gaussian_linear", "slcp", "tune_poisson", "tune_narrow")
 
@@ -129,11 +129,10 @@ def figure(arguments: argparse.Namespace) -> None:
 
     cells = rows(Path(arguments.out))
     plt.figure(figsize=(6, 4), layout="constrained")
-    for task in dict.fromkeys(cell["cell"][0] for cell in cells):
-        points = []
+    for task, of_task in grouped(cells).items():
+        points, by_method = [], grouped(of_task, 3)
         for method in ("npe", "fast", "default", "thorough"):
-            own = [c for c in cells if c["cell"][0] == task and c["cell"][3] == method]
-            if own:
+            if own := by_method.get(method):
                 points.append([mean(c[key] for c in own) for key in ("seconds", "nll")])
         times, values = torch.tensor(points).T
         plt.plot(times / times[0], values - values[0], "o-", label=task)

@@ -15,9 +15,8 @@ from sbi_jeffreys.benchmark.statistics import (
 )
 from sbi_jeffreys.benchmark.tables import markdown, shown
 
-Cell = Callable[
-    [Seeds], "str | None"
-]  # a method's seeds → its text; None where it was not measured
+# From a method's seeds to their text; None where it was not measured.
+Cell = Callable[[Seeds], "str | None"]
 
 
 def task_by_task(
@@ -28,16 +27,17 @@ def task_by_task(
         tasks = {task: table[task, budget] for task, other in sorted(table) if other == budget}
         names = [name for name in labels if any(name in methods for methods in tasks.values())]
         columns = {name: labels[name] for name in names}
+        others = {name: text for name, text in columns.items() if name != baseline}
+        over = f"Processor time over {labels.get(baseline, baseline)}'s, paired by seed"
         blocks = {
             "C2ST: mean over seeds ± its standard error (the worst seed).": _rows(
-                tasks, columns, _worst
+                tasks, columns, _accuracy
             ),
             "Share of the true parameters in 50 and in 90 % regions, mean over seeds.": _rows(
                 tasks, columns, _coverage
             ),
-            f"Processor time over {labels.get(baseline, baseline)}'s, paired by seed: median "
-            "(lowest to highest). The last row has the median over tasks.": _times(
-                tasks, {n: text for n, text in columns.items() if n != baseline}, baseline
+            f"{over}: median (lowest to highest). The last row has the median over tasks.": _times(
+                tasks, others, baseline
             ),
         }
         found = [f"{title}\n\n{markdown(rows)}" for title, rows in blocks.items() if rows]
@@ -45,33 +45,25 @@ def task_by_task(
             yield "\n\n".join([f"### {budget:,} simulations", *found])
 
 
-def _rows(
-    tasks: Mapping[str, Methods], columns: Mapping[str, str], cell: Cell
-) -> list[list[str]] | None:
+def _rows(tasks: Mapping[str, Methods], columns: Mapping[str, str], cell: Cell) -> list[list[str]]:
     """One row per task, and the mean of the tasks that every method has, at their common seeds."""
-    rows = [
-        [task, *(shown(cell(methods.get(name, {}))) for name in columns)]
-        for task, methods in tasks.items()
-        if any(cell(seeds) for seeds in methods.values())
-    ]
-    if not rows:
-        return None
-    common = [
-        methods
-        for methods in tasks.values()
-        if all(name in methods and cell(methods[name]) for name in columns)
-    ]
+    found = {
+        task: [cell(methods.get(name, {})) for name in columns] for task, methods in tasks.items()
+    }
+    rows = [[task, *map(shown, row)] for task, row in found.items() if any(row)]
+    common = [tasks[task] for task, row in found.items() if all(row)]
     if len(common) > 1:
         means = [average([methods[name] for methods in common]) for name in columns]
         rows.append([f"**mean of {len(common)}**", *(shown(cell(seeds)) for seeds in means)])
-    return [["task", *columns.values()], *rows]
+    return [["task", *columns.values()], *rows] if rows else []
 
 
-def _worst(seeds: Seeds) -> str | None:
+def _accuracy(seeds: Seeds) -> str | None:
     found = summarise(seeds, "c2st")
-    if found is None or found.count == 1:
-        return shown(found, ".3f") if found else None
-    return f"{found:.3f} ({max(entry['c2st'] for entry in seeds.values() if 'c2st' in entry):.3f})"
+    if found is None:
+        return None
+    worst = max(entry["c2st"] for entry in seeds.values() if "c2st" in entry)
+    return f"{found:.3f} ({worst:.3f})" if found.count > 1 else f"{found:.3f}"
 
 
 def _coverage(seeds: Seeds) -> str | None:
@@ -81,30 +73,24 @@ def _coverage(seeds: Seeds) -> str | None:
 
 def _times(
     tasks: Mapping[str, Methods], columns: Mapping[str, str], baseline: str
-) -> list[list[str]] | None:
+) -> list[list[str]]:
     """Ratios of processor times. The median of the tasks stands below them."""
+    metric = "train_cpu_seconds"
     found = {
-        task: {
-            name: paired_ratios(
-                methods.get(name, {}), methods.get(baseline, {}), "train_cpu_seconds"
-            )
+        task: [
+            paired_ratios(methods.get(name, {}), methods.get(baseline, {}), metric)
             for name in columns
-        }
+        ]
         for task, methods in tasks.items()
     }
-    rows = [
-        [task, *(_range(ratios[name]) for name in columns)]
-        for task, ratios in found.items()
-        if any(ratios.values())
-    ]
+    rows = [[task, *map(_range, row)] for task, row in found.items() if any(row)]
     if not rows:
-        return None
-    medians = {name: [median(r[name]) for r in found.values() if r[name]] for name in columns}
-    last = [f"{median(values):.1f}" if values else "–" for values in medians.values()]
+        return []
+    medians = [[median(ratios) for ratios in column if ratios] for column in zip(*found.values())]
+    last = [shown(median(values) if values else None, ".1f") for values in medians]
     return [["task", *columns.values()], *rows, ["**median**", *last]]
 
 
 def _range(ratios: Sequence[float]) -> str:
-    if len(ratios) < 2:
-        return f"{ratios[0]:.1f}" if ratios else "–"
-    return f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    middle = shown(median(ratios) if ratios else None, ".1f")
+    return f"{middle} ({min(ratios):.1f} to {max(ratios):.1f})" if len(ratios) > 1 else middle
